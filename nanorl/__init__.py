@@ -1,0 +1,1 @@
+"""nanorl: a GPT and its post-training, to read, trust and change."""

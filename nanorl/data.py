@@ -1,0 +1,114 @@
+"""Text files, JSONL records, padding, batches, and the one place where tokens are shifted against their predictions.
+
+Sequences are left-aligned: row b is tokens[b, :length[b]], position 0 is its first token, padding fills the right.
+Bad files raise ValueError with one sentence that names the file, the line and what was expected.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 text file."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; expected a UTF-8 text file")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file; expected a UTF-8 text file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 text (byte {e.start} is 0x{e.object[e.start]:02x})") from None
+    if not text.strip():
+        raise ValueError(f"{path}: empty; expected text")
+    return text
+
+
+def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
+    """JSON objects, one a line, each with a non-empty string under every key of `keys`. Blank lines are skipped.
+
+    Lines end at "\\n" only: a string may well contain other separators, such as U+2028.
+    """
+    records = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{where}: not JSON ({e}); expected an object with {', '.join(keys)}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: {type(record).__name__}; expected an object with {', '.join(keys)}")
+        for key in keys:
+            if key not in record:
+                raise ValueError(f"{where}: no {key!r}; expected an object with {', '.join(keys)}")
+            if not isinstance(record[key], str) or not record[key]:
+                raise ValueError(f"{where}: {key!r} is {str(record[key])[:40]!r}; expected a non-empty string")
+        records.append(record)
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From sequences to tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pad(sequences: list[list[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Ragged sequences, left-aligned.       -> tokens [B, T], lengths [B], T the longest"""
+    lengths = torch.tensor([len(s) for s in sequences])
+    tokens = torch.full((len(sequences), int(lengths.max())), pad_id)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return tokens, lengths
+
+
+def shift(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model reads, and what each position should predict: the token after it.
+
+    tokens [B, T] -> inputs = tokens[:, :-1], targets = tokens[:, 1:], both [B, T-1]. So logp[:, t] scores tokens[:, t+1].
+    """
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def response_mask(prompt_lengths: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """True where a target of `shift` is a response token, its stop token included.       [B], [B] -> [B, width - 1]
+
+    tokens[b, prompt_lengths[b] : lengths[b]] are the response; the mask comes from lengths, never from token ids.
+    """
+    target = torch.arange(1, width, device=lengths.device)
+    return (prompt_lengths[:, None] <= target) & (target < lengths[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches. Each is a function of (seed, step), so a resumed run needs no cursor beside its step.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_windows(ids: Tensor, bos: int, batch: int, width: int, generator: torch.Generator) -> Tensor:
+    """`batch` random stretches of a long text, each behind a BOS.       ids [N] -> [batch, width]"""
+    starts = torch.randint(len(ids) - width + 2, (batch, 1), generator=generator)
+    windows = ids[starts + torch.arange(width - 1)]
+    return torch.cat((torch.full((batch, 1), bos), windows), dim=1)
+
+
+def consecutive_windows(ids: Tensor, bos: int, width: int) -> tuple[Tensor, Tensor]:
+    """A text cut into stretches, each behind a BOS, so that every token is predicted once.       ids [N] -> [B, width], [B]"""
+    return pad([[bos, *chunk.tolist()] for chunk in ids.split(width - 1)])
+
+
+def shuffled_batch(count: int, batch: int, step: int, seed: int) -> list[int]:
+    """The records of step 0, 1, 2, ...: every epoch is a fresh shuffle of all `count`, cut into batches end to end."""
+    picks = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, index = divmod(position, count)
+        if index == 0 or not picks:
+            order = random.Random(f"{seed}/epoch/{epoch}").sample(range(count), count)
+        picks.append(order[index])
+    return picks

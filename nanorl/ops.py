@@ -1,0 +1,282 @@
+"""The formula sheet: every equation that a training objective is made of, one function each.
+
+Tensors in, tensors out. Nothing here knows a model, draws a random number or writes into its arguments. Values are in
+nats. B sequences, T tokens, V vocabulary entries, P prompts, G samples per prompt; a mask is boolean and True marks a
+token that counts. Half-precision inputs are computed in float32; float64 stays float64. Constants of an objective (old
+log-probs, advantages) must arrive detached: the functions assert it.
+"""
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probability
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
+    """log sum_i e^{x_i}, over `dim`.
+
+        LSE(x) = m + log sum_i e^{x_i - m},   m = max_i x_i
+
+    Subtracting the maximum leaves the value as it is and keeps e^x from overflowing. Entries of -inf count as zero
+    probability. Returns x's shape without `dim`.
+    """
+    x = _at_least_float32(x)
+    # The gradient of m cancels between its two occurrences, so m is a constant. A row of only -inf has no maximum to
+    # subtract: -inf - -inf is nan.
+    m = x.detach().amax(dim, keepdim=True)
+    m = m.masked_fill(m == -torch.inf, 0.0)
+    return (m + (x - m).exp().sum(dim, keepdim=True).log()).squeeze(dim)
+
+
+def log_softmax(logits: Tensor, dim: int = -1) -> Tensor:
+    """log p_i = z_i - LSE(z), over `dim`: log-probabilities of the softmax. Same shape as `logits`, in nats.
+
+    d log p_a / d z_i = 1[i = a] - p_i, the score of a token: it sums to zero over i.
+    """
+    logits = _at_least_float32(logits)
+    return logits - logsumexp(logits, dim).unsqueeze(dim)
+
+
+def selective_log_softmax(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p(ids) = z_ids - LSE(z), without a log-probability for every other token.
+
+    logits [..., V], ids [...] int64 -> [...] in nats.
+    """
+    logits = _at_least_float32(logits)
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logsumexp(logits)
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int | None = None) -> Tensor:
+    """H = -sum_i p_i log p_i of the softmax, with 0 log 0 = 0.       logits [..., V] -> [...] in nats, within [0, log V]
+
+    dH/dz_i = -p_i (log p_i + H). `chunk_size` rows are treated at a time: the values are the same for any size, the
+    temporaries are smaller.
+    """
+    if chunk_size is not None:
+        rows = logits.reshape(-1, logits.shape[-1]).split(chunk_size)
+        return torch.cat([entropy_from_logits(chunk) for chunk in rows]).reshape(logits.shape[:-1])
+    log_p = log_softmax(logits)
+    p = log_p.exp()
+    return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) = sum_i p_i log(p_i / q_i), exact.       [..., V], [..., V] -> [...] in nats
+
+    Never negative, zero only where p = q, and +inf where q gives zero probability to something that p does not.
+    """
+    log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """See linear_log_probs. The forward pass keeps two numbers a row, the backward pass computes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, temperature, chunk_size):
+        dtype = _at_least_float32(hidden).dtype
+        logp, entropy, lse = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(3))
+        for start in range(0, len(ids), chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits = (hidden[rows] @ weight.T).to(dtype) / temperature                      # [chunk, V]
+            lse[rows] = logsumexp(logits)
+            log_p = logits - lse[rows, None]
+            logp[rows] = log_p.gather(-1, ids[rows, None]).squeeze(-1)
+            entropy[rows] = -(log_p.exp() * log_p).sum(-1)
+        ctx.save_for_backward(hidden, weight, ids, lse, entropy)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, ids, lse, entropy = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
+        for start in range(0, len(ids), ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
+            logits = (hidden[rows] @ weight.T).to(lse.dtype) / ctx.temperature
+            log_p = logits - lse[rows, None]
+            # d logp / dz = onehot - p          dH / dz = -p (log p + H)
+            g_logp, g_entropy = grad_logp[rows, None], grad_entropy[rows, None]
+            grad_z = -log_p.exp() * (g_logp + g_entropy * (log_p + entropy[rows, None]))
+            grad_z.scatter_add_(-1, ids[rows, None], g_logp)
+            grad_z = (grad_z / ctx.temperature).to(hidden.dtype)
+            grad_hidden[rows] = grad_z @ weight
+            grad_weight += grad_z.T @ hidden[rows]
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_log_probs(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, chunk_size: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of `ids` and entropy, straight from hidden states: z = hidden weight^T / temperature.
+
+        logp_n = z_{n, ids_n} - LSE(z_n)          H_n = -sum_i p_{n,i} log p_{n,i}
+
+    hidden [N, d], weight [V, d], ids [N] -> (logp [N], entropy [N]) in nats, both differentiable in hidden and weight.
+    The [N, V] logits are what fills a GPU's memory, not the model: here only [chunk_size, V] of them exist at a time,
+    forward and backward, at the price of computing them twice. Any chunk size gives the same values.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return _LinearLogProbs.apply(hidden, weight.to(hidden.dtype), ids, temperature, chunk_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kullback-Leibler divergence from samples                                        (Schulman 2020, "Approximating KL")
+#
+# Tokens are sampled from the first policy; r = log(second / first). As values, k1 and k3 have the mean KL(first ||
+# second) exactly and k2 has it nearly. As loss terms, with nothing flowing through the sampling, they differ:
+# the gradient of k1 has mean zero, k2 follows KL(first || second) and k3 follows KL(second || first), each with the
+# prefix held fixed.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kl_k1(logp: Tensor, other: Tensor) -> Tensor:
+    """k1 = -r = log(first / second): unbiased, of either sign.       [...], [...] -> [...] in nats"""
+    return logp - other
+
+
+def kl_k2(logp: Tensor, other: Tensor) -> Tensor:
+    """k2 = r^2 / 2: never negative; its mean is the KL only up to third order in r.       [...], [...] -> [...]"""
+    return (other - logp).square() / 2
+
+
+def kl_k3(logp: Tensor, other: Tensor) -> Tensor:
+    """k3 = e^r - 1 - r: unbiased and never negative.       [...], [...] -> [...] in nats
+
+    expm1 keeps e^r - 1 accurate near r = 0, where k3 is about r^2 / 2.
+    """
+    r = other - logp
+    return torch.expm1(r) - r
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages: rewards [P, G] -> [P, G], each row compared with itself only. `valid` [P, G] is False for a sample that
+# could not be scored; it enters no mean and gets advantage 0.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def center(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
+    """A_i = r_i - mean(r).       [P, G] -> [P, G]       (the baseline of Dr. GRPO, Liu et al. 2025)
+
+    Because r_i is part of its own mean, the expected policy gradient is (G-1)/G times the true one. Rows sum to zero;
+    a row of equal rewards gives exactly zero.
+    """
+    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
+    r = rewards.double().masked_fill(~valid, 0.0)
+    mean = r.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+    # Rounding can leave equal rewards a hair off their mean, and zscore would blow that hair up: decide by comparison.
+    highest = r.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
+    lowest = r.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
+    return (r - mean).masked_fill(~valid | (highest <= lowest), 0.0).to(_at_least_float32(rewards).dtype)
+
+
+def zscore(rewards: Tensor, eps: float = 1e-6, valid: Tensor | None = None) -> Tensor:
+    """A_i = (r_i - mean(r)) / (std(r) + eps), population std.       [P, G] -> [P, G]       (GRPO, Shao et al. 2024, 4.1)
+
+    Unchanged when rewards are shifted, and (up to eps) when they are scaled; |A_i| <= sqrt(G-1). For 0/1 rewards with
+    pass rate p: +sqrt((1-p)/p) and -sqrt(p/(1-p)), so groups near p = 0 or 1 weigh more than the true gradient says.
+    """
+    count = rewards.shape[-1] if valid is None else valid.sum(-1, keepdim=True).clamp(min=1)
+    a = center(rewards.double(), valid)
+    std = (a.square().sum(-1, keepdim=True) / count).sqrt()
+    return (a / (std + eps)).to(_at_least_float32(rewards).dtype)
+
+
+def leave_one_out(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
+    """A_i = r_i - mean_{j != i} r_j = G/(G-1) (r_i - mean(r)).       [P, G] -> [P, G]       (RLOO, Kool et al. 2019)
+
+    The baseline does not contain r_i, so the expected policy gradient is the true one. A lone sample has nothing to be
+    compared with and gets 0.
+    """
+    count = rewards.shape[-1] if valid is None else valid.sum(-1, keepdim=True)
+    count = torch.as_tensor(count, dtype=torch.float64, device=rewards.device)
+    return (center(rewards.double(), valid) * count / (count - 1).clamp(min=1)).to(_at_least_float32(rewards).dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policy-gradient surrogates: per token, to be MAXIMISED. Mask, weight and sign are the objective's.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def importance_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """rho = pi(a|s) / pi_old(a|s) = e^{logp - old_logp}.       [...], [...] -> [...]
+
+    Its mean over samples of pi_old is 1. Where both policies are the same it is 1 and its gradient is the score.
+    """
+    assert not old_logp.requires_grad, "old log-probs are constants: detach them"
+    return (logp - old_logp).exp()
+
+
+def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """PPO's pessimistic surrogate.                                               (Schulman et al. 2017, eq. 7)
+
+        J = min( rho A, clip(rho, 1 - clip_low, 1 + clip_high) A ),   rho = e^{logp - old_logp}
+
+    logp, old_logp [B, T] nats; adv [B, T] or [B, 1] -> [B, T]. J <= rho A everywhere. The gradient is zero exactly
+    where rho has already left the band in A's favour: A > 0 and rho > 1 + clip_high, or A < 0 and rho < 1 - clip_low.
+    That removes the incentive to move further; it does not bound the policy.
+    """
+    assert not adv.requires_grad, "advantages are constants: detach them"
+    ratio = importance_ratio(logp, old_logp)
+    return torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks and weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """sum of x where mask, whatever x holds elsewhere (0 * inf would be nan).       [...], [...] -> []"""
+    return x.masked_fill(~mask, 0.0).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """mean of x where mask; 0 for an empty mask.       [...], [...] -> []"""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+AGGREGATES = ("token_mean", "sequence_mean", "prompt_mean", "sequence_sum", "constant")
+
+
+def token_weights(mask: Tensor, prompt_index: Tensor, how: str, max_new_tokens: int | None = None) -> Tensor:
+    """How much each token counts: loss = -(weights * surrogate).sum().       mask [B, T], prompt_index [B] -> [B, T]
+
+        token_mean     1 / N               every token of the step alike          (DAPO's code)
+        sequence_mean  1 / (R |y|)         every answer alike: a token of a long answer counts less      (GRPO)
+        prompt_mean    1 / (P N_p)         every prompt alike, its tokens alike          (DAPO as printed)
+        sequence_sum   1 / R               the sum over an answer's tokens: the true policy gradient     (REINFORCE)
+        constant       1 / (R L_max)       the same up to a constant, L_max = max_new_tokens     (Dr. GRPO)
+
+    N tokens, R rows and P prompts with at least one True, |y| tokens of a row, N_p tokens of a prompt. Make the
+    weights once for all rows of an optimizer step: then any split into micro-batches or devices adds up to the same
+    gradient. A fully masked row counts nowhere. The result is float32.
+    """
+    if how == "constant" and max_new_tokens is None:
+        raise ValueError("token_weights: how='constant' needs max_new_tokens")
+    length = mask.sum(-1, keepdim=True)                                                     # [B, 1]
+    rows = (length > 0).sum()
+    if how == "token_mean":
+        count = length.sum()
+    elif how == "sequence_mean":
+        count = rows * length
+    elif how == "prompt_mean":
+        prompts, index = prompt_index.unique(return_inverse=True)
+        tokens = length.new_zeros(len(prompts)).index_add(0, index, length.squeeze(-1))     # [P]
+        count = (tokens > 0).sum() * tokens[index, None]
+    elif how == "sequence_sum":
+        count = rows
+    elif how == "constant":
+        count = rows * max_new_tokens
+    else:
+        raise ValueError(f"token_weights: how={how!r} is none of {', '.join(AGGREGATES)}")
+    return mask / count.clamp(min=1)

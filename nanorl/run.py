@@ -1,0 +1,474 @@
+"""Runs: flags, devices, optimizers, directories, checkpoints and metrics. Nothing in here is RL.
+
+A script is a dataclass of flags and a main(cfg). This module turns the one into a command line, and gives the other a
+directory `runs/<name>/{config.json, metrics.jsonl, samples.jsonl, ckpt.pt}` in which nothing is lost: a run that was
+killed at any moment continues with --resume as if nothing had happened. Every random stream is derived from (seed,
+purpose, step), so the step is all the random state there is to save.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nanorl.gpt import GPT, GPTConfig
+from nanorl.tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Bound(NamedTuple):
+    holds: Callable[[Any], bool]
+    says: str
+
+
+Count = Annotated[int, Bound(lambda n: n >= 1, "a whole number of at least 1")]
+Natural = Annotated[int, Bound(lambda n: n >= 0, "a whole number of at least 0")]
+Positive = Annotated[float, Bound(lambda x: 0 < x < math.inf, "a finite number above 0")]
+NonNegative = Annotated[float, Bound(lambda x: 0 <= x < math.inf, "a finite number of at least 0")]
+Share = Annotated[float, Bound(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The flags that every script has. A script's Config inherits them and sets its own defaults."""
+
+    out: str                    # directory of this run
+    init: str = ""              # checkpoint of the stage before (a run's directory or a file)
+    resume: bool = False        # continue the run in --out; flags come from its config.json
+    steps: Count                # how many steps to train
+    lr: Positive                # peak learning rate
+    save_every: Count = 20      # steps between checkpoints
+    eval_every: Count           # steps between evaluations
+    seed: Natural = 0           # of everything random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda; weights stay float32
+    compile: bool | None = None  # torch.compile; by default on cuda only
+    quiet: bool = False         # no progress bar and no samples on the screen
+
+
+MAY_DIFFER_ON_RESUME = {"resume", "quiet"}
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Inside, a ValueError or OSError is the user's: one sentence on stderr, exit code 2, no traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parse(config_class: type, argv: list[str] | None = None):
+    """Command line -> config. Help texts are the comments behind the fields; bounds are the fields' types.
+
+    With --resume the flags come from the run's config.json, and one that was typed must agree with it.
+    """
+    hints = get_type_hints(config_class, include_extras=True)
+    lines = "\n".join(inspect.getsource(c) for c in reversed(config_class.__mro__) if dataclasses.is_dataclass(c))
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", lines, re.M))
+    parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {}
+    for field in dataclasses.fields(config_class):
+        hint, how = hints[field.name], {}
+        if get_origin(hint) is Annotated:
+            how["type"] = get_args(hint)[0]
+        elif get_origin(hint) is Literal:
+            how["choices"] = get_args(hint)
+        elif hint is bool or isinstance(hint, types.UnionType):
+            how["action"] = argparse.BooleanOptionalAction
+        shown = "" if field.default in ("", None) else f" (default: {field.default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **how,
+                            help=(comments[field.name] + shown).replace("%", "%%"))
+        defaults[field.name] = field.default
+
+    with user_errors():
+        typed = vars(parser.parse_args(argv))
+        for name, value in typed.items():
+            if get_origin(hints[name]) is Annotated:
+                bound = get_args(hints[name])[1]
+                if not bound.holds(value):
+                    raise ValueError(f"--{name.replace('_', '-')} {value}: expected {bound.says}")
+        saved = {}
+        if typed.get("resume"):
+            saved = read_config(Path(typed.get("out", defaults["out"])))
+            for name, value in typed.items():
+                if name in saved and saved[name] != value and name not in MAY_DIFFER_ON_RESUME | {"out"}:
+                    raise ValueError(f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}; leave the "
+                                     "flag out, or start another run")
+            saved = {name: value for name, value in saved.items() if name in defaults}
+        return config_class(**defaults | saved | typed)
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """The flags of an earlier run in directory `out`."""
+    if not (out / "config.json").exists():
+        raise ValueError(f"--resume: {out} holds no run to continue (no config.json)")
+    try:
+        return json.loads((out / "config.json").read_text())
+    except ValueError as e:
+        raise ValueError(f"{out / 'config.json'}: not JSON ({e})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness, device, precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def derive(seed: int, *purpose: str | int) -> int:
+    """A seed of its own for every purpose: the first 63 bits of sha256(seed/purpose)."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive(seed, *purpose))
+
+
+def pick_device(name: str) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"--device {name}: PyTorch finds no such device here; expected one of "
+                         f"{', '.join(kind for kind, there in available.items() if there)}")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, dtype: str):
+    """Matrix products in `dtype`, weights in float32: updates of 1e-6 of a weight would vanish in bfloat16."""
+    use_bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16)
+
+
+def wants_compile(cfg: RunConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if cfg.compile is None else cfg.compile
+
+
+def compile_blocks(model: GPT) -> None:
+    """Compile the transformer block for training, once for all layers and for all shapes."""
+    for block in model.blocks:
+        block.compile(dynamic=True)
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}    # dense bfloat16
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The floating-point ceiling of a GPU that we know, for model FLOPs utilisation (MFU)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Optimizers:
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest, stepped as one.
+
+    Weight decay is decoupled and leaves gains alone. Muon's orthogonal update is scaled to AdamW's typical size, so one
+    learning rate serves both.
+    """
+
+    def __init__(self, model: nn.Module, kind: str, lr: float, weight_decay: float = 0.0):
+        named = list(model.named_parameters())
+        gains = [p for _, p in named if p.ndim < 2]
+        matrices = [p for name, p in named if p.ndim == 2 and kind == "muon" and "blocks" in name]
+        taken = {id(p) for p in gains + matrices}
+        rest = [p for _, p in named if id(p) not in taken]
+        fused = rest[0].device.type in ("cpu", "cuda")
+        self.parts = [torch.optim.AdamW([{"params": rest, "weight_decay": weight_decay},
+                                         {"params": gains, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=fused)]
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
+                                               adjust_lr_fn="match_rms_adamw"))
+        self.parameters = [p for _, p in named]
+
+    def step(self, lr: float, grad_clip: float) -> torch.Tensor:
+        """Clip the gradients' total norm, take one step, clear them. Returns the norm before clipping.
+
+        A gradient of exactly zero takes no step: there is nothing to learn, but momentum would still move the weights.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, grad_clip)
+        if norm == 0:
+            return norm
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> list:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def schedule(step: int, steps: int, warmup: float = 0.0, decay: float = 0.0) -> float:
+    """A trapezoid: the learning rate rises over the first share `warmup` of the steps and falls to 0 over the last
+    share `decay`. Returns the factor, in (0, 1]."""
+    rise = (step + 1) / (warmup * steps) if warmup * steps >= 1 else 1.0
+    fall = (steps - step) / (decay * steps) if decay * steps >= 1 else 1.0
+    return min(1.0, rise, fall)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+FORMAT = 1      # raised when a checkpoint's meaning changes
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """A kill at any moment leaves the old file or the new one, never a part: temporary file, sync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise ValueError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:100]})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path}: not a nanorl checkpoint of format {FORMAT} (found {found})")
+    return checkpoint
+
+
+def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:
+    """The model of a checkpoint, with its weights."""
+    model = GPT(GPTConfig(**checkpoint["gpt"]))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as e:
+        raise ValueError(f"the checkpoint's weights do not fit its own configuration: {e}") from None
+    return model.to(device)
+
+
+def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:
+    return Tokenizer.from_state(checkpoint["tokenizer"])
+
+
+def stage_dir(stage: str, task: str, difficulty: int) -> str:
+    """The default directory of a stage: runs/sft, runs/sft-sorting, runs/sft-addition-4."""
+    plain = task == "addition" and not difficulty
+    return f"runs/{stage}" + ("" if plain else f"-{task}") + (f"-{difficulty}" if difficulty else "")
+
+
+def same(cfg: RunConfig, *flags: str) -> dict[str, Any]:
+    """The flags that a stage hands to the one it has to make first."""
+    return {name: getattr(cfg, name) for name in ("seed", "device", "dtype", "compile", "quiet", *flags)}
+
+
+def ensure_stage(script: types.ModuleType, **flags) -> str:
+    """Make the stage before this one when its run is not complete: with `flags`, and everything else at its default.
+
+    Returns the directory of the run.
+    """
+    cfg = script.Config(**flags)
+    out, name = Path(cfg.out), f"python {script.__name__}.py --out {cfg.out}"
+    if (out / "ckpt.pt").exists():
+        found = load_checkpoint(out)
+        for flag in ("task", "difficulty"):
+            if flag in flags and found["config"].get(flag) != flags[flag]:
+                raise ValueError(f"{out}: made for {flag} {found['config'].get(flag)}, not {flags[flag]}; name another "
+                                 "checkpoint with --init")
+        if found["step"] >= found["config"]["steps"]:
+            print(f"Starting from {out} (seed {found['config']['seed']}, {found['step']} steps).")
+            return cfg.out
+    if (out / "config.json").exists():
+        print(f"{out} is not finished. Continuing it first: {name} --resume")
+        with user_errors():
+            cfg = script.Config(**read_config(out) | {"resume": True, "quiet": cfg.quiet})
+    else:
+        print(f"{out} is not there yet. Making it first: {name}")
+    script.main(cfg)
+    return cfg.out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The directory of a run, and its step counter.
+
+        for step in run.steps():        # from where the checkpoint left off to cfg.steps - 1
+            ...
+            run.log({"train/loss": loss})
+
+    After the body of each step one line goes to metrics.jsonl, and every `save_every` steps (and at the last one) a
+    checkpoint follows it. A checkpoint of step k says that steps 0..k-1 are done. Ctrl-C and SIGTERM finish the step,
+    save and leave.
+    """
+
+    def __init__(self, cfg: RunConfig, checkpoint: dict[str, Any] | None, model: nn.Module, optimizer: Optimizers,
+                 tokenizer: Tokenizer):
+        self.cfg, self.model, self.optimizer, self.tokenizer = cfg, model, optimizer, tokenizer
+        self.out = Path(cfg.out)
+        self.step = 0
+        self._line: dict[str, float] = {}
+        self._signal: int | None = None
+        self.out.mkdir(parents=True, exist_ok=True)
+        if checkpoint is not None:
+            self.step = checkpoint["step"]
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        if cfg.resume:
+            self._cut("metrics.jsonl")
+            self._cut("samples.jsonl")
+        else:
+            flags = json.dumps(dataclasses.asdict(cfg) | {"resume": False}, indent=2)
+            write_atomically(self.out / "config.json", lambda f: f.write(flags.encode()))
+
+    @staticmethod
+    def check(cfg: RunConfig) -> dict[str, Any] | None:
+        """Before any work: may this run be written to cfg.out? Returns the checkpoint to resume from, if there is one."""
+        out = Path(cfg.out)
+        if cfg.resume:
+            return load_checkpoint(out) if (out / "ckpt.pt").exists() else None
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out}: a file is in the way; expected a directory of a new run")
+        if (out / "config.json").exists() or (out / "ckpt.pt").exists():
+            raise ValueError(f"--out {out}: holds a run already; continue it with --resume, or choose another directory")
+        out.mkdir(parents=True, exist_ok=True)
+        return None
+
+    def _cut(self, name: str) -> None:
+        """Drop the lines that the checkpoint knows nothing of: those of its own step and later, and a torn last one."""
+        path = self.out / name
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record["step"] >= self.step and not (record["step"] == self.cfg.steps == self.step):
+                break
+            kept.append(line + b"\n")
+        write_atomically(path, lambda f: f.writelines(kept))
+
+    @property
+    def finished(self) -> bool:
+        """The last step is done and its final line is written: there is nothing to resume."""
+        return self.step >= self.cfg.steps and any(line["step"] == self.cfg.steps for line in self.metrics())
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl so far."""
+        path = self.out / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def steps(self) -> Iterator[int]:
+        handlers = {s: signal.signal(s, self._stop_soon) for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=self.cfg.steps, initial=self.step, desc=self.out.name, disable=self.cfg.quiet, dynamic_ncols=True,
+                   bar_format="{desc} {n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}")
+        self._bar = bar
+        try:
+            while self.step < self.cfg.steps:
+                started = time.perf_counter()
+                yield self.step
+                self._line["time/step_s"] = time.perf_counter() - started
+                self._write_line()
+                self.step += 1
+                bar.update()
+                if self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps or self._signal:
+                    self.save()
+                if self._signal:
+                    bar.close()
+                    print(f"Stopped after step {self.step} of {self.cfg.steps}; continue with --out {self.out} --resume")
+                    raise SystemExit(128 + self._signal)
+        finally:
+            bar.close()
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def _stop_soon(self, signum: int, frame) -> None:
+        self._signal = signum
+
+    def log(self, metrics: dict[str, Any], show: dict[str, str] | None = None) -> None:
+        """Add to this step's line of metrics.jsonl; `show` goes to the progress bar."""
+        self._line |= {name: float(value) for name, value in metrics.items()}
+        if show:
+            self._bar.set_postfix_str("  ".join(f"{name} {value}" for name, value in show.items()))
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """The final line: what the trained model is worth. Its step is cfg.steps."""
+        self.log(metrics)
+        self._write_line()
+
+    def _write_line(self) -> None:
+        self._append("metrics.jsonl", {"step": self.step, **dict(sorted(self._line.items()))})
+        self._line = {}
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        """Add to samples.jsonl what the model said."""
+        for record in records:
+            self._append("samples.jsonl", {"step": self.step, **record})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with open(self.out / name, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+    def say(self, text: str) -> None:
+        """Print without tearing the progress bar."""
+        if not self.cfg.quiet:
+            tqdm.write(text, file=sys.stdout)
+
+    def save(self) -> None:
+        checkpoint = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.cfg),
+                      "gpt": dataclasses.asdict(self.model.config), "tokenizer": self.tokenizer.state_dict(),
+                      "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        write_atomically(self.out / "ckpt.pt", lambda f: torch.save(checkpoint, f))

@@ -1,0 +1,218 @@
+"""The generation engine and the scorer: the one place where temperature, top-k, top-p and stopping are decided.
+
+`generate` samples; `token_log_probs` says how likely given tokens are. Both divide the logits by the temperature before
+the softmax, in at least float32, so for equal weights the ratio of their probabilities is 1.
+"""
+
+import weakref
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanorl.data import pad, response_mask, shift
+from nanorl.gpt import GPT, KVCache
+from nanorl.ops import linear_log_probs, log_softmax
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From logits to a token
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def top_k_filter(logits: Tensor, k: int) -> Tensor:
+    """-inf for all but the k largest logits; ties with the k-th stay. k = 0 is off.       [B, V] -> [B, V]"""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
+
+
+def top_p_filter(logits: Tensor, p: float) -> Tensor:
+    """-inf outside the nucleus: the fewest most likely tokens whose probabilities reach p.       (Holtzman et al. 2019)
+
+    A token stays when the tokens before it, sorted by probability, have not reached p: at least one always does.
+    p = 1 is off.       [B, V] -> [B, V]
+    """
+    if p == 1.0:
+        return logits
+    sorted_logp, order = log_softmax(logits).sort(dim=-1, descending=True, stable=True)
+    probability = sorted_logp.exp()
+    outside = (probability.cumsum(-1) - probability) >= p
+    return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+
+
+def sampling_logits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits of the distribution that is really sampled: temperature, then top-k, then top-p.       [B, V] -> [B, V]"""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return top_p_filter(top_k_filter(logits, top_k), top_p)
+
+
+def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
+
+    logits [B, V], u [B] in [0, 1) -> ids [B], logp [B]. A token of probability p owns a stretch of length p of u's
+    interval; a token of probability zero owns none.
+    """
+    logp = log_softmax(logits)
+    cdf = logp.exp().cumsum(-1)                                                             # [B, V]
+    # Rounding may leave the last entry beside 1, and u may round up to 1: stay strictly below the last entry.
+    u = u.to(cdf.dtype).clamp(max=1 - 2 * torch.finfo(cdf.dtype).eps)[:, None] * cdf[:, -1:]
+    ids = torch.searchsorted(cdf, u, right=True)                                            # [B, 1]
+    return ids.squeeze(-1), logp.gather(-1, ids).squeeze(-1)
+
+
+def uniforms(seed: int, rows: int, count: int) -> Tensor:
+    """One number in [0, 1) for each (seed, row, position), whatever is asked for beside it.       -> [rows, count]"""
+    streams = (np.random.Generator(np.random.Philox(key=[seed, row])) for row in range(rows))
+    return torch.from_numpy(np.stack([stream.random(count, dtype=np.float32) for stream in streams]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """Prompts with their sampled responses: row b is tokens[b, :lengths[b]], and `samples_per_prompt` rows share one
+    prompt, side by side."""
+
+    tokens: Tensor           # [B, T] int64, left-aligned; what lies behind a row's length means nothing
+    prompt_lengths: Tensor   # [B]
+    lengths: Tensor          # [B] prompt and response, the stop token included
+    logp: Tensor             # [B, T-1] log-prob of tokens[:, t+1] under the distribution it was drawn from; else 0
+    finished: Tensor         # [B] bool: a stop token came; else the answer was cut at max_new_tokens
+    prompt_index: Tensor     # [B] which prompt the row answers
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T-1] True where tokens[:, t+1] was sampled."""
+        return response_mask(self.prompt_lengths, self.lengths, self.tokens.shape[1])
+
+    def rows(self, index) -> "Rollout":
+        """These rows, cut to the longest of them."""
+        part = replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        T = int(part.lengths.max())
+        return replace(part, tokens=part.tokens[:, :T], logp=part.logp[:, : T - 1])
+
+    def response(self, row: int) -> list[int]:
+        """The sampled ids of a row, without the stop token."""
+        end = int(self.lengths[row]) - int(self.finished[row])
+        return self.tokens[row, int(self.prompt_lengths[row]) : end].tolist()
+
+
+def _next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
+    """One decoding step.       ids [B] -> [B, V]"""
+    return model(ids[:, None], cache)[:, -1]
+
+
+# A compiled step is tied to the memory of its cache, so that memory is kept between calls. Its contents are not: every
+# call starts by zeroing it.
+_compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
+
+
+def _compiled_step(model: GPT, cache: KVCache):
+    """The decoding step compiled for a cache of this shape, and a cache whose address never moves, filled from `cache`."""
+    steps = _compiled.setdefault(model, {})
+    shape = tuple(cache.keys.shape)
+    if shape not in steps:
+        static = KVCache(model.config, shape[1], shape[3], cache.keys.device, cache.keys.dtype, static=True)
+        for x in (static.keys, static.values, static.length):
+            torch._dynamo.mark_static_address(x)
+        mode = "reduce-overhead" if cache.keys.is_cuda else "default"    # CUDA graphs, where there is CUDA
+        steps[shape] = torch.compile(_next_logits, mode=mode, dynamic=False), static
+    step, static = steps[shape]
+    for name in ("keys", "values", "length"):
+        getattr(static, name).copy_(getattr(cache, name))
+    return step, static
+
+
+@torch.no_grad()
+def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, stop_ids: set[int], samples_per_prompt: int = 1, seed: int = 0,
+             compile: bool = False) -> Rollout:
+    """Sample `samples_per_prompt` responses to each prompt, row by row until a stop token or `max_new_tokens`.
+
+    temperature 0 is greedy (and logp 0: a point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for
+    all its samples. Randomness is one uniform per (seed, row, position): a row does not depend on the rows beside it.
+    Eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as CUDA graphs need it.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("generate: every prompt needs at least one token")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or samples_per_prompt < 1:
+        raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, top_p={top_p}, "
+                         f"max_new_tokens={max_new_tokens}, samples_per_prompt={samples_per_prompt}; expected "
+                         "temperature >= 0, top_k >= 0, 0 < top_p <= 1 and positive counts")
+    device = model.head.weight.device
+    tokens, prompt_lengths = (x.to(device) for x in pad(prompts))
+    capacity = tokens.shape[1] + max_new_tokens
+    if capacity > model.config.context:
+        raise ValueError(f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit the "
+                         f"model's context of {model.config.context}")
+
+    # Read the prompts, then give each of them its samples.
+    on = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
+    cache = KVCache(model.config, len(prompts), capacity, device, dtype)
+    hidden = model.hidden(tokens, cache)                                                    # [P, T, width]
+    cache.length = prompt_lengths.clone()
+    logits = model.head(hidden[torch.arange(len(prompts)), prompt_lengths - 1])             # [P, V]
+    cache.repeat(samples_per_prompt)
+    logits, tokens, prompt_lengths, prompt_index = (
+        x.repeat_interleave(samples_per_prompt, dim=0)
+        for x in (logits, tokens, prompt_lengths, torch.arange(len(prompts), device=device)))
+
+    B = len(tokens)
+    tokens = torch.cat((tokens, tokens.new_zeros(B, max_new_tokens)), dim=1)                # [B, T]
+    logp = torch.zeros(B, capacity - 1, device=device)
+    lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
+    u = uniforms(seed, B, max_new_tokens).to(device)
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    rows = torch.arange(B, device=device)               # the row of the rollout behind each row of the cache
+    step = _next_logits
+    if compile:
+        step, cache = _compiled_step(model, cache)
+
+    for t in range(max_new_tokens):
+        if temperature == 0:
+            ids, ids_logp = logits.argmax(-1), logp.new_zeros(len(rows))
+        else:
+            ids, ids_logp = draw(sampling_logits(logits, temperature, top_k, top_p), u[rows, t])
+        running, at = ~finished[rows], lengths[rows]
+        tokens[rows, at] = torch.where(running, ids, tokens[rows, at])
+        logp[rows, at - 1] = torch.where(running, ids_logp.to(logp.dtype), logp[rows, at - 1])
+        lengths[rows] += running
+        finished[rows] |= torch.isin(ids, stops)
+        running = ~finished[rows]
+        count = int(running.sum())
+        if count == 0 or t == max_new_tokens - 1:
+            break
+        # Moving the cache costs about as much as a few steps: wait until a quarter of the rows have finished.
+        if not compile and count <= 0.75 * len(rows):
+            cache.keep(running.nonzero().squeeze(-1))
+            rows, ids = rows[running], ids[running]
+        logits = step(model, ids, cache)
+
+    T = int(lengths.max())
+    return Rollout(tokens[:, :T], prompt_lengths, lengths, logp[:, : T - 1], finished, prompt_index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scorer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_log_probs(model: GPT, tokens: Tensor, mask: Tensor | None = None, *,
+                    temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log pi(tokens[:, t+1] | tokens[:, :t+1]) and the entropy of that distribution.
+
+    tokens [B, T]; mask [B, T-1] -> (logp, entropy), both [B, T-1] in nats. Only True positions of the mask go through
+    the output head; the others are 0. The policy is the softmax of logits / temperature, as in `generate`.
+    """
+    if temperature <= 0:
+        raise ValueError(f"token_log_probs: temperature={temperature}; a greedy policy is a point mass, expected > 0")
+    inputs, targets = shift(tokens)
+    mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    logp, entropy = linear_log_probs(model.hidden(inputs)[mask], model.head.weight, targets[mask], temperature)
+    zeros = torch.zeros(mask.shape, dtype=logp.dtype, device=logp.device)
+    return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)

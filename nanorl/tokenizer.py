@@ -1,0 +1,210 @@
+"""Byte-level BPE: the trainer by hand, the encoder by tiktoken.
+
+    text  --PATTERN-->  pre-tokens  --UTF-8-->  bytes  --merges, lowest rank first-->  ids
+
+A vocabulary is a numbered list of byte strings. Its first 256 are the single bytes, so any text can be written and no
+token is ever "unknown"; each later one joins two earlier ones. The number is called the rank: it is the token's id and
+its priority at once. Training chooses the merges (`train_bpe`), encoding replays them, and tiktoken does that in Rust.
+
+Special tokens stand after the ranks. No text encodes to one, whatever it says: `render` and `render_response` add them.
+"""
+
+import base64
+import heapq
+import re
+from collections import Counter, defaultdict
+from itertools import chain, pairwise
+from pathlib import Path
+
+import tiktoken
+
+# No merge crosses a pre-token: a word and its leading space, a run of symbols likewise, ONE digit, a run of whitespace.
+# The branches take in every character between them, for tiktoken silently drops text that no branch matches. There is
+# no look-ahead such as GPT-2's \s+(?!\S): it makes tiktoken's regex engine panic on a run of a million spaces.
+# Training splits with Python's `re`, encoding with a Rust engine, and their Unicode tables differ here and there: a
+# combining accent is a letter only to Rust, a superscript two only to Python. That costs merges, never characters.
+PATTERN = r" ?[^\W\d_]+| ?(?:[^\w\s]|_)+|\d|\s+"
+
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
+    """Learn the ranks of a byte-level BPE.         (Sennrich et al. 2016, alg. 1; on bytes: Radford et al. 2019, GPT-2)
+
+        repeat   (x, y) = argmax  sum_w n_w * #{adjacent (x, y) in w};    replace every x y by the new token xy
+
+    w runs over the distinct pre-tokens and n_w is how often each occurs. Ties go to the smaller pair of byte strings,
+    so the same text always gives the same ranks. `vocab_size` counts bytes and merges, no special tokens; fewer come
+    back when no pair occurs twice any more. A digit is a pre-token of its own, so it has no neighbour to merge with.
+
+    A merge changes only the words that contain its pair, so only these are counted anew. No two merges spell the same
+    bytes: inside a longer word, xy has been split just as xy alone would be, and that split is unique.
+    """
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size is {vocab_size}, expected at least 256: one rank for each byte")
+    ranks = {bytes([byte]): byte for byte in range(256)}
+
+    words, times = [], []
+    for word, n in Counter(re.findall(PATTERN, text)).items():
+        words.append([bytes([byte]) for byte in word.encode()])
+        times.append(n)
+    count, words_with = Counter(), defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in pairwise(word):
+            count[pair] += times[index]
+            words_with[pair].add(index)
+
+    heap = [(-n, pair) for pair, n in count.items() if n >= 2]          # smallest first: the tie rule comes for free
+    heapq.heapify(heap)
+    while heap and len(ranks) < vocab_size:
+        negative, pair = heapq.heappop(heap)
+        if -negative != count[pair]:
+            continue                                                    # stale: the count has changed since the push
+        ranks[pair[0] + pair[1]] = len(ranks)
+
+        change = Counter()
+        for index in words_with.pop(pair):
+            for old in pairwise(words[index]):
+                change[old] -= times[index]
+            words[index] = merge(words[index], pair)
+            for new in pairwise(words[index]):
+                change[new] += times[index]
+                words_with[new].add(index)
+        for changed, delta in change.items():
+            count[changed] += delta
+            if delta and count[changed] >= 2:
+                heapq.heappush(heap, (-count[changed], changed))
+    return ranks
+
+
+def merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    """Replace every occurrence of the pair by its concatenation, from the left: a a a becomes aa a."""
+    merged, i = [], 0
+    while i < len(word):
+        if tuple(word[i:i + 2]) == pair:
+            merged.append(pair[0] + pair[1])
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
+def parse_ranks(text: str, source: str) -> dict[bytes, int]:
+    """Read a rank file, `base64(token) rank` on each line in order of rank; `source` names it in the errors."""
+    ranks = {}
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        try:
+            encoded, rank = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank)
+        except ValueError:
+            raise ValueError(f"{source}, line {number}: expected `base64(token) rank`, got {line[:60]!r}") from None
+        if rank != number - 1:
+            raise ValueError(f"{source}, line {number}: expected rank {number - 1} (0, 1, 2, ... in order), got {rank}")
+        if token in ranks:
+            raise ValueError(f"{source}, line {number}: expected a new token, got {token!r} again, which is line "
+                             f"{ranks[token] + 1}")
+        ranks[token] = rank
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise ValueError(f"{source}: expected a token for each of the 256 bytes, byte {byte} has none")
+    return ranks
+
+
+class Tokenizer:
+    """Text to ids and back. Ids run from 0 to vocab_size - 1; pad, bos, user, assistant and end are the last five."""
+
+    def __init__(self, ranks: dict[bytes, int], name: str | None = None, pattern: str = PATTERN,
+                 base_special: dict[str, int] | None = None):
+        """Made by `train`, `load`, `named` or `from_state`; the last three arguments describe a named encoding."""
+        special = dict(base_special or {})
+        first = 1 + max(chain(ranks.values(), special.values()))
+        self.name, self.ranks = name, ranks
+        self.vocab_size = first + len(SPECIAL_TOKENS)
+        self.pad, self.bos, self.user, self.assistant, self.end = range(first, self.vocab_size)
+        special |= zip(SPECIAL_TOKENS, range(first, self.vocab_size), strict=True)
+        # tiktoken's own vocabularies have holes, and an untrained model samples these as well: every id must decode
+        for hole in set(range(first)).difference(ranks.values(), special.values()):
+            special[f"<|unused_{hole}|>"] = hole
+        self.encoding = tiktoken.Encoding(f"nanorl-{name or 'bpe'}", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=special)
+        self.byte_lengths = [0] * self.vocab_size                       # special tokens stay 0
+        for token, rank in ranks.items():
+            self.byte_lengths[rank] = len(token)
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> "Tokenizer":
+        """Learn a vocabulary of at most `vocab_size` ids, the five special tokens included: 512 gives 507 ranks."""
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise ValueError(f"vocab_size is {vocab_size}, expected at least {smallest}: 256 bytes, 5 special tokens")
+        return cls(train_bpe(text, vocab_size - len(SPECIAL_TOKENS)))
+
+    @classmethod
+    def named(cls, name: str) -> "Tokenizer":
+        """One of tiktoken's encodings (gpt2, cl100k_base, ...) with its own pattern and ids; our specials follow."""
+        if name not in (names := tiktoken.list_encoding_names()):
+            raise ValueError(f"unknown encoding {name!r}, expected one of {', '.join(names)}")
+        try:
+            base = tiktoken.get_encoding(name)
+        except Exception as error:                                      # whatever the HTTP client raises comes through
+            raise ValueError(f"cannot fetch the encoding {name!r} ({type(error).__name__}): go online once, set "
+                             "TIKTOKEN_CACHE_DIR to a folder with its file, or train a tokenizer instead") from error
+        # extending an encoding through these private fields is the way that tiktoken's README shows
+        return cls(base._mergeable_ranks, name, base._pat_str, base._special_tokens)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a rank file in tiktoken's format; a file that is not one raises a ValueError that says where."""
+        try:
+            text = Path(path).read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise ValueError(f"cannot read the rank file {path}: {error.strerror}") from None
+        return cls(parse_ranks(text, str(path)))
+
+    def save(self, path: str | Path) -> None:
+        """Write the ranks for `load`. A named encoding also needs its pattern, so it is kept by name instead."""
+        if self.name:
+            raise ValueError(f"a rank file cannot hold the pattern of {self.name!r}, expected a trained tokenizer")
+        Path(path).write_text(self.state_dict()["ranks"], encoding="ascii", newline="\n")
+
+    def state_dict(self) -> dict[str, str]:
+        """What a checkpoint keeps: {"name": ...} of a named encoding, or {"ranks": the text of the rank file}."""
+        if self.name:
+            return {"name": self.name}
+        return {"ranks": "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())}
+
+    @classmethod
+    def from_state(cls, state: dict[str, str]) -> "Tokenizer":
+        """The inverse of `state_dict`."""
+        match state:
+            case {"name": name}:
+                return cls.named(name)
+            case {"ranks": text}:
+                return cls(parse_ranks(text, "the checkpoint's tokenizer"))
+        raise ValueError(f"the checkpoint's tokenizer has {sorted(state)}, expected 'name' or 'ranks'")
+
+    def encode(self, text: str) -> list[int]:
+        """Ordinary tokens only: "<|end|>" in a user's text is seven characters, never the special token."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Special ids show by name, and bytes that are no valid UTF-8 (a character cut in two) as U+FFFD."""
+        return self.encoding.decode(ids)
+
+    def num_bytes(self, ids: list[int]) -> int:
+        """UTF-8 bytes that the ordinary tokens stand for, the denominator of bits per byte; special tokens count 0."""
+        return sum(self.byte_lengths[i] for i in ids)
+
+    def render(self, prompt: str) -> list[int]:
+        """The context in which a response is sampled:  <|bos|> <|user|> prompt <|assistant|>
+
+        With `render_response` this is the one place where special tokens are added. Prompt and response are encoded
+        apart, never as one string: a merge across their boundary would make tokens that are half prompt and half
+        response, so that training would see ids the sampler, which starts after the prompt, can never produce.
+        """
+        return [self.bos, self.user, *self.encode(prompt), self.assistant]
+
+    def render_response(self, response: str) -> list[int]:
+        """What the model is to say after `render`:  response <|end|>"""
+        return [*self.encode(response), self.end]

@@ -1,0 +1,385 @@
+"""The toy world: a verifier pays what is right and only that, splits never mix, data/ is what data/make.py makes."""
+
+import importlib.util
+import json
+import re
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanorl.tasks import (
+    MARKER,
+    MAX_ANSWER,
+    NAMES,
+    NUMBERS,
+    TASKS,
+    FileTask,
+    Problem,
+    arithmetic,
+    final_answer,
+    integers,
+    is_heldout,
+    is_worked,
+    make_task,
+    story,
+)
+
+DATA = Path(__file__).parent.parent / "data"
+spec = importlib.util.spec_from_file_location("make", DATA / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+
+seeds = st.integers(0, 2**32)
+names = st.sampled_from(sorted(TASKS))
+levels = [(name, difficulty) for name, task in TASKS.items() for difficulty in range(task.lowest, task.highest + 1)]
+tasks = st.sampled_from(levels).map(lambda level: make_task(*level))
+quick = settings(max_examples=100, deadline=None)
+files = FileTask([(f"Capital of country {n}?", f"City {n}") for n in range(100)])
+
+
+# ---- Verifiers ----
+
+@pytest.mark.parametrize(("name", "difficulty"), levels)
+def test_both_ways_of_answering_are_right(name, difficulty):
+    """At every difficulty each demonstration verifies, in both modes, and `is_worked` tells the modes apart."""
+    task, rng = make_task(name, difficulty), Random(f"{name} {difficulty}")
+    for _ in range(30):
+        problem = task.draw(rng)
+        direct, work = task.direct(problem, rng), task.work(problem, rng)
+        assert task.verify(problem, direct) == task.verify(problem, work) == 1.0, (problem, work)
+        assert is_worked(work) and not is_worked(direct), (direct, work)
+        assert final_answer(work) == final_answer(direct) == problem.answer
+
+
+@quick
+@given(names, seeds)
+def test_demonstrations_are_right_train_problems_of_either_mode(name, seed):
+    """Never a held-out prompt, and three in ten are worked: of 200, within six standard deviations of 60."""
+    task, rng = make_task(name), Random(seed)
+    drawn = [task.demonstration(rng) for _ in range(200)]
+    assert all(task.verify(problem, response) == 1.0 and not is_heldout(problem.prompt) for problem, response in drawn)
+    assert 21 <= sum(is_worked(response) for _, response in drawn) <= 99
+
+
+def test_only_a_single_marker_makes_an_answer_and_only_text_before_it_makes_it_worked():
+    assert final_answer("7+5=12. Answer:  12 \n") == "12" and final_answer("Answer: ") == ""
+    assert final_answer("12") is final_answer("Answer: 1 Answer: 2") is final_answer(MARKER + "x" * 257) is None
+    assert is_worked("so. Answer: 12") and is_worked("so. Answer: 1 Answer: 2")
+    assert not is_worked(" \n Answer: 12") and not is_worked("7+5=12, and that is all")
+
+
+MARKED = [  # each is tried after a marker
+    "", " ", "\0", "٣", "９３２", "²", "-", "-1", "+1", "1 2", "1+", "*1", "()", ")(", "0x10", "1_0", "1e9", "NaN",
+    "9**9**9", "99**98**97", "9**-1", "1/0", "10//3", "{answer}", "%s", "lambda: 1", "__import__('os').system('exit')",
+    "().__class__.__bases__", "(" * 5_000, "(" * 100 + "1" + ")" * 100, "+" * 200, "1+" * 120 + "1", "Answer:",
+    "\udfff", "9" * 1_000_000, "9*" * 500_000, "[" * 1_000_000, " " * 1_000_000,
+]
+BARE = [
+    "", " ", "\n", "\0", "\ud800", "Answer:", "Answer:\u00a0932", "answer: 932", "9" * 1_000_000, "Answer" * 200_000,
+    MARKER * 100_000, " " * 1_000_000 + MARKER, "<think>" + MARKER,
+]
+
+
+@pytest.mark.parametrize("name", [*TASKS, "file"])
+def test_attacks_score_zero_in_bounded_time(name):
+    """No trick pays, none raises, and a megabyte costs less than 50 ms."""
+    task = files if name == "file" else make_task(name)
+    problem = task.draw(Random(0))
+    gold = MARKER + problem.answer
+    echoes = [problem.prompt, problem.answer, MARKER + problem.prompt, MARKER + "1 " + gold, gold + " " + gold,
+              gold + "\n" + MARKER, gold + "\0", gold + " or so", f"{gold}={problem.answer}", gold + " " * 300 + "x"]
+    assert task.verify(problem, gold) == 1.0
+    for text in [MARKER + attack for attack in MARKED] + BARE + echoes:
+        start = time.process_time()
+        assert task.verify(problem, text) == 0.0, text[:80]
+        assert time.process_time() - start < 0.05, text[:80]
+
+
+@settings(max_examples=400, deadline=None)
+@given(tasks, seeds, st.lists(st.sampled_from([*"0123456789+-*() .,=٣９\0", MARKER, "yes"])).map("".join) | st.text())
+def test_any_text_scores_0_or_1_and_always_the_same(task, seed, text):
+    problem = task.draw(Random(seed))
+    for response in (text, MARKER + text, problem.answer + text, MARKER + problem.answer + text):
+        assert task.verify(problem, response) in (0.0, 1.0)
+        assert task.verify(problem, response) == task.verify(problem, response)
+
+
+@quick
+@given(tasks.filter(lambda task: task.name != "countdown"), seeds, st.data())
+def test_any_other_answer_is_wrong(task, seed, data):
+    """Replace, insert or delete a character anywhere, and it pays no more; nor do 0932 and 932 with a full stop."""
+    problem = task.draw(Random(seed))
+    gold = problem.answer
+    i, c = data.draw(st.integers(0, len(gold) - 1)), data.draw(st.sampled_from("0123456789abc.+-,"))
+    replaced, inserted, deleted = gold[:i] + c + gold[i + 1:], gold[:i] + c + gold[i:], gold[:i] + gold[i + 1:]
+    for other in (replaced, inserted, deleted, "0" + gold, gold + "."):
+        assert task.verify(problem, MARKER + other) == float(other == gold), (gold, other)
+
+
+@quick
+@given(seeds, st.integers(2, 6))
+def test_countdown_wants_the_target_from_exactly_these_numbers(seed, difficulty):
+    """Another value, a number too many, too few or changed: 0. The same sum in other words: 1."""
+    task = make_task("countdown", difficulty)
+    problem = task.draw(Random(seed))
+    target, *given_numbers = integers(problem.prompt)
+    assert arithmetic(problem.answer) == (target, sorted(given_numbers)) and 1 <= target <= 99
+    gold = problem.answer
+    for right in (gold, f"({gold})", f"(({gold}))", " ".join(gold), re.sub(r"([0-9])", r"(\1)", gold)):
+        assert task.verify(problem, MARKER + right) == 1.0, right
+    for wrong in (str(target), f"{gold}+0", f"{gold}*1", f"{gold}+1-1", f"0+{gold}", f"{gold}={target}", f"+{gold}",
+                  f"0{gold}", gold[:-2], gold[2:], f"{gold}.", f"{gold} yes", f"{gold}, {gold}"):
+        assert task.verify(problem, MARKER + wrong) == 0.0, wrong
+    other = Problem(problem.prompt, re.sub(r"^[0-9]", lambda digit: str(int(digit[0]) % 9 + 1), gold))
+    assert task.verify(other, MARKER + gold) == 0.0, "one number differs"
+    unequal = Problem(problem.prompt, "+".join(map(str, given_numbers)))
+    assert task.verify(unequal, MARKER + gold) == float(sum(given_numbers) == target), "same numbers, another value"
+
+
+expressions = st.recursive(
+    st.integers(0, 9_999_999).map(str),
+    lambda inner: (st.tuples(inner, st.sampled_from(["+", "-", "*", " + ", " * "]), inner).map("".join)
+                   | inner.map("({})".format)),
+    max_leaves=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(expressions)
+def test_arithmetic_agrees_with_python(text):
+    """The parser is Python's own arithmetic (precedence, associativity, parentheses) on what our grammar allows."""
+    deep = max((text[:i].count("(") - text[:i].count(")") for i in range(len(text) + 1)), default=0) > 8
+    if len(text) > MAX_ANSWER or deep or max(integers(text)) > 999_999:
+        assert arithmetic(text) is None
+    else:
+        assert arithmetic(text) == (eval(text), sorted(integers(text)))  # our own text: the one eval there is
+
+
+def test_arithmetic_is_bounded():
+    """256 characters, 8 open parentheses, 6 digits: and one more of any is no expression."""
+    assert arithmetic("1+" * 127 + "1") == (128, [1] * 128) and arithmetic("1+" * 128 + "1") is None
+    assert arithmetic("(" * 8 + "1" + ")" * 8) == (1, [1]) and arithmetic("(" * 9 + "1" + ")" * 9) is None
+    assert arithmetic("999999") == (999_999, [999_999]) and arithmetic("1000000") is None
+    assert arithmetic("9" * 1_000_000) is arithmetic("(" * 255) is None
+
+
+@given(st.text(alphabet="0123456789+-*() ٣²._aex/", max_size=30))
+def test_arithmetic_reads_nothing_else(text):
+    """A text has a value only if it is of our grammar, and then Python finds the same."""
+    if (found := arithmetic(text)) is not None:
+        assert re.fullmatch(r"[0-9+\-*() ]+", text) and "**" not in text.replace(" ", "")
+        assert found == (eval(text.strip()), sorted(integers(text)))
+
+
+# ---- The steps are true ----
+
+@quick
+@given(st.integers(1, 9), seeds)
+def test_every_step_of_a_worked_addition_is_right(digits, seed):
+    """Each step adds the column's two digits and what the step before carried; the last digits spell the answer."""
+    task = make_task("addition", digits)
+    problem = task.draw(Random(seed))
+    a, b = re.fullmatch(r"What is ([1-9][0-9]*)\+([1-9][0-9]*)\?", problem.prompt).groups()
+    steps = task.work(problem, Random(0)).removesuffix(f". {MARKER}{problem.answer}").split(", ")
+    assert len(a) == len(b) == len(steps) == digits
+    written, carry = "", 0
+    for column, step in enumerate(steps):
+        left, right = step.split("=")
+        assert left == f"{a[-1 - column]}+{b[-1 - column]}" + (f"+{carry}" if column else "")
+        assert int(right) == sum(integers(left))
+        carry, written = int(right) // 10, str(int(right) % 10) + written
+    assert (str(carry) if carry else "") + written == problem.answer == str(int(a) + int(b))
+
+
+@quick
+@given(st.sampled_from(["sums", "countdown"]), seeds)
+def test_every_equation_of_worked_sums_and_countdown_is_true(name, seed):
+    """All parts of a=b=c are equal; countdown says yes to the target only, last, and no to everything else."""
+    task, rng = make_task(name), Random(seed)
+    problem = task.draw(rng)
+    target = integers(problem.prompt)[0]
+    *steps, last = task.work(problem, rng).split(f". {MARKER}")[0].split(", ")
+    for step in [*steps, last]:
+        equation, _, verdict = step.partition(" ")
+        values = {arithmetic(side)[0] for side in equation.split("=")}
+        assert len(values) == 1 and equation.count("=") >= 1
+        assert name == "sums" or verdict == ("yes" if values == {target} else "no")
+    assert last.endswith("yes" if name == "countdown" else f"={problem.answer}")
+    assert not any(step.endswith("yes") for step in steps)
+
+
+@quick
+@given(seeds)
+def test_every_step_of_worked_sorting_and_reversal_is_right(seed):
+    rng = Random(seed)
+    sorting, reversal = make_task("sorting"), make_task("reversal")
+    problem = sorting.draw(rng)
+    digits = problem.prompt[len("Sort "):-1]
+    steps = sorting.work(problem, rng).split(". ")[0].split(", ")
+    assert steps == ["".join(sorted(digits[:n + 1])) for n in range(len(digits))]
+    assert problem.answer == "".join(sorted(digits))
+    problem = reversal.draw(rng)
+    word = problem.prompt[len("Reverse "):-1]
+    assert reversal.work(problem, rng) == f"{' '.join(word)}, {' '.join(word[::-1])}. {MARKER}{word[::-1]}"
+    assert len(word) == reversal.difficulty and set(word) & set("aeiou")
+
+
+# ---- Splits ----
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_split_is_a_property_of_the_prompt(name):
+    """Whatever the rng, no prompt is ever drawn in both splits, and equal rngs draw equal problems."""
+    task = make_task(name)
+    train, heldout = ({task.problem(Random(seed), split).prompt for seed in range(1000)}
+                      for split in ("train", "heldout"))
+    assert train and heldout and not train & heldout
+    assert task.problem(Random(7), "train") == task.problem(Random(7), "train")
+    assert not any(map(is_heldout, train)) and all(map(is_heldout, heldout))
+
+
+def test_the_split_never_changes():
+    """Written down: a file or checkpoint of last year must still be clean of today's held-out prompts."""
+    assert [n for n in range(100, 140) if is_heldout(f"What is {n}+{n}?")] == [106, 113, 127, 136, 138]
+
+
+@pytest.mark.parametrize(("name", "difficulty"), levels)
+def test_both_splits_have_problems_at_every_difficulty(name, difficulty):
+    """At the smallest difficulties there are a hundred prompts or so: neither side may be without any."""
+    task, rng = make_task(name, difficulty), Random(0)
+    assert {is_heldout(task.draw(rng).prompt) for _ in range(400)} == {True, False}
+
+
+def test_one_in_ten_is_held_out():
+    """Of 10,000 distinct prompts 1,000 +- 30, so 850 to 1,150 is five standard deviations."""
+    assert 850 < sum(is_heldout(f"What is {n}+1?") for n in range(10_000)) < 1150
+
+
+# ---- Errors ----
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_bad_difficulty_is_one_sentence_with_the_range(name):
+    task = TASKS[name]
+    for bad in (task.lowest - 1, task.highest + 1, -1, 2.5, "3", True):
+        with pytest.raises(ValueError, match=rf"{name}.*{task.lowest} to {task.highest}, not {bad!r}$") as error:
+            make_task(name, bad)
+        assert "\n" not in str(error.value)
+
+
+def test_an_unknown_task_is_one_sentence_with_the_choices():
+    with pytest.raises(ValueError, match=f"^there is no task 'chess', only {', '.join(TASKS)}$"):
+        make_task("chess")
+    with pytest.raises(ValueError, match="a split is 'train' or 'heldout', not 'test'"):
+        make_task("addition").problem(Random(0), "test")
+
+
+def test_a_file_task_compares_texts_and_refuses_what_it_cannot_verify():
+    """White space may vary and nothing else; an answer that can never pay, or an empty split, is said at once."""
+    problem = Problem("Who?", "Ada  Lovelace")
+    assert files.verify(problem, "She wrote it. Answer:  Ada\n Lovelace ") == 1.0
+    assert files.verify(problem, "Answer: ada lovelace") == files.verify(problem, "Ada Lovelace") == 0.0
+    assert {is_heldout(files.problem(Random(seed), "heldout").prompt) for seed in range(20)} == {True}
+    for bad in ("", " ", "Answer: 3", "x" * (MAX_ANSWER + 1)):
+        with pytest.raises(ValueError, match="record 2: no response can have"):
+            FileTask([("a", "b"), ("c", bad)])
+    for held, empty in ((True, "train"), (False, "heldout")):
+        pairs = [(problem.prompt, problem.answer) for problem in files.problems if is_heldout(problem.prompt) is held]
+        with pytest.raises(ValueError, match=f"the {empty} split is empty"):
+            FileTask(pairs)
+    with pytest.raises(ValueError, match="split is empty"):
+        FileTask([])
+    for attempt in (files.demonstrations, lambda: files.work(problem, Random(0))):
+        with pytest.raises(ValueError, match="no demonstrations"):
+            attempt()
+
+
+# ---- Stories and files ----
+
+@quick
+@given(seeds)
+def test_a_story_is_whole(seed):
+    """4 to 6 sentences, 40 to 90 words, one line, no open slot; the friend is introduced; sums in words are true."""
+    text = story(Random(seed))
+    assert text == story(Random(seed))
+    assert 40 <= len(text.split()) <= 90 and re.fullmatch(r'[A-Z"][A-Za-z ,.?!"]+[.!]', text), text
+    assert 4 <= len(re.split(r'(?<=[.!?"]) (?=[A-Z"])', text)) <= 6, text
+    assert text.count('"') % 2 == 0 and "  " not in text
+    (friend,) = re.findall(rf"\b({'|'.join(NAMES['she'] + NAMES['he'])}) the ", text)
+    assert text.index(friend) == text.index(f"{friend} the "), text
+    for pattern in (r"picked (\w+) \w+ and found (\w+) more, and that makes (\w+)",
+                    r"(\w+) \w+ and (\w+) \w+ make (\w+)",
+                    r"had (\w+) \w+, \w+ had (\w+), and together they had (\w+)"):
+        for numbers in re.findall(pattern, text):
+            a, b, c = (NUMBERS.index(number.lower()) for number in numbers)
+            assert a + b == c, text
+
+
+def test_pronouns_agree_with_the_hero():
+    """A story has `she` or `he`, never both, but for the cow that wanted her supper."""
+    for seed in range(2000):
+        words = set(re.findall(r"[a-z]+", story(Random(seed)).replace("her supper", "").lower()))
+        assert not (words & {"she", "her"} and words & {"he", "his", "him"}), story(Random(seed))
+
+
+@pytest.fixture(scope="module")
+def written():
+    return {path.name: path.read_bytes().decode() for path in DATA.iterdir() if path.suffix in (".txt", ".jsonl")}
+
+
+def test_data_is_what_make_makes(written):
+    """Byte for byte, so nobody edits a data file by hand and no generator drifts away from its files."""
+    made = make.files()
+    assert set(made) == set(written)
+    assert [name for name in made if made[name] != written[name]] == []
+
+
+def test_no_heldout_prompt_is_in_any_data_file(written):
+    for name, content in written.items():
+        prompts = ([json.loads(line)["prompt"] for line in content.splitlines()] if name.endswith(".jsonl") else
+                   re.findall(r"^What is .*?\?", content, re.M))
+        assert not any(map(is_heldout, prompts)), name
+        assert len(prompts) > 1000 or name == "stories_heldout.txt"
+
+
+def test_every_written_response_is_right(written):
+    """Not only as drawn: as read back from the files, against the sum in the prompt or the task's own verifier."""
+    for name in TASKS:
+        lines = [json.loads(line) for line in written[f"{name}.jsonl"].splitlines()]
+        assert len(lines) == 4_000
+        assert 0.25 < sum(is_worked(line["response"]) for line in lines) / len(lines) < 0.35
+    sums = re.findall(r"^What is (\d+)\+(\d+)\? (.*)$", written["text.txt"], re.M)
+    assert all(final_answer(response) == str(int(a) + int(b)) for a, b, response in sums)
+    assert 0.64 < sum(is_worked(response) for *_, response in sums) / len(sums) < 0.69
+
+
+def test_the_text_is_a_third_stories_and_the_heldout_stories_are_new(written):
+    text, heldout = written["text.txt"], written["stories_heldout.txt"].strip().split("\n\n")
+    documents = text.strip().split("\n\n")
+    stories = [document for document in documents if not document.startswith("What is ")]
+    assert 0.34 < sum(map(len, stories)) / len(text) < 0.36 and 2.4e6 < len(text) < 2.6e6
+    assert all(3 <= document.count("\n") + 1 <= 6 for document in documents if document.startswith("What is "))
+    assert len(set(heldout)) == 200 and all(heldout) and all(stories)
+    assert not any(story in text for story in heldout)
+
+
+def test_make_writes_another_difficulty(tmp_path):
+    out = tmp_path / "four.jsonl"
+    make.main(["--task", "addition", "--difficulty", "4", "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 4_000
+    assert all(re.fullmatch(r"What is \d{4}\+\d{4}\?", line["prompt"]) for line in lines)
+    assert not any(is_heldout(line["prompt"]) for line in lines) and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("argv", [
+    "--tusk", "--out x", "--difficulty 3", "--task addition", "--task chess --out x", "--task addition --difficulty x",
+    "--task addition --difficulty 99 --out x", "--task addition --out no/such/folder/x",
+])
+def test_bad_arguments_are_one_sentence_and_exit_code_2(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        make.main(argv.split())
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.strip().count("\n") == 0 and not list(tmp_path.iterdir())
