@@ -121,7 +121,7 @@ def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     rewards = experience.rewards.flatten().tolist()
     G = experience.rewards.shape[1]
     records = [{"prompt": experience.problems[row // G].prompt, "response": experience.texts[row], "reward": rewards[row],
-                "finished": bool(experience.rollout.finished[row])} for row in range(0, count * G, G)]
+                "finished": bool(experience.rollout.finished[row])} for row in range(0, len(rewards), G)[:count]]
     out.samples(records)
     lines = (f"  {'+' if r['reward'] else '-'} {r['prompt']} {r['response']!s:.160}{'' if r['finished'] else ' ...'}"
              for r in records)

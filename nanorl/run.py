@@ -277,7 +277,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:100]})") from None
+        why = (str(e) or "empty file").splitlines()[0][:100]
+        raise ValueError(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path}: not a nanorl checkpoint of format {FORMAT} (found {found})")
@@ -359,7 +360,6 @@ class Run:
         self.step = 0
         self._line: dict[str, float] = {}
         self._signal: int | None = None
-        self.out.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
             self.step = checkpoint["step"]
             optimizer.load_state_dict(checkpoint["optimizer"])

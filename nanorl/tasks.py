@@ -8,7 +8,7 @@ A *problem* is a prompt and its gold answer. A *response* follows the prompt and
 A tiny model blurts wrong and works right, so a verifier's reward alone can teach it to work. Two rules keep that
 reward honest:
 
-1. A response is untrusted text. It is compared, or read by the 30-line parser below; it is never evaluated.
+1. A response is untrusted text. It is compared, or read by the small parser below; it is never evaluated.
    Any string whatsoever gets 0.0 or 1.0, in time linear in its length.
 2. A prompt belongs to "train" or "heldout" by its own hash: no seed, process or script can move it to the other side.
 
@@ -138,27 +138,25 @@ class Addition(Task):
 
 
 class Sums(Task):
-    """What is 4+9+7+2+8?    4+9=13, 13+7=20, 20+2=22, 22+8=30. Answer: 30"""
+    """What is 40+7+20+8?    40+7+20+8=47+20+8=67+8=75. Answer: 75"""
 
     name, knob = "sums", "terms"
-    lowest, default, highest = 3, 5, 12
+    lowest, default, highest = 3, 4, 8
 
     def draw(self, rng):
-        terms = [rng.randint(1, 9) for _ in range(self.difficulty)]
+        terms = [rng.choice([*range(1, 10), *range(10, 100, 10)]) for _ in range(self.difficulty)]
         return Problem(f"What is {'+'.join(map(str, terms))}?", str(sum(terms)))
 
     def work(self, problem, rng):
-        """A running total, so that each step adds one digit to a number of at most two or three."""
-        total, *terms = integers(problem.prompt)
-        steps = []
-        for term in terms:
-            steps.append(f"{total}+{term}={total + term}")
-            total += term
-        return worked(steps, problem.answer)
+        """A running total with the rest kept in view, where each step adds one digit or one ten."""
+        return worked([reduce(problem.prompt.removeprefix("What is ").removesuffix("?"))], problem.answer)
 
 
 class Sorting(Task):
-    """Sort 73913.    7, 37, 379, 1379, 13379. Answer: 13379"""
+    """Sort 73913.    7, 37, 379, 1379, 13379. Answer: 13379
+
+    A control: attention sorts at a glance, so that working need not pay here.
+    """
 
     name, knob = "sorting", "digits to sort"
     lowest, default, highest = 2, 8, 16
@@ -228,21 +226,21 @@ class Countdown(Task):
         """Search out loud: up to three tries that miss, then the one that hits."""
         target, *numbers = integers(problem.prompt)
         tries = dict.fromkeys(self.expression(numbers, rng) for _ in range(rng.randrange(4)))  # none of them twice
-        misses = [f"{self.reduce(text)} no" for text in tries if arithmetic(text)[0] != target]
-        return worked([*misses, f"{self.reduce(problem.answer)} yes"], problem.answer)
-
-    @staticmethod
-    def reduce(text: str) -> str:
-        """One operation at a time: '3*4+5-2' becomes '3*4+5-2=12+5-2=17-2=15'."""
-        lines = [text]
-        while step := re.match(r"([0-9]+[-+*][0-9]+)(.*)", lines[-1]):
-            lines.append(f"{arithmetic(step[1])[0]}{step[2]}")
-        return "=".join(lines)
+        misses = [f"{reduce(text)} no" for text in tries if arithmetic(text)[0] != target]
+        return worked([*misses, f"{reduce(problem.answer)} yes"], problem.answer)
 
     def verify(self, problem, response):
         """The same value from the same numbers as the planted solution."""
         found = arithmetic(final_answer(response) or "")
         return float(found is not None and found == arithmetic(problem.answer))
+
+
+def reduce(text: str) -> str:
+    """From left to right, one operation at a time: '3*4+5-2' becomes '3*4+5-2=12+5-2=17-2=15'. For our own texts."""
+    lines = [text]
+    while step := re.match(r"([0-9]+[-+*][0-9]+)(.*)", lines[-1]):
+        lines.append(f"{arithmetic(step[1])[0]}{step[2]}")
+    return "=".join(lines)
 
 
 def arithmetic(text: str, max_depth: int = 8, max_digits: int = 6) -> tuple[int, list[int]] | None:

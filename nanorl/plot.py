@@ -1,0 +1,89 @@
+"""Learning curves of one run or several, as a PNG:  python -m nanorl.plot runs/grpo [runs/other ...] [--out FILE]
+
+Needs the extra `plot`:  pip install -e ".[plot]"
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from nanorl.run import user_errors
+
+# A panel: what its y axis shows, and the metrics drawn in it. One that no run has logged is left out.
+PANELS = [
+    ("accuracy", {"rollout/reward": "training, sampled", "eval/accuracy_sampled": "held out, sampled",
+                  "eval/accuracy_greedy": "held out, greedy"}),
+    ("tokens per answer", {"rollout/length": "training", "eval/length": "held out"}),
+    ("share of answers worked out", {"rollout/worked": "training", "eval/worked": "held out"}),
+    ("entropy, nats per token", {"train/entropy": "policy"}),
+    ("loss, nats per token", {"train/loss": "training"}),
+    ("held-out text, nats per token", {"eval/text_loss": "text", "eval/story_loss": "stories"}),
+    ("groups without contrast", {"rollout/no_contrast": "share"}),
+    ("gradient norm", {"train/grad_norm": "before clipping", "train/grad_norm_max": "largest of a step"}),
+]
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")    # Okabe and Ito: safe for all eyes
+HIDDEN_IN_RL = {"train/loss"}    # near zero by construction, and no measure of anything
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; expected the directory of a run")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def draw(runs: list[Path], out: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    logs = {run.name: read_metrics(run) for run in runs}
+    logged = {name for lines in logs.values() for line in lines for name in line}
+    if any(name.startswith("rollout/") for name in logged):
+        logged -= HIDDEN_IN_RL
+    panels = [(title, {name: label for name, label in metrics.items() if name in logged}) for title, metrics in PANELS]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        raise ValueError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    for axis, (title, metrics) in zip(axes.flat, panels, strict=False):
+        colours = iter(PALETTE * len(logs))
+        for run, lines in logs.items():
+            for name, label in metrics.items():
+                points = [(line["step"], line[name]) for line in lines if name in line]
+                if not points:
+                    continue
+                sparse = name.startswith("eval/")
+                label = label if len(logs) == 1 else f"{run}: {label}"
+                axis.plot(*zip(*points, strict=True), color=next(colours), label=label, linewidth=1.8 if sparse else 1.0,
+                          marker="o" if sparse else None, markersize=4)
+        axis.set(title=title, xlabel="step")
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(metrics) * len(logs) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    for axis in list(axes.flat)[len(panels):]:
+        axis.set_visible(False)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
+    parser.add_argument("--out", type=Path, help="the PNG to write (default: curves.png in the first run)")
+    args = parser.parse_args(argv)
+    out = args.out or args.runs[0] / "curves.png"
+    with user_errors():
+        try:
+            draw(args.runs, out)
+        except ImportError:
+            raise ValueError('plotting needs matplotlib; install it with: pip install -e ".[plot]"') from None
+    print(f"Drew {out}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What the theorems quantify over. Hypothesis draws shapes, scales and a seed; torch makes the tensors, in float64."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nanorl.ops import AGGREGATES, token_weights
+from nanorl.tabular import num_prefixes
+
+generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
+scales = st.sampled_from([0.0, 0.01, 0.3, 1.0, 5.0, 30.0])
+temperatures = st.floats(0.3, 3.0)
+aggregates = st.sampled_from(AGGREGATES)
+
+
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@st.composite
+def logits(draw, holes=False):
+    """[N, V]. With holes, some entries are -inf, but never all of a row."""
+    N, V, g = draw(st.integers(1, 6)), draw(st.integers(2, 7)), draw(generators)
+    z = draw(scales) * randn(g, N, V)
+    if holes:
+        hole = torch.rand(N, V, generator=g) < draw(st.sampled_from([0.2, 0.6, 1.0]))
+        hole[torch.arange(N), torch.randint(V, (N,), generator=g)] = False
+        z = z.masked_fill(hole, -torch.inf)
+    return z
+
+
+@st.composite
+def scored_logits(draw, holes=False):
+    """logits [N, V] and ids [N] of tokens that have a probability."""
+    z = draw(logits(holes))
+    return z, torch.multinomial((z > -torch.inf).double(), 1, generator=draw(generators)).squeeze(-1)
+
+
+@st.composite
+def logit_pairs(draw):
+    """Two [N, V], anything from equal to far apart."""
+    z = draw(logits())
+    return z, z + draw(scales) * randn(draw(generators), *z.shape)
+
+
+@st.composite
+def policies(draw, count=1, V=st.integers(2, 4), T=st.integers(1, 3)):
+    """Tables of nanorl/tabular.py of one shape [prefixes, V]."""
+    V, T, g = draw(V), draw(T), draw(generators)
+    scale = draw(st.sampled_from([0.01, 0.3, 1.0, 3.0]))
+    tables = [scale * randn(g, num_prefixes(V, T), V) for _ in range(count)]
+    return tables[0] if count == 1 else tables
+
+
+@st.composite
+def linear_problems(draw, rows=st.integers(0, 9)):
+    """hidden [N, d], weight [V, d], ids [N], and a temperature."""
+    N, d, V, g = draw(rows), draw(st.integers(1, 5)), draw(st.integers(2, 7)), draw(generators)
+    scale = draw(st.sampled_from([0.1, 1.0, 3.0]))
+    return randn(g, N, d), scale * randn(g, V, d), torch.randint(V, (N,), generator=g), draw(temperatures)
+
+
+@st.composite
+def rewards(draw, min_group=1):
+    """[P, G], many of them tied: 0/1 verdicts, quarters, real numbers, or all alike. Sums of the first two are exact."""
+    P, G, g = draw(st.integers(1, 4)), draw(st.integers(min_group, 8)), draw(generators)
+    return {"binary": torch.randint(2, (P, G), generator=g).double(),
+            "quarters": torch.randint(-8, 9, (P, G), generator=g) / torch.tensor(4.0, dtype=torch.float64),
+            "real": randn(g, P, G),
+            "alike": randn(g, P, 1).expand(P, G).clone()}[draw(st.sampled_from(["binary", "quarters", "real", "alike"]))]
+
+
+@st.composite
+def scored_rewards(draw):
+    """rewards [P, G] and valid [P, G], of any number per row, zero included."""
+    r, g = draw(rewards()), draw(generators)
+    return r, torch.rand(r.shape, generator=g) < draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+
+
+@st.composite
+def masks(draw, B=st.integers(1, 6), T=st.integers(1, 12), kinds=("empty", "full", "run", "scattered")):
+    """[B, T] bool, each row of its own kind."""
+    B, T, g = draw(B), draw(T), draw(generators)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    for row in mask:
+        kind, (start, stop) = draw(st.sampled_from(kinds)), torch.randint(T, (2,), generator=g).sort().values
+        if kind == "full":
+            row[:] = True
+        elif kind == "run":
+            row[start : stop + 1] = True
+        elif kind == "scattered":
+            row[:] = torch.rand(T, generator=g) < 0.5
+    return mask
+
+
+@st.composite
+def masked_prompts(draw):
+    """mask [B, T] and prompt_index [B]: labels with gaps, in no order, with any number of rows each."""
+    mask = draw(masks())
+    labels = draw(st.lists(st.integers(-100, 100), min_size=3, max_size=3, unique=True))
+    return mask, torch.tensor(labels)[torch.randint(3, (len(mask),), generator=draw(generators))]
+
+
+@dataclass
+class Batch:
+    """Everything an objective takes: [B, T], but adv is [B, 1] and prompt_index [B]."""
+
+    logp: Tensor
+    old_logp: Tensor
+    ref_logp: Tensor
+    entropy: Tensor
+    adv: Tensor
+    mask: Tensor
+    weights: Tensor
+    prompt_index: Tensor
+
+    def rows(self, index) -> "Batch":
+        return replace(self, **{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+@st.composite
+def batches(draw, on_policy=None):
+    """A step's rows, on the policy that sampled them or (by default: sometimes) off it."""
+    (mask, prompt_index), g = draw(masked_prompts()), draw(generators)
+    B, T = mask.shape
+    logp, adv = -randn(g, B, T).abs(), randn(g, B, 1)
+    adv[torch.rand(B, generator=g) < 0.2] = 0.0                 # groups without contrast
+    shift = 0.0 if on_policy else draw(st.sampled_from([0.0, 0.1, 0.5, 2.0] if on_policy is None else [0.1, 0.5, 2.0]))
+    return Batch(logp, logp + shift * randn(g, B, T), logp + draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])) * randn(g, B, T),
+                 randn(g, B, T).abs(), adv, mask, token_weights(mask, prompt_index, draw(aggregates), T).double(),
+                 prompt_index)
+
+
+@st.composite
+def partitions(draw, count):
+    """The rows 0 .. count-1 in some order, cut into parts."""
+    order = torch.tensor(draw(st.permutations(range(count))))
+    cuts = sorted(draw(st.sets(st.integers(1, count - 1)))) if count > 1 else []
+    return order.tensor_split(cuts)

@@ -1,0 +1,928 @@
+"""Theorems about nanorl/ops.py. Expectations are exact sums over an enumerated policy, so nothing here is sampled."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanorl import ops
+from nanorl.ops import (
+    AGGREGATES,
+    center,
+    clipped_surrogate,
+    entropy_from_logits,
+    importance_ratio,
+    kl_divergence,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    leave_one_out,
+    linear_log_probs,
+    log_softmax,
+    logsumexp,
+    masked_mean,
+    masked_sum,
+    selective_log_softmax,
+    token_weights,
+    zscore,
+)
+from nanorl.tabular import (
+    expectation,
+    fixed_prefix_kl,
+    log_probs,
+    num_prefixes,
+    prefix_rows,
+    sequence_kl,
+    sequence_probs,
+    sequences,
+)
+from strategies import (
+    aggregates,
+    generators,
+    linear_problems,
+    logit_pairs,
+    logits,
+    masked_prompts,
+    masks,
+    policies,
+    randn,
+    rewards,
+    scored_logits,
+    scored_rewards,
+    temperatures,
+)
+
+pytestmark = pytest.mark.math
+
+ADVANTAGES = (center, zscore, leave_one_out)
+shifts = st.integers(-1000, 1000).map(float)
+chunks = st.integers(1, 12)
+
+
+def assert_close(actual, expected, tol=1e-11):
+    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def grad(y: Tensor, *xs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    gradients = torch.autograd.grad(y.sum(), xs)
+    return gradients[0] if len(xs) == 1 else gradients
+
+
+# ---- The enumerable policies themselves ----
+
+
+@given(policies(T=st.integers(1, 4)))
+def test_an_enumerated_policy_is_a_distribution_with_consistent_prefixes(pi):
+    """sum_y pi(y) = 1, and summing out the last token leaves the policy over the prefixes."""
+    V, T = pi.shape[1], log_probs(pi).shape[1]
+    probs = sequence_probs(pi)
+    assert_close(probs.sum().item(), 1.0)
+    if T > 1:
+        assert_close(probs.view(-1, V).sum(-1), sequence_probs(pi[: num_prefixes(V, T - 1)]))
+
+
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_every_prefix_has_a_row_of_its_own(V, T):
+    """y_<t -> row is one to one onto 0 .. N-1, and there are V^T distinct sequences."""
+    tokens = sequences(V, T)
+    rows = prefix_rows(tokens, V)
+    prefix_of = {row: y[:t] for y, at in zip(tokens.tolist(), rows.tolist(), strict=True) for t, row in enumerate(at)}
+    assert sorted(prefix_of) == list(range(num_prefixes(V, T))), "every row is used"
+    assert len({tuple(prefix) for prefix in prefix_of.values()}) == len(prefix_of), "by one prefix only"
+    assert all(prefix_of[row] == y[:t] for y, at in zip(tokens.tolist(), rows.tolist(), strict=True)
+               for t, row in enumerate(at)), "always the same"
+    assert len(tokens.unique(dim=0)) == V**T
+
+
+@given(policies(count=2))
+def test_the_chain_rule_of_the_divergence(pair):
+    """KL(p || q) of sequences = E_{prefix ~ p}[sum_t KL(p_t || q_t)]."""
+    p, q = pair
+    assert_close(sequence_kl(p, q), fixed_prefix_kl(p, p, q))
+
+
+# ---- Log-probabilities ----
+
+
+@given(logits(holes=True))
+def test_logsumexp_and_log_softmax_are_torchs(z):
+    """Values and gradients equal those of torch.logsumexp and torch.log_softmax, -inf entries included."""
+    for ours, theirs in ((logsumexp, torch.logsumexp), (log_softmax, torch.log_softmax)):
+        a, b = leaf(z), leaf(z)
+        y, reference = ours(a), theirs(b, -1)
+        assert_close(y, reference)
+        kept = reference > -torch.inf
+        assert_close(grad(y[kept].sin(), a), grad(reference[kept].sin(), b))
+
+
+@given(logits(), st.sampled_from([0, 1, -1, -2]))
+def test_logsumexp_and_log_softmax_take_any_dimension(z, dim):
+    assert_close(logsumexp(z, dim), torch.logsumexp(z, dim))
+    assert_close(log_softmax(z, dim), torch.log_softmax(z, dim))
+
+
+@given(scored_logits(), shifts)
+def test_shifting_all_logits_shifts_logsumexp_and_no_probability(case, c):
+    """LSE(z + c) = LSE(z) + c, so log p, H and KL do not change."""
+    z, ids = case
+    assert_close(logsumexp(z + c), logsumexp(z) + c)
+    assert_close(log_softmax(z + c), log_softmax(z), 1e-10)
+    assert_close(selective_log_softmax(z + c, ids), selective_log_softmax(z, ids), 1e-10)
+    assert_close(entropy_from_logits(z + c), entropy_from_logits(z), 1e-10)
+    assert_close(kl_divergence(z + c, z), torch.zeros(len(z), dtype=z.dtype), 1e-10)
+
+
+@given(logits(holes=True))
+def test_probabilities_are_within_bounds_and_sum_to_one(z):
+    """log p <= 0, sum_i p_i = 1, and a logit of -inf has probability exactly 0."""
+    p = log_softmax(z).exp()
+    assert (log_softmax(z) <= 1e-15).all()
+    assert_close(p.sum(-1), torch.ones(len(z), dtype=p.dtype))
+    assert (p[z == -torch.inf] == 0).all()
+
+
+def test_the_logsumexp_of_nothing_is_minus_infinity():
+    """log sum over no probability at all = log 0."""
+    assert (logsumexp(torch.full((2, 3), -torch.inf)) == -torch.inf).all()
+
+
+@given(scored_logits(holes=True))
+def test_selective_log_softmax_is_a_gathered_log_softmax(case):
+    """log p(ids) = log_softmax(z)[ids], for any number of leading dimensions."""
+    z, ids = case
+    expected = log_softmax(z).gather(-1, ids[:, None]).squeeze(-1)
+    assert_close(selective_log_softmax(z, ids), expected)
+    assert_close(selective_log_softmax(torch.stack((z, z))[None], torch.stack((ids, ids))[None]),
+                 torch.stack((expected, expected))[None])
+
+
+@given(scored_logits(holes=True))
+def test_the_gradient_of_a_log_prob_is_the_score(case):
+    """d log p_a / d z_i = 1[i = a] - p_i, and it sums to zero over i."""
+    z, ids = leaf(case[0]), case[1]
+    score = torch.nn.functional.one_hot(ids, z.shape[1]) - log_softmax(z.detach()).exp()
+    assert_close(grad(selective_log_softmax(z, ids), z), score)
+    assert_close(grad(log_softmax(z).gather(-1, ids[:, None]), z), score)
+    assert_close(score.sum(-1), torch.zeros(len(z), dtype=z.dtype))
+
+
+@given(logit_pairs(), generators)
+def test_renaming_the_tokens_renames_the_probabilities(pair, generator):
+    """log_softmax(z)[perm] = log_softmax(z[perm]); LSE, H and KL do not care."""
+    z, other = pair
+    perm = torch.randperm(z.shape[1], generator=generator)
+    assert_close(log_softmax(z[:, perm]), log_softmax(z)[:, perm])
+    for f in (logsumexp, entropy_from_logits):
+        assert_close(f(z[:, perm]), f(z))
+    assert_close(kl_divergence(z[:, perm], other[:, perm]), kl_divergence(z, other), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_and_infinite_logits_keep_values_and_gradients_finite(dtype):
+    """At |z| = 1e4 and z = -inf nothing overflows: e^z alone would."""
+    inf = torch.inf
+    z = torch.tensor([[1e4, -1e4, 0, 1e4], [-1e4, -1e4, -1e4 + 1, -inf], [1e4, -inf, -inf, -inf], [0, -inf, 1, -1e4]],
+                     dtype=dtype)
+    ids = torch.tensor([1, 2, 0, 3])
+    for f in (logsumexp, entropy_from_logits, lambda z: entropy_from_logits(z, chunk_size=3),
+              lambda z: selective_log_softmax(z, ids), lambda z: log_softmax(z)[z > -inf],
+              lambda z: kl_divergence(z, torch.zeros_like(z)), lambda z: kl_divergence(z, z.detach())):
+        x = leaf(z)
+        y = f(x)
+        assert y.isfinite().all() and grad(y, x).isfinite().all()
+    assert log_softmax(z)[0, 1].item() == pytest.approx(-2e4 - math.log(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@given(case=scored_logits(holes=True))
+def test_half_precision_is_computed_in_float32_and_float64_stays(dtype, case):
+    """f(z) = f(z.float()) bit for bit when z is half precision; no float64 is ever rounded."""
+    z, ids = case[0].to(dtype), case[1]
+    wide = z if dtype == torch.float64 else z.float()
+    for f in (logsumexp, log_softmax, entropy_from_logits, lambda z: selective_log_softmax(z, ids),
+              lambda z: kl_divergence(z, z.flip(0)), lambda z: entropy_from_logits(z, chunk_size=2)):
+        y = f(z)
+        assert y.dtype == wide.dtype
+        assert torch.equal(y, f(wide))
+
+
+# ---- Entropy ----
+
+
+@given(logits(holes=True))
+def test_entropy_lies_between_zero_and_log_V(z):
+    """0 <= H <= log of the number of possible tokens."""
+    possible = (z > -torch.inf).sum(-1)
+    h = entropy_from_logits(z)
+    assert (h >= -1e-15).all() and (h <= possible.double().log() + 1e-14).all()
+
+
+@given(st.integers(1, 50))
+def test_entropy_is_log_V_when_uniform_and_zero_when_certain(V):
+    """H = log V at p = 1/V; H = 0, exactly, for a point mass."""
+    certain = torch.full((V,), -torch.inf)
+    certain[V // 2] = 3.0
+    nearly = torch.full((V,), -1e4)
+    nearly[V // 2] = 1e4
+    assert_close(entropy_from_logits(torch.zeros(V, dtype=torch.float64)).item(), math.log(V), 1e-14)
+    assert entropy_from_logits(certain) == 0 and entropy_from_logits(nearly) == 0
+
+
+@given(logits())
+def test_the_gradient_of_entropy(z):
+    """dH/dz_i = -p_i (log p_i + H)."""
+    z = leaf(z)
+    log_p = log_softmax(z.detach())
+    h = -(log_p.exp() * log_p).sum(-1, keepdim=True)
+    assert_close(entropy_from_logits(z), h.squeeze(-1))
+    assert_close(grad(entropy_from_logits(z), z), -log_p.exp() * (log_p + h))
+
+
+@given(logits(holes=True))
+def test_impossible_tokens_add_nothing_to_entropy(z):
+    """0 log 0 = 0: H and dH/dz are those of the possible tokens alone, and dH/dz = 0 at a logit of -inf."""
+    for row in z:
+        possible = row > -torch.inf
+        full, rest = leaf(row), leaf(row[possible])
+        h, expected = entropy_from_logits(full), entropy_from_logits(rest)
+        assert_close(h, expected)
+        g = grad(h, full)
+        assert_close(g[possible], grad(expected, rest))
+        assert (g[~possible] == 0).all()
+
+
+@given(logits(holes=True), chunks, st.booleans())
+def test_entropy_is_the_same_in_any_chunks(z, chunk_size, stacked):
+    """H(z; chunk_size) = H(z) in value and gradient, chunks larger than the rows and no rows at all included."""
+    a, b = (leaf(torch.stack((z, z.flip(0))) if stacked else z) for _ in range(2))
+    whole, chunked = entropy_from_logits(a), entropy_from_logits(b, chunk_size)
+    assert_close(chunked, whole)
+    assert_close(grad(chunked.sin(), b), grad(whole.sin(), a))
+    assert entropy_from_logits(z[:0], chunk_size).shape == (0,)
+
+
+# ---- Log-probs straight from hidden states ----
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def dense_log_probs(hidden, weight, ids, temperature):
+    z = hidden @ weight.T / temperature
+    return selective_log_softmax(z, ids), entropy_from_logits(z)
+
+
+@given(linear_problems(), chunks, generators)
+def test_linear_log_probs_are_the_dense_ones_in_any_chunks(problem, chunk_size, generator):
+    """logp, H and their gradients in hidden and weight equal those of z = hidden weight^T / T, N = 0 included."""
+    hidden, weight, ids, temperature = problem
+    upstream = randn(generator, 2, len(ids))
+    results = []
+    for f in (lambda *args: linear_log_probs(*args, chunk_size=chunk_size), dense_log_probs):
+        h, w = leaf(hidden), leaf(weight)
+        logp, entropy = f(h, w, ids, temperature)
+        results.append((logp, entropy, *grad(upstream[0] * logp + upstream[1] * entropy, h, w),
+                        *grad(f(h, w, ids, temperature)[0], h, w), *grad(f(h, w, ids, temperature)[1], h, w)))
+    for ours, dense in zip(*results, strict=True):
+        assert_close(ours, dense, 1e-10)
+
+
+@settings(max_examples=10)
+@given(linear_problems(rows=st.integers(1, 4)), chunks)
+def test_the_gradient_of_linear_log_probs_is_its_slope(problem, chunk_size):
+    """torch.autograd.gradcheck: the hand-written backward agrees with finite differences."""
+    hidden, weight, ids, temperature = problem
+    assert torch.autograd.gradcheck(lambda h, w: linear_log_probs(h, w, ids, temperature, chunk_size),
+                                    (leaf(hidden), leaf(weight)))
+
+
+@given(linear_problems())
+def test_temperature_divides_the_logits(problem):
+    """linear_log_probs(h, W, T) = linear_log_probs(h, W / T, 1) = linear_log_probs(h / T, W, 1)."""
+    hidden, weight, ids, temperature = problem
+    for h, w in ((hidden / temperature, weight), (hidden, weight / temperature)):
+        for ours, expected in zip(linear_log_probs(hidden, weight, ids, temperature), linear_log_probs(h, w, ids),
+                                  strict=True):
+            assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 13])
+def test_linear_log_probs_never_hold_all_the_logits(chunk_size):
+    """The largest tensor that forward or backward creates is [chunk, V], hidden or weight, never [N, V]."""
+    N, V, d, g = 100, 40, 3, torch.Generator().manual_seed(0)
+    hidden, weight, ids = leaf(randn(g, N, d)), leaf(randn(g, V, d)), torch.randint(V, (N,), generator=g)
+    for f, largest in ((lambda: linear_log_probs(hidden, weight, ids, 0.7, chunk_size), max(chunk_size * V, N * d)),
+                       (lambda: dense_log_probs(hidden, weight, ids, 0.7), N * V)):
+        with LargestTensor() as recorded:
+            logp, entropy = f()
+        assert recorded.numel == largest
+        with LargestTensor() as recorded:
+            grad(logp + entropy, hidden, weight)
+        assert recorded.numel == largest
+
+
+def test_chunks_keep_the_temporaries_of_entropy_small():
+    """Without a graph to keep, the largest tensor that entropy_from_logits creates is a chunk, or its result."""
+    z = randn(torch.Generator().manual_seed(0), 100, 40)
+    for chunk_size, largest in ((8, 8 * 40), (1, 100), (None, 100 * 40)):
+        with LargestTensor() as recorded:
+            entropy_from_logits(z[:, 1:], chunk_size) if chunk_size is None else entropy_from_logits(z, chunk_size)
+        assert recorded.numel in (largest, 100 * 39)
+
+
+@given(linear_problems(rows=st.integers(1, 9)), chunks)
+def test_bfloat16_costs_linear_log_probs_one_rounding_of_the_logits(problem, chunk_size):
+    """With u = 2^-8, bfloat16's unit roundoff, and delta = u max|z|, against float64 of the same inputs at T = 1:
+
+        |logp - exact| <= 2 delta       |H - exact| <= 2 delta log V
+        |d logp / d hidden - exact| <= max|weight| (e^{2 delta} - 1 + 4u)
+        |d logp / d weight - exact| <= N max|hidden| (e^{2 delta} - 1 + 6u)
+
+    since the score's 1-norm is at most 2 and softmax at z + delta is within a factor e^{2 delta} of that at z.
+    """
+    hidden, weight, ids = (x.bfloat16() if x.is_floating_point() else x for x in problem[:3])
+    h16, w16, h64, w64 = leaf(hidden), leaf(weight), leaf(hidden.double()), leaf(weight.double())
+    logp, entropy = linear_log_probs(h16, w16, ids, 1.0, chunk_size)
+    exact_logp, exact_entropy = dense_log_probs(h64, w64, ids, 1.0)
+    assert logp.dtype == entropy.dtype == torch.float32
+
+    u, slack = 2.0**-8, 1e-5                                    # slack: float32's own rounding
+    delta = u * (h64 @ w64.T).abs().max().item()
+    assert (logp - exact_logp).abs().max() <= 2 * delta + slack
+    assert (entropy - exact_entropy).abs().max() <= 2 * delta * math.log(len(weight)) + slack
+    (dh, dw), (exact_dh, exact_dw) = grad(logp, h16, w16), grad(exact_logp, h64, w64)
+    assert (dh - exact_dh).abs().max() <= weight.abs().max() * (math.expm1(2 * delta) + 4 * u) + slack
+    assert (dw - exact_dw).abs().max() <= len(ids) * hidden.abs().max() * (math.expm1(2 * delta) + 6 * u) + slack
+
+
+def test_autocast_rounds_the_head_and_nothing_after_it():
+    """Under autocast, float32 hidden and weight are treated as if given in bfloat16; gradients come back in float32."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, ids = leaf(torch.randn(9, 5, generator=g)), leaf(torch.randn(7, 5, generator=g)), torch.arange(9) % 7
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, entropy = linear_log_probs(hidden, weight, ids)
+    expected = linear_log_probs(hidden.bfloat16(), weight.bfloat16(), ids)
+    assert torch.equal(logp, expected[0]) and torch.equal(entropy, expected[1])
+    assert logp.dtype == torch.float32 and [x.dtype for x in grad(logp, hidden, weight)] == [torch.float32] * 2
+
+
+# ---- Kullback-Leibler divergence ----
+
+
+@given(logit_pairs())
+def test_kl_divergence_is_at_least_twice_the_squared_total_variation(pair):
+    """KL(p || q) >= 2 TV(p, q)^2 >= 0 (Pinsker): zero only where p = q."""
+    p, q = (log_softmax(z).exp() for z in pair)
+    tv = (p - q).abs().sum(-1) / 2
+    assert (kl_divergence(*pair) >= 2 * tv**2 - 1e-12).all()
+
+
+@given(logit_pairs(), shifts)
+def test_kl_divergence_is_its_sum_and_zero_between_equals(pair, c):
+    """KL(p || q) = sum_i p_i log(p_i / q_i); KL(p || p) = 0, whatever constant the logits are shifted by."""
+    p, q = (log_softmax(z) for z in pair)
+    assert_close(kl_divergence(*pair), (p.exp() * (p - q)).sum(-1))
+    assert (kl_divergence(pair[0], pair[0]) == 0).all()
+    assert_close(kl_divergence(pair[0], pair[0] + c), torch.zeros(len(p), dtype=p.dtype), 1e-10)
+
+
+@given(logit_pairs())
+def test_the_gradients_of_kl_divergence(pair):
+    """dKL/dz^p_i = p_i (log(p_i / q_i) - KL),   dKL/dz^q = q - p."""
+    zp, zq = map(leaf, pair)
+    p, q = log_softmax(zp.detach()), log_softmax(zq.detach())
+    kl = kl_divergence(zp, zq)
+    dp, dq = grad(kl, zp, zq)
+    assert_close(dp, p.exp() * (p - q - kl.detach()[:, None]))
+    assert_close(dq, q.exp() - p.exp())
+
+
+def test_kl_divergence_is_infinite_only_where_the_second_lacks_what_the_first_has():
+    """KL(p || q) = inf if q_i = 0 < p_i; with p_i = 0 (q_i = 0 or not) the term is 0, in value and gradient."""
+    inf = torch.inf
+    p, q = leaf(torch.tensor([[0.0, 0.0, -inf]] * 3)), leaf(torch.tensor([[0.0, -inf, 0.0], [0.0, 0.0, -inf], [0.0] * 3]))
+    kl = kl_divergence(p, q)
+    assert kl[0] == inf and kl[1] == 0 and kl[2].item() == pytest.approx(math.log(1.5))
+    assert all(g.isfinite().all() for g in grad(kl[1:], p, q))
+
+
+@given(policies(count=2))
+def test_k1_and_k3_have_the_mean_of_the_divergence(pair):
+    """E_{y ~ first}[sum_t k(log first, log second)] = KL(first || second), for k1 and k3."""
+    first, second = pair
+    exact = sequence_kl(first, second)
+    assert_close(expectation(first, kl_k1(log_probs(first), log_probs(second)).sum(-1)), exact, 1e-10)
+    assert_close(expectation(first, kl_k3(log_probs(first), log_probs(second)).sum(-1)), exact, 1e-9)
+
+
+@given(policies(count=2, T=st.just(1)))
+def test_the_mean_of_k2_is_the_divergence_up_to_third_order(pair):
+    """|E[k2] - KL| <= E[|r|^3 e^|r|] / 6: it is what k3 = r^2/2 + r^3/6 + ... has beyond k2."""
+    logp, other = map(log_probs, pair)
+    r = (other - logp).abs()
+    error = expectation(pair[0], kl_k2(logp, other)) - sequence_kl(*pair)
+    assert error.abs() <= expectation(pair[0], r**3 * r.exp()) / 6 + 1e-14
+
+
+@given(policies(count=2))
+def test_k2_and_k3_are_never_negative_and_all_are_zero_between_equals(pair):
+    """k2, k3 >= 0 token by token, in float32 too; k1, k2, k3 = 0 where the log-probs are equal."""
+    for dtype in (torch.float32, torch.float64):
+        logp, other = (log_probs(z).to(dtype) for z in pair)
+        assert (kl_k2(logp, other) >= 0).all() and (kl_k3(logp, other) >= 0).all()
+        assert all((k(logp, logp) == 0).all() for k in (kl_k1, kl_k2, kl_k3))
+
+
+@pytest.mark.parametrize("r", [1e-6, -1e-6, 1e-4, -1e-4, 1e-9])
+def test_k3_is_accurate_near_zero(r):
+    """k3(r) = r^2/2 + r^3/6 + ... to within the rounding of r itself; e^r - 1 - r would lose all digits."""
+    exact = r**2 / 2 + r**3 / 6 + r**4 / 24
+    for dtype in (torch.float64, torch.float32):
+        other = torch.tensor(r, dtype=dtype)
+        rounding = torch.finfo(dtype).eps * abs(r)
+        assert abs(kl_k3(torch.zeros((), dtype=dtype), other).item() - exact) <= rounding
+
+
+def test_the_first_argument_is_the_policy_that_was_sampled():
+    """first = (.9, .1), second = (.5, .5): KL(first || second) = .368 by samples of first, .511 the other way round."""
+    first, second = torch.tensor([[0.9, 0.1]]).double().log(), torch.tensor([[0.5, 0.5]]).double().log()
+    forward, backward = 0.9 * math.log(1.8) + 0.1 * math.log(0.2), 0.5 * math.log(5 / 9) + 0.5 * math.log(5)
+    assert (round(forward, 3), round(backward, 3)) == (0.368, 0.511)
+    assert_close(kl_divergence(first, second).item(), forward)
+    assert_close(kl_divergence(second, first).item(), backward)
+    for k in (kl_k1, kl_k3):
+        assert_close(expectation(first, k(log_probs(first), log_probs(second))).item(), forward)
+        assert_close(expectation(second, k(log_probs(second), log_probs(first))).item(), backward)
+        assert abs(expectation(second, k(log_probs(first), log_probs(second))).item() - forward) > 0.1
+
+
+def followed(loss, pi, ref):
+    """The expected gradient of a loss of (logp, ref_logp) on samples of pi, nothing flowing through the sampling."""
+    pi = leaf(pi)
+    return grad(expectation(pi.detach(), loss(log_probs(pi), log_probs(ref)).sum(-1)), pi)
+
+
+def reverse_and_forward(pi, ref):
+    """Gradients in pi of E_{prefix ~ pi}[sum_t KL(pi_t || ref_t)] and of [sum_t KL(ref_t || pi_t)], prefixes fixed."""
+    x = leaf(pi)
+    return grad(fixed_prefix_kl(pi, x, ref), x), grad(fixed_prefix_kl(pi, ref, x), x)
+
+
+@given(policies(count=2))
+def test_the_gradient_of_k1_as_a_loss_has_mean_zero(pair):
+    """E_pi[grad k1] = E_pi[grad log pi] = 0: no divergence is followed."""
+    assert_close(followed(kl_k1, *pair), torch.zeros_like(pair[0]))
+
+
+@given(policies(count=2))
+def test_k2_as_a_loss_follows_the_reverse_divergence(pair):
+    """E_pi[grad k2] = E_{prefix ~ pi}[sum_t grad KL(pi || ref)], the prefix held fixed."""
+    assert_close(followed(kl_k2, *pair), reverse_and_forward(*pair)[0], 1e-10)
+
+
+@given(policies(count=2))
+def test_k3_as_a_loss_follows_the_forward_divergence(pair):
+    """E_pi[grad k3] = E_{prefix ~ pi}[sum_t grad KL(ref || pi)], the prefix held fixed."""
+    assert_close(followed(kl_k3, *pair), reverse_and_forward(*pair)[1], 1e-9)
+
+
+@given(policies(count=2), st.sampled_from([kl_k1, kl_k3]))
+def test_weighted_by_the_ratio_k1_and_k3_follow_the_reverse_divergence(pair, k):
+    """E_pi[grad rho k] = E_{prefix ~ pi}[sum_t grad KL(pi || ref)],   rho = pi / sg(pi)."""
+    weighted = followed(lambda logp, ref: importance_ratio(logp, logp.detach()) * k(logp, ref), *pair)
+    assert_close(weighted, reverse_and_forward(*pair)[0], 1e-9)
+
+
+@given(policies(count=2))
+def test_the_divergence_of_sequences_is_followed_by_k1_in_the_reward_and_k2_of_the_sum(pair):
+    """grad KL(pi || ref) of sequences = E_pi[grad sum_t logp_t sum_{s >= t} sg(k1_s)] = E_pi[grad (sum_t r_t)^2 / 2]."""
+    pi = leaf(pair[0])
+    sequence = grad(sequence_kl(pi, pair[1]), pi)
+    to_go = followed(lambda logp, ref: logp * kl_k1(logp, ref).detach().flip(-1).cumsum(-1).flip(-1), *pair)
+    summed = followed(lambda logp, ref: kl_k2(logp.sum(-1, keepdim=True), ref.sum(-1, keepdim=True)), *pair)
+    assert_close(to_go, sequence, 1e-10)
+    assert_close(summed, sequence, 1e-10)
+
+
+def test_with_one_token_the_prefix_is_fixed_anyway_and_with_three_it_is_not():
+    """k2 and k3 follow the divergences of whole sequences at T = 1 only."""
+    for T in (1, 3):
+        g = torch.Generator().manual_seed(0)
+        pi, ref = leaf(randn(g, num_prefixes(2, T), 2)), randn(g, num_prefixes(2, T), 2)
+        reverse, forward = grad(sequence_kl(pi, ref), pi), grad(sequence_kl(ref, pi), pi)
+        for k, divergence in ((kl_k2, reverse), (kl_k3, forward)):
+            gap = (followed(k, pi, ref) - divergence).abs().max()
+            assert gap < 1e-12 if T == 1 else gap > 0.1
+
+
+# ---- Advantages ----
+
+
+@given(scored_rewards(), st.sampled_from(ADVANTAGES))
+def test_advantages_of_a_group_sum_to_zero(case, advantage):
+    """sum_i A_i = 0 in every row, whatever samples could not be scored."""
+    r, valid = case
+    zero = torch.zeros(len(r), dtype=torch.float64)
+    assert_close(advantage(r).sum(-1), zero)
+    assert_close(advantage(r, valid=valid).sum(-1), zero)
+
+
+@given(rewards())
+def test_center_and_zscore_are_their_formulas(r):
+    """A_i = r_i - mean(r), and that divided by (population std + eps)."""
+    centred = r - r.mean(-1, keepdim=True)
+    assert_close(center(r), centred)
+    assert_close(zscore(r), centred / (r.std(-1, correction=0, keepdim=True) + 1e-6), 1e-9)
+    assert_close(zscore(r, eps=0.5), centred / (r.std(-1, correction=0, keepdim=True) + 0.5))
+
+
+@given(rewards(min_group=2))
+def test_leave_one_out_compares_with_the_others(r):
+    """A_i = r_i - mean_{j != i} r_j = G/(G-1) (r_i - mean(r))."""
+    G = r.shape[1]
+    others = torch.stack([r[:, [j for j in range(G) if j != i]].mean(-1) for i in range(G)], dim=1)
+    assert_close(leave_one_out(r), r - others)
+    assert_close(leave_one_out(r), G / (G - 1) * center(r))
+
+
+@given(rewards(min_group=2), shifts)
+def test_the_leave_one_out_baseline_does_not_contain_its_own_reward(r, change):
+    """d(r_i - A_i) / d r_i = 0; the group mean moves by 1/G of the change."""
+    i = r.shape[1] // 2
+    other = r.clone()
+    other[:, i] += change
+    assert_close((other - leave_one_out(other))[:, i], (r - leave_one_out(r))[:, i], 1e-9)
+    assert_close((other - center(other))[:, i], (r - center(r))[:, i] + change / r.shape[1], 1e-9)
+
+
+@given(rewards(), generators, st.sampled_from(ADVANTAGES))
+def test_reordering_a_group_reorders_its_advantages(r, generator, advantage):
+    """A(r[perm]) = A(r)[perm]."""
+    perm = torch.randperm(r.shape[1], generator=generator)
+    assert_close(advantage(r[:, perm]), advantage(r)[:, perm])
+
+
+@given(rewards(), shifts, st.sampled_from(ADVANTAGES))
+def test_shifting_a_groups_rewards_shifts_no_advantage(r, c, advantage):
+    """A(r + c) = A(r)."""
+    assert_close(advantage(r + c), advantage(r), 1e-6 if advantage is zscore else 1e-10)
+
+
+@given(rewards(), st.sampled_from([1e-3, 0.5, 3.0, 1e3]))
+def test_scaling_rewards_scales_differences_and_leaves_z_scores(r, c):
+    """center and leave_one_out are linear; zscore(c r, c eps) = zscore(r, eps), so its scale goes with eps -> 0."""
+    assert_close(center(c * r), c * center(r), 1e-10)
+    assert_close(leave_one_out(c * r), c * leave_one_out(r), 1e-10)
+    assert_close(zscore(c * r, eps=c * 1e-6), zscore(r, eps=1e-6), 1e-9)
+    assert_close(zscore(-r), -zscore(r), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@given(value=st.sampled_from([0.1, 0.3, 0.7, 1 / 3, 1e-3, -0.1, 1234.567]) | st.floats(-1e4, 1e4), G=st.integers(1, 16),
+       seed=generators)
+def test_equal_rewards_give_exactly_zero(dtype, value, G, seed):
+    """r_i = r for all i: A_i = 0 bit for bit, though the mean of ten 0.1 is not 0.1; in half precision float32 comes out."""
+    r, valid = torch.full((3, G), value, dtype=dtype), torch.rand(3, G, generator=seed) < 0.7
+    for advantage in ADVANTAGES:
+        for a in (advantage(r), advantage(r, valid=valid)):
+            assert (a == 0).all() and a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_the_mean_of_equal_rewards_may_differ_from_them():
+    """Why equality is decided by comparing: the test above is not satisfied by subtracting the mean."""
+    r = torch.full((10,), 0.1, dtype=torch.float64)
+    assert r.sum() / 10 != r[0]
+
+
+@given(rewards())
+def test_z_scores_are_bounded_by_the_size_of_the_group(r):
+    """|A_i| <= sqrt(G - 1), reached by one answer against all others."""
+    G = r.shape[1]
+    assert (zscore(r).abs() <= math.sqrt(G - 1) + 1e-12).all()
+    assert_close(zscore(torch.eye(G, dtype=torch.float64)[:1])[0, 0].item(), math.sqrt(G - 1), 1e-5)
+
+
+@given(st.integers(2, 16), st.data())
+def test_z_scores_of_verdicts_follow_from_the_pass_rate(G, data):
+    """0/1 rewards with pass rate p: +sqrt((1-p)/p) and -sqrt(p/(1-p)), as eps -> 0."""
+    passed = data.draw(st.integers(1, G - 1))
+    p = passed / G
+    a = zscore((torch.arange(G) < passed).double()[None], eps=0.0)[0]
+    assert_close(a[:passed], torch.full((passed,), math.sqrt((1 - p) / p), dtype=torch.float64))
+    assert_close(a[passed:], torch.full((G - passed,), -math.sqrt(p / (1 - p)), dtype=torch.float64))
+
+
+@given(scored_rewards(), st.sampled_from(ADVANTAGES))
+def test_other_groups_do_not_matter(case, advantage):
+    """A(r)[p] = A(r[p])."""
+    r, valid = case
+    assert_close(advantage(r), torch.cat([advantage(row[None]) for row in r]))
+    assert_close(advantage(r, valid=valid),
+                 torch.cat([advantage(row[None], valid=v[None]) for row, v in zip(r, valid, strict=True)]))
+
+
+@given(scored_rewards(), st.sampled_from(ADVANTAGES), st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30]))
+def test_a_sample_that_could_not_be_scored_is_as_if_absent(case, advantage, poison):
+    """A(r, valid)[valid] = A(r[valid]) row by row, of any size down to none, and A = 0 elsewhere, whatever r holds."""
+    r, valid = case
+    a = advantage(r.masked_fill(~valid, poison), valid=valid)
+    assert (a[~valid] == 0).all()
+    for row, v, result in zip(r, valid, a, strict=True):
+        if v.any():
+            assert_close(result[v], advantage(row[v][None])[0])
+    assert torch.equal(advantage(r, valid=torch.ones_like(valid)), advantage(r))
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_a_lone_sample_has_nothing_to_be_compared_with(advantage):
+    """G = 1: A = 0, as it is for the only valid one of a group."""
+    r = torch.tensor([[0.3], [7.0]])
+    assert (advantage(r) == 0).all()
+    assert (advantage(torch.tensor([[0.3, 7.0, 1.0]]), valid=torch.tensor([[False, True, False]])) == 0).all()
+
+
+def expected_gradient(pi, r, G, advantage):
+    """E[1/G sum_i A_i grad log pi(y_i)] over all V^G groups of G samples.       pi [1, V], r [V] -> [1, V]"""
+    pi, groups = leaf(pi), sequences(len(r), G)                                             # [V^G, G]
+    logp = log_probs(pi).squeeze(-1)[groups]
+    return grad(logp.sum(-1).exp().detach() * (advantage(r[groups]) * logp).mean(-1), pi)
+
+
+@given(policies(V=st.just(3), T=st.just(1)), generators, st.sampled_from([2, 3]))
+def test_leave_one_out_is_unbiased_and_center_shrinks_the_gradient(pi, generator, G):
+    """E[1/G sum_i A_i grad log pi(y_i)] = grad E[r] with leave_one_out, and (G-1)/G of it with center."""
+    pi, r = leaf(pi), randn(generator, 3)
+    exact = grad(expectation(pi, r), pi)
+    assert_close(expected_gradient(pi, r, G, leave_one_out), exact)
+    assert_close(expected_gradient(pi, r, G, center), (G - 1) / G * exact)
+
+
+def test_the_z_score_follows_another_direction():
+    """On a three-armed bandit E[A grad log pi] is no multiple of grad E[r]: its components' ratios differ."""
+    pi, r = leaf(torch.tensor([[0.0, 0.5, 1.0]], dtype=torch.float64)), torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    ratios = (expected_gradient(pi, r, 3, zscore) / grad(expectation(pi, r), pi)).squeeze()
+    assert ratios.max() > 1.2 * ratios.min() > 0
+
+
+# ---- Policy-gradient surrogates ----
+
+
+@given(policies(count=2))
+def test_the_mean_ratio_is_one(pair):
+    """E_{y ~ old}[rho_t] = 1 for every token, and E_{y ~ old}[prod_t rho_t] = 1."""
+    new, old = pair
+    ratio = importance_ratio(log_probs(new), log_probs(old))
+    assert_close(expectation(old, ratio), torch.ones(ratio.shape[1], dtype=ratio.dtype))
+    assert_close(expectation(old, ratio.prod(-1)).item(), 1.0)
+
+
+@given(scored_logits())
+def test_where_policies_agree_the_ratio_is_one_and_its_gradient_the_score(case):
+    """rho = 1 and d rho / d z = onehot - p; in general d rho / d logp = rho."""
+    z, ids = leaf(case[0]), case[1]
+    logp = selective_log_softmax(z, ids)
+    ratio = importance_ratio(logp, logp.detach())
+    assert (ratio == 1).all()
+    assert_close(grad(ratio, z), grad(selective_log_softmax(z, ids), z))
+    old = logp.detach() + case[0][:, 0].clamp(-3, 3)
+    new = leaf(logp)
+    assert_close(grad(importance_ratio(new, old), new), (new.detach() - old).exp())
+
+
+# d/dlogp of the surrogate: A, rho, then with clip .2/.2 and with clip .2/.28 (equations.md E16)
+TRUTH_TABLE = [(+1, 0.5, 0.5, 0.5), (+1, 1.25, 0.0, 1.25), (+1, 1.5, 0.0, 0.0), (+1, 10.0, 0.0, 0.0), (+1, 0.1, 0.1, 0.1),
+               (-1, 0.5, 0.0, 0.0), (-1, 1.25, -1.25, -1.25), (-1, 10.0, -10.0, -10.0), (-1, 0.1, 0.0, 0.0)]
+
+
+@pytest.mark.parametrize(("adv", "ratio", "symmetric", "higher"), TRUTH_TABLE)
+def test_the_truth_table_of_clipping(adv, ratio, symmetric, higher):
+    """Outside the band the gradient is zeroed on one side only: where rho has already moved in A's favour."""
+    adv = torch.tensor([[float(adv)]], dtype=torch.float64)
+    for clip_high, expected in ((0.2, symmetric), (0.28, higher)):
+        logp = torch.tensor([[math.log(ratio) - 1.0]], dtype=torch.float64, requires_grad=True)
+        J = clipped_surrogate(logp, torch.full_like(adv, -1.0), adv, 0.2, clip_high)
+        assert_close(grad(J, logp).item(), expected)
+
+
+@st.composite
+def surrogate_arguments(draw):
+    """logp, old_logp [B, T], adv [B, 1] or [B, T], clip_low, clip_high."""
+    B, T, g = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(generators)
+    logp = -randn(g, B, T).abs()
+    adv = randn(g, B, draw(st.sampled_from([1, T])))
+    adv[torch.rand(adv.shape, generator=g) < 0.2] = 0.0
+    return (logp, logp + draw(st.sampled_from([0.0, 0.2, 1.0])) * randn(g, B, T), adv,
+            draw(st.floats(0.0, 0.9)), draw(st.floats(0.0, 3.0)))
+
+
+@given(surrogate_arguments())
+def test_at_ratio_one_the_gradient_is_that_of_reinforce(case):
+    """rho = 1: J = A and dJ/dlogp = A, for every band that has an inside."""
+    logp, _, adv, low, high = case
+    x = leaf(logp)
+    J = clipped_surrogate(x, logp, adv, low + 1e-6, high + 1e-6)
+    assert torch.equal(J, adv.expand_as(J)) and torch.equal(grad(J, x), adv.expand_as(J))
+
+
+@given(surrogate_arguments())
+def test_the_surrogate_is_pessimistic_and_flat_exactly_where_rho_left_in_As_favour(case):
+    """J <= rho A, equal within the band. dJ/dlogp = 0 if A > 0, rho > 1 + high or A < 0, rho < 1 - low; else rho A."""
+    logp, old_logp, adv, low, high = case
+    x = leaf(logp)
+    J, ratio = clipped_surrogate(x, old_logp, adv, low, high), (logp - old_logp).exp()
+    assert (J <= ratio * adv).all()
+    inside = (ratio > 1 - low) & (ratio < 1 + high)
+    assert torch.equal(J[inside], (ratio * adv)[inside])
+    left = ((adv > 0) & (ratio > 1 + high)) | ((adv < 0) & (ratio < 1 - low))
+    g = grad(J, x)
+    edge = (ratio == 1 - low) | (ratio == 1 + high)             # a kink has no gradient to speak of
+    assert (g[left] == 0).all()
+    assert_close(g[~left & ~edge], (ratio * adv)[~left & ~edge])
+
+
+@given(surrogate_arguments(), st.floats(0.01, 2.0))
+def test_a_higher_ceiling_only_frees_tokens_of_positive_advantage(case, more):
+    """Raising clip_high changes J and its gradient only where A > 0 and rho > 1 + clip_high."""
+    logp, old_logp, adv, low, high = case
+    x = leaf(logp)
+    (J, g), (higher_J, higher_g) = ((J, grad(J, x)) for J in (clipped_surrogate(x, old_logp, adv, low, top)
+                                                              for top in (high, high + more)))
+    freed = (adv > 0) & ((logp - old_logp).exp() >= 1 + high)
+    assert torch.equal(J[~freed], higher_J[~freed]) and torch.equal(g[~freed], higher_g[~freed])
+    assert (higher_J >= J).all()
+
+
+def test_constants_of_a_surrogate_must_arrive_detached():
+    """A gradient through old_logp or A would be another objective: refused."""
+    logp, adv = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 1)
+    with pytest.raises(AssertionError, match="old log-probs"):
+        importance_ratio(logp, logp)
+    with pytest.raises(AssertionError, match="old log-probs"):
+        clipped_surrogate(logp, logp, adv, 0.2, 0.2)
+    with pytest.raises(AssertionError, match="advantages"):
+        clipped_surrogate(logp, logp.detach(), adv.requires_grad_(), 0.2, 0.2)
+
+
+# ---- Masks and weights ----
+
+
+@given(masks(), generators, st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+def test_masked_sums_and_means_do_not_see_what_is_masked(mask, generator, poison):
+    """sum_{mask} x and its mean, with gradients m and m / sum m: finite even if x is nan or inf elsewhere."""
+    x = leaf(randn(generator, *mask.shape).masked_fill(~mask, poison))
+    count = int(mask.sum())
+    assert_close(masked_sum(x, mask), x.detach()[mask].sum())
+    assert torch.equal(grad(masked_sum(x, mask), x), mask.double())
+    assert_close(masked_mean(x, mask).item(), x.detach()[mask].mean().item() if count else 0.0)
+    assert_close(grad(masked_mean(x, mask), x), mask.double() / max(count, 1))
+    # One step before: a value that came from an infinite one must not poison it on the way back either.
+    y = leaf(randn(generator, *mask.shape).masked_fill(~mask, poison))
+    assert grad(masked_sum(2 * y, mask), y).isfinite().all()
+
+
+def weights_of(mask, prompt_index, how):
+    return token_weights(mask, prompt_index, how, max_new_tokens=20).double()
+
+
+@given(masked_prompts())
+def test_token_mean_weighs_every_token_alike(case):
+    """w = 1/N: sum w = 1."""
+    mask, _ = case
+    w = weights_of(*case, "token_mean")
+    assert_close(w, mask.double() / max(int(mask.sum()), 1), 1e-7)
+
+
+@given(masked_prompts())
+def test_sequence_mean_weighs_every_answer_alike(case):
+    """Each row with a token has sum_t w_bt = 1/R, its tokens alike."""
+    mask, _ = case
+    w, counted = weights_of(*case, "sequence_mean"), mask.any(-1)
+    for row, m in zip(w[counted], mask[counted], strict=True):
+        assert_close(row[m], torch.full((int(m.sum()),), 1 / int(counted.sum()) / int(m.sum()), dtype=w.dtype), 1e-7)
+
+
+@given(masked_prompts())
+def test_prompt_mean_weighs_every_prompt_alike(case):
+    """Each prompt with a token has a total weight of 1/P, its tokens alike over all its rows."""
+    mask, prompt_index = case
+    w, prompts = weights_of(*case, "prompt_mean"), prompt_index[mask.any(-1)].unique()
+    for p in prompts:
+        tokens = w[prompt_index == p][mask[prompt_index == p]]
+        assert_close(tokens, torch.full((len(tokens),), 1 / len(prompts) / len(tokens), dtype=w.dtype), 1e-7)
+
+
+@given(masked_prompts())
+def test_sequence_sum_and_constant_add_up_an_answers_tokens(case):
+    """sequence_sum: w = 1/R. constant: w = 1/(R L_max), so that a row weighs its length over the longest allowed."""
+    mask, _ = case
+    R = max(int(mask.any(-1).sum()), 1)
+    assert_close(weights_of(*case, "sequence_sum"), mask.double() / R, 1e-7)
+    assert_close(weights_of(*case, "constant").sum(-1), mask.sum(-1).double() / (R * 20), 1e-6)
+    assert_close(weights_of(*case, "constant") * 20, weights_of(*case, "sequence_sum"), 1e-7)
+
+
+@given(masked_prompts(), aggregates)
+def test_masked_tokens_weigh_nothing_and_an_empty_step_is_no_error(case, how):
+    """w = 0 where the mask is False, finite even where nothing counts; the result is float32."""
+    mask, prompt_index = case
+    for m in (mask, torch.zeros_like(mask)):
+        w = token_weights(m, prompt_index, how, 20)
+        assert w.dtype == torch.float32 and w.isfinite().all() and (w[~m] == 0).all() and (w[m] > 0).all()
+
+
+@given(masked_prompts(), aggregates, st.booleans(), st.integers(1, 3))
+def test_a_fully_masked_row_counts_nowhere(case, how, known_prompt, count):
+    """Adding rows without a True, of a known prompt or a new one, changes no weight in any mode."""
+    mask, prompt_index = case
+    label = prompt_index[:1] if known_prompt else torch.tensor([1000])
+    longer = torch.cat((mask.new_zeros(count, mask.shape[1]), mask))
+    w = token_weights(longer, torch.cat((label.expand(count), prompt_index)), how, 20)
+    assert torch.equal(w, torch.cat((torch.zeros(count, mask.shape[1]), token_weights(mask, prompt_index, how, 20))))
+
+
+@given(masked_prompts(), aggregates, st.booleans())
+def test_a_batch_given_twice_weighs_half_each(case, how, same_prompts):
+    """So the loss of a duplicated batch is the loss of the batch, whether its prompts are counted as the same or not."""
+    mask, prompt_index = case
+    labels = torch.cat((prompt_index, prompt_index if same_prompts else prompt_index + 1000))
+    w = weights_of(mask, prompt_index, how)
+    assert_close(weights_of(torch.cat((mask, mask)), labels, how), torch.cat((w, w)) / 2, 1e-7)
+
+
+@given(masked_prompts(), aggregates, generators)
+def test_prompt_labels_are_only_names_and_rows_have_no_order(case, how, generator):
+    """Any one-to-one renaming of the prompts leaves the weights; reordering the rows reorders them. Bit for bit."""
+    mask, prompt_index = case
+    w, order = token_weights(mask, prompt_index, how, 20), torch.randperm(len(mask), generator=generator)
+    assert torch.equal(token_weights(mask, 7 - 3 * prompt_index, how, 20), w)
+    assert torch.equal(token_weights(mask[order], prompt_index[order], how, 20), w[order])
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(0, 3))
+def test_with_equal_lengths_all_modes_agree_up_to_a_constant(P, G, L, padding):
+    """|y| = L for all, G answers each: token, sequence and prompt mean 1/(RL); sequence_sum L, constant L/L_max times it."""
+    mask = torch.cat((torch.ones(P * G, L, dtype=torch.bool), torch.zeros(P * G, padding, dtype=torch.bool)), dim=1)
+    expected = mask.double() / (P * G * L)
+    for how, constant in zip(AGGREGATES, (1, 1, 1, L, L / 20), strict=True):
+        assert_close(weights_of(mask, torch.arange(P).repeat_interleave(G), how), constant * expected, 1e-6)
+
+
+def test_token_weights_refuse_what_they_do_not_know():
+    """One sentence that names the value and what was expected."""
+    mask, prompt_index = torch.ones(2, 3, dtype=torch.bool), torch.arange(2)
+    with pytest.raises(ValueError, match="'mean' is none of token_mean, "):
+        token_weights(mask, prompt_index, "mean")
+    with pytest.raises(ValueError, match="needs max_new_tokens"):
+        token_weights(mask, prompt_index, "constant")
+
+
+# ---- All of them ----
+
+X = torch.tensor([[0.5, -1.0, 2.0, -torch.inf], [0.0, 0.0, 1e4, 3.0]])
+INPUTS = {"logits": X, "others": X.flip(0).clamp(min=-5), "ids": torch.tensor([2, 0]), "hidden": X.clamp(-3, 3)[:, :3],
+          "weight": X.clamp(-2, 2).T[:, [0, 1, 0]], "logp": -X.clamp(0, 2), "old_logp": -X.clamp(0, 1),
+          "adv": torch.tensor([[1.0], [-0.5]]), "mask": X > 0, "prompt_index": torch.tensor([5, -1])}
+CALLS = [(logsumexp, "logits"), (log_softmax, "logits"), (selective_log_softmax, "logits ids"), (entropy_from_logits, "logits"),
+         (kl_divergence, "others logits"), (linear_log_probs, "hidden weight ids"), (kl_k1, "logp old_logp"),
+         (kl_k2, "logp old_logp"), (kl_k3, "logp old_logp"), *((f, "logp") for f in ADVANTAGES),
+         *((lambda r, valid, f=f: f(r, valid=valid), "logp mask") for f in ADVANTAGES),
+         (importance_ratio, "logp old_logp"), (lambda *x: clipped_surrogate(*x, 0.2, 0.2), "logp old_logp adv"),
+         (masked_sum, "logits mask"), (masked_mean, "logits mask"),
+         *((lambda *x, how=how: token_weights(*x, how, 20), "mask prompt_index") for how in AGGREGATES)]
+
+
+@pytest.mark.parametrize(("f", "names"), CALLS)
+def test_nothing_is_written_into_an_argument(f, names):
+    """Inputs are bit-equal before and after, forward and backward; not even the same bits are written."""
+    arguments = [INPUTS[name].clone() for name in names.split()]
+    for x in arguments:
+        x.requires_grad_(x.is_floating_point() and f not in (importance_ratio,) and len(names.split()) < 3)
+    if f is linear_log_probs or "old_logp" in names:
+        arguments[0].requires_grad_()
+        arguments[1].requires_grad_(f is not importance_ratio and "adv" not in names)
+    versions = [x._version for x in arguments]
+    out = f(*arguments)
+    out = sum(x.sum() for x in out) if isinstance(out, tuple) else out
+    if out.requires_grad:
+        out.sum().backward()
+    assert [x._version for x in arguments] == versions
+    assert all(torch.equal(x, INPUTS[name]) for x, name in zip(arguments, names.split(), strict=True))

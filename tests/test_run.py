@@ -1,0 +1,307 @@
+"""Flags, checkpoints, optimizers and the directory of a run."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanorl import run
+from nanorl.gpt import GPT, GPTConfig
+from nanorl.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(run.RunConfig):
+    out: str = "runs/test"
+    steps: run.Count = 4
+    lr: run.Positive = 1e-3
+    eval_every: run.Count = 2
+
+    share: run.Share = 0.5      # some share, 100 % at most
+    kind: Literal["a", "b"] = "a"    # some kind
+
+
+def refused(capsys, argv):
+    """The one sentence on stderr with which `argv` is refused."""
+    with pytest.raises(SystemExit) as exit:
+        run.parse(Config, argv)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+def tiny_model(seed=0):
+    return GPT(GPTConfig(300, context=16, layers=1, width=16, heads=2), torch.Generator().manual_seed(seed))
+
+
+# ---- flags ----
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--stepz", "3"], "--stepz"), (["--step", "3"], "--step"), (["--steps", "x"], "--steps"), (["--steps", "0"], "--steps 0"),
+    (["--steps", "1.5"], "--steps"), (["--lr", "-1"], "--lr -1.0"), (["--lr", "nan"], "--lr nan"), (["--lr", "inf"], "--lr inf"),
+    (["--share", "1.1"], "--share 1.1"), (["--kind", "c"], "--kind"), (["--seed", "-1"], "--seed -1"), (["3"], "3"),
+    (["--device", "tpu"], "--device"), (["--resume", "--out", "nowhere"], "nowhere")])
+def test_a_bad_flag_is_refused_in_one_sentence_that_names_it(capsys, argv, named):
+    assert named in refused(capsys, argv)
+
+
+def test_flags_have_the_types_of_the_dataclass():
+    cfg = run.parse(Config, ["--steps", "7", "--kind", "b", "--no-compile", "--quiet", "--share", "1"])
+    assert (cfg.steps, cfg.kind, cfg.compile, cfg.quiet, cfg.share) == (7, "b", False, True, 1.0)
+    assert run.parse(Config, []).compile is None
+
+
+def test_help_explains_every_flag_by_its_comment(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run.parse(Config, ["--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "some share, 100 % at most (default: 0.5)" in text
+    for flag in ("--out", "--init", "--resume", "--steps", "--lr", "--save-every", "--eval-every", "--seed", "--device",
+                 "--dtype", "--compile", "--no-compile", "--quiet"):
+        assert flag in text
+
+
+def test_a_device_that_is_not_there_is_refused():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"--device cuda"):
+            run.pick_device("cuda")
+    assert run.pick_device("cpu").type == "cpu"
+
+
+# ---- randomness ----
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 100), st.integers(0, 100))
+def test_every_seed_purpose_and_step_has_its_own_stream(seed, other, step, later):
+    names = {(seed, "a", step), (seed, "b", step), (seed, "a", later), (other, "a", step)}
+    assert len({run.derive(*name) for name in names}) == len(names)
+    assert all(0 <= run.derive(*name) < 2**63 for name in names)
+
+
+# ---- schedule and optimizer ----
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None)
+def test_the_schedule_rises_stays_and_falls_within_0_and_1(steps, warmup, decay):
+    values = [run.schedule(step, steps, warmup, decay) for step in range(steps)]
+    assert all(0 < v <= 1 for v in values)
+    peak = values.index(max(values))
+    assert values[: peak + 1] == sorted(values[: peak + 1]) and values[peak:] == sorted(values[peak:], reverse=True)
+    if warmup == decay == 0:
+        assert set(values) == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_small_step_reaches_the_weights(kind):
+    """At lr 1e-6 at least 99 % of the float32 weights with a gradient change; in bfloat16 most would not."""
+    model = tiny_model()
+    optimizer = run.Optimizers(model, kind, lr=1e-6)
+    tokens = torch.arange(30).view(2, 15)
+    model(tokens).logsumexp(-1).sum().backward()
+    before = [(p, p.detach().clone(), p.grad != 0) for p in model.parameters()]
+    optimizer.step(1e-6, grad_clip=1e9)
+    changed = sum(int((p.detach() != old)[moved].sum()) for p, old, moved in before)
+    assert changed >= 0.99 * sum(int(moved.sum()) for _, _, moved in before)
+
+
+def test_weight_decay_shrinks_matrices_and_leaves_gains_alone():
+    model = tiny_model()
+    optimizer = run.Optimizers(model, "adamw", lr=0.1, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.norm.weight.grad[0] = 1e-12         # a gradient that is not zero, or no step would be taken
+    optimizer.step(0.1, grad_clip=1e9)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5))
+        elif name != "norm.weight":
+            assert torch.equal(p.detach(), before[name])
+
+
+def test_a_gradient_of_exactly_zero_takes_no_step_in_spite_of_momentum():
+    model = tiny_model()
+    optimizer = run.Optimizers(model, "adamw", lr=0.1)
+    model(torch.arange(5)[None]).logsumexp(-1).sum().backward()
+    optimizer.step(0.1, 1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    (0.0 * model(torch.arange(5)[None]).sum()).backward()
+    assert optimizer.step(0.1, 1.0) == 0
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_the_gradient_is_clipped_to_its_bound_and_the_norm_before_it_is_returned():
+    model = tiny_model()
+    optimizer = run.Optimizers(model, "adamw", lr=1.0)
+    (100 * model(torch.arange(5)[None])).logsumexp(-1).sum().backward()
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    seen = {}
+    optimizer.parts[0].register_step_pre_hook(
+        lambda *_: seen.update(norm=math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))))
+    assert float(optimizer.step(1.0, grad_clip=0.5)) == pytest.approx(norm, rel=1e-4)
+    assert seen["norm"] == pytest.approx(0.5, rel=1e-3)
+
+
+# ---- checkpoints ----
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    run.write_atomically(path, lambda f: f.write(b"old"))
+
+    def crash(f):
+        f.write(b"half of the n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.write_atomically(path, crash)
+    assert path.read_bytes() == b"old"
+
+
+class Exploding:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "text", "truncated", "code", "a tensor", "another format"])
+def test_a_broken_checkpoint_is_a_sentence_and_runs_no_code(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "ckpt.pt"
+    if content == "text":
+        path.write_text("hello")
+    elif content == "code":
+        torch.save({"format": run.FORMAT, "x": Exploding()}, path)
+    elif content == "a tensor":
+        torch.save(torch.zeros(3), path)
+    elif content == "another format":
+        torch.save({"format": 999}, path)
+    elif content != "missing":
+        torch.save({"format": run.FORMAT, "x": torch.zeros(100)}, path)
+        path.write_bytes(path.read_bytes()[: 0 if content == "empty" else 300])
+    with pytest.raises(ValueError, match=r"ckpt\.pt") as error:
+        run.load_checkpoint(path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_weights_that_do_not_fit_their_configuration_are_a_value_error():
+    from dataclasses import asdict
+    model = tiny_model()
+    checkpoint = {"gpt": asdict(model.config) | {"width": 32}, "model": model.state_dict()}
+    with pytest.raises(ValueError, match="do not fit"):
+        run.model_from(checkpoint, torch.device("cpu"))
+
+
+# ---- the directory of a run ----
+
+
+def open_run(tmp_path, **flags):
+    cfg = Config(out=str(tmp_path / "r"), quiet=True, **flags)
+    model = tiny_model()
+    optimizer = run.Optimizers(model, "adamw", cfg.lr)
+    checkpoint = run.Run.check(cfg)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    return run.Run(cfg, checkpoint, model, optimizer, Tokenizer.train("a tiny text", 261))
+
+
+def train(out, crash_after=None):
+    for step in out.steps():
+        out.samples([{"text": f"sample {step}"}])
+        out.log({"train/x": step * 1.5})
+        if step == crash_after:
+            raise RuntimeError("power cut")
+    out.finish({"eval/x": 1.0})
+
+
+def metrics_of(out):
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in out.metrics()]
+
+
+@pytest.mark.parametrize("crash_after, save_every", [(0, 1), (2, 2), (3, 3), (3, 1)])
+def test_a_crashed_run_resumes_to_the_same_lines(tmp_path, crash_after, save_every):
+    whole = open_run(tmp_path / "whole", steps=5, save_every=save_every)
+    train(whole)
+    broken = open_run(tmp_path / "broken", steps=5, save_every=save_every)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(broken, crash_after)
+    with open(broken.out / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "to')                                  # a torn line
+    train(open_run(tmp_path / "broken", steps=5, save_every=save_every, resume=True))
+    assert metrics_of(broken) == metrics_of(whole)
+    assert (broken.out / "samples.jsonl").read_text() == (whole.out / "samples.jsonl").read_text()
+    assert [line["step"] for line in whole.metrics()] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_knows_it_and_keeps_its_files(tmp_path):
+    train(open_run(tmp_path))
+    files = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    again = open_run(tmp_path, resume=True)
+    assert again.finished
+    assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == files
+
+
+def test_a_run_that_lost_only_its_last_line_is_not_finished(tmp_path):
+    out = open_run(tmp_path)
+    with pytest.raises(RuntimeError):
+        for step in out.steps():
+            out.log({"train/x": step})
+        raise RuntimeError("before the final line")
+    again = open_run(tmp_path, resume=True)
+    assert not again.finished and list(again.steps()) == []
+    again.finish({"eval/x": 1.0})
+    assert open_run(tmp_path, resume=True).finished
+
+
+def test_a_used_directory_is_refused_and_left_alone(tmp_path):
+    train(open_run(tmp_path))
+    files = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    with pytest.raises(ValueError, match="--resume"):
+        open_run(tmp_path)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == files
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "r").write_text("mine")
+    with pytest.raises(ValueError, match="in the way"):
+        open_run(tmp_path)
+    assert (tmp_path / "r").read_text() == "mine"
+
+
+def test_resume_takes_its_flags_from_the_run_and_refuses_others(tmp_path, capsys):
+    out = open_run(tmp_path, steps=3, share=0.25)
+    train(out)
+    cfg = run.parse(Config, ["--out", str(out.out), "--resume"])
+    assert (cfg.steps, cfg.share, cfg.resume) == (3, 0.25, True)
+    assert "--share 0.5" in refused(capsys, ["--out", str(out.out), "--resume", "--share", "0.5"])
+
+
+def test_ctrl_c_finishes_the_step_saves_and_leaves(tmp_path):
+    out = open_run(tmp_path, steps=4, save_every=100)
+    with pytest.raises(SystemExit) as exit:
+        for step in out.steps():
+            if step == 1:
+                os.kill(os.getpid(), 2)
+            out.log({"train/x": step})
+    assert exit.value.code == 130
+    assert run.load_checkpoint(out.out)["step"] == 2
+    again = open_run(tmp_path, steps=4, save_every=100, resume=True)
+    assert list(again.steps()) == [2, 3]
+
+
+def test_metrics_are_one_json_object_a_line_with_its_step(tmp_path):
+    out = open_run(tmp_path, steps=2)
+    train(out)
+    lines = (out.out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert json.loads((out.out / "config.json").read_text())["steps"] == 2

@@ -1,0 +1,215 @@
+"""Every script, run in-process from one tiny chain: it runs, resumes bit for bit, and refuses what it cannot do."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_grpo
+import train_pretrain
+import train_sft
+from nanorl import run
+from nanorl.data import DATA
+
+ROOT = Path(__file__).parent.parent
+PRETRAIN = "--steps 3 --batch 2 --length 32 --eval-every 2 --save-every 1 --text text.txt --vocab-size 300 --quiet --device cpu"
+SFT = "--steps 3 --batch 4 --eval-every 2 --save-every 1 --eval-problems 3 --max-new-tokens 8 --init pretrain --quiet --device cpu"
+GRPO = ("--steps 3 --prompts 3 --group 4 --eval-every 2 --save-every 1 --eval-problems 3 --max-new-tokens 8 --init sft "
+        "--quiet --device cpu")
+SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO),
+           "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
+                                            "--truncated mask --aggregate token_mean --advantage leave_one_out")}
+
+
+def start(script, flags, out, *extra):
+    script.main(run.parse(script.Config, [*flags.split(), "--out", str(out), *extra]))
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if not name.startswith("time/")} for line in lines]
+
+
+def parameters(out):
+    return run.load_checkpoint(out)["model"]
+
+
+def same_parameters(a, b):
+    a, b = parameters(a), parameters(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A directory with a small text and one finished run of every script."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "text.txt").write_text((DATA / "text.txt").read_text()[:20_000])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, (script, flags) in SCRIPTS.items():
+            start(script, flags, name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(world, monkeypatch):
+    monkeypatch.chdir(world)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_leaves_its_four_files_and_one_line_a_step(name):
+    assert {p.name for p in Path(name).iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt"}
+    assert [line["step"] for line in metrics(name)] == [0, 1, 2, 3]
+    assert run.load_checkpoint(name)["step"] == 3
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(name, tmp_path):
+    script, flags = SCRIPTS[name]
+    start(script, flags, tmp_path / "again")
+    start(script, flags, tmp_path / "other", "--seed", "1")
+    assert metrics(tmp_path / "again") == metrics(name)
+    assert same_parameters(tmp_path / "again", name)
+    assert not same_parameters(tmp_path / "other", name)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_kill_9_and_resume_is_the_uninterrupted_run_bit_for_bit(name, tmp_path):
+    """SIGKILL in the third step, after its update: resumed, parameters and metrics are those of a run left alone."""
+    script, flags = SCRIPTS[name]
+    argv = [*flags.split(), "--out", str(tmp_path / "run")]
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import {script.__name__} as script
+from nanorl import run
+write_line = run.Run._write_line
+def killed_in_the_third_step(self):
+    if self.step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_line(self)
+run.Run._write_line = killed_in_the_third_step
+script.main(run.parse(script.Config, {argv!r}))
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    assert len(metrics(tmp_path / "run")) == 2
+    script.main(run.parse(script.Config, ["--out", str(tmp_path / "run"), "--resume"]))
+    assert metrics(tmp_path / "run") == metrics(name)
+    assert same_parameters(tmp_path / "run", name)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_resuming_a_finished_run_changes_nothing(name, capsys):
+    script, _ = SCRIPTS[name]
+    files = {p: p.read_bytes() for p in Path(name).iterdir()}
+    script.main(run.parse(script.Config, ["--out", name, "--resume"]))
+    assert "finished" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in Path(name).iterdir()} == files
+
+
+def test_every_metric_is_defined_in_the_readme():
+    glossary = set(re.findall(r"^\| `([a-z]+/\w+)`", (ROOT / "README.md").read_text(), re.M))
+    logged = {key for name in SCRIPTS for line in (Path(name) / "metrics.jsonl").read_text().splitlines()
+              for key in json.loads(line)} - {"step"}
+    assert logged <= glossary, f"not in the README's glossary: {sorted(logged - glossary)}"
+
+
+def test_without_kl_no_reference_model_is_built(tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(run, "model_from", lambda *args, make=run.model_from: built.append(1) or make(*args))
+    start(train_grpo, GRPO + " --steps 1", tmp_path / "plain")
+    assert len(built) == 1
+    start(train_grpo, GRPO + " --steps 1 --kl-coef 0.1", tmp_path / "leashed")
+    assert len(built) == 3
+
+
+def test_one_update_per_rollout_means_ratio_one_and_an_inert_clip():
+    for line in metrics("grpo")[:-1]:
+        assert line["train/ratio_max"] == 1 and line["train/clipped_low"] == line["train/clipped_high"] == 0
+        assert abs(line["train/mismatch_kl"]) < 1e-6
+
+
+def test_the_kl_to_the_reference_is_zero_before_the_first_update():
+    assert metrics("grpo-full")[0]["train/kl"] < metrics("grpo-full")[1]["train/kl"] or metrics("grpo-full")[0]["train/kl"] < 1e-3
+
+
+def test_micro_batches_change_nothing_but_memory(tmp_path):
+    """Gradients of micro-batches add up to the step's, so the trained weights agree to rounding."""
+    start(train_grpo, SCRIPTS["grpo-full"][1], tmp_path / "micro", "--micro-batch", "1")
+    a, b = parameters(tmp_path / "micro"), parameters("grpo-full")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
+
+
+def test_the_stages_before_are_made_when_only_the_default_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for script in (train_pretrain, train_sft):
+        monkeypatch.setattr(script, "main", lambda cfg, script=script: made.append((script.__name__, cfg)))
+    made = []
+    with pytest.raises(SystemExit):              # our stand-in leaves no checkpoint behind
+        start(train_grpo, "--task sorting --seed 5 --quiet --device cpu", "grpo")
+    [(name, cfg)] = made
+    assert (name, cfg.out, cfg.task, cfg.seed, cfg.device) == ("train_sft", "runs/sft-sorting", "sorting", 5, "cpu")
+    assert "runs/sft-sorting is not there yet" in capsys.readouterr().out
+
+
+def test_a_stage_that_was_cut_short_is_continued_first(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text((DATA / "text.txt").read_text()[:20_000])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        save = run.Run.save
+
+        def save_and_fall(self):
+            save(self)
+            raise KeyboardInterrupt
+
+        patch.setattr(run.Run, "save", save_and_fall)
+        start(train_pretrain, PRETRAIN, "runs/pretrain")
+    assert run.load_checkpoint("runs/pretrain")["step"] == 1
+    start(train_sft, SFT.replace("--init pretrain", ""), "sft")
+    assert run.load_checkpoint("runs/pretrain")["step"] == 3
+    assert metrics("runs/pretrain") == metrics(world / "pretrain")
+
+
+# ---- bad input ----
+
+
+BAD = [
+    (train_pretrain, "--text missing.txt", "missing.txt"), (train_pretrain, "--text empty.txt", "empty.txt"),
+    (train_pretrain, "--text .", "not a file"), (train_pretrain, "--text binary.txt", "not UTF-8"),
+    (train_pretrain, "--text tiny.txt", "tiny.txt"), (train_pretrain, "--vocab-size 100", "261"),
+    (train_pretrain, "--tokenizer gpt3", "gpt3"), (train_pretrain, "--tokenizer text.txt", "text.txt, line 1"),
+    (train_pretrain, "--length 1000", "--length 1000"), (train_pretrain, "--preset huge", "--preset"),
+    (train_sft, "--data missing.jsonl", "missing.jsonl"), (train_sft, "--data bad.jsonl --init pretrain", "bad.jsonl, line 2"),
+    (train_sft, "--task cooking --init pretrain", "cooking"), (train_sft, "--difficulty 99 --init pretrain", "difficulty"),
+    (train_sft, "--init nowhere", "nowhere"), (train_sft, "--init text.txt", "text.txt"),
+    (train_sft, "--data long.jsonl --init pretrain", "record 1"),
+    (train_grpo, "--init nowhere", "nowhere"), (train_grpo, "--group 1 --init sft", "--group 1"),
+    (train_grpo, "--minibatches 1000 --init sft", "--minibatches 1000"), (train_grpo, "--temperature 0", "--temperature 0.0"),
+    (train_grpo, "--clip-low 2", "--clip-low"), (train_grpo, "--algo magic", "--algo"),
+    (train_grpo, "--max-new-tokens 1000 --init sft", "--max-new-tokens 1000"),
+    (train_grpo, "--advantage best", "--advantage"), (train_grpo, "--data bad.jsonl --init sft", "bad.jsonl, line 1"),
+    (train_grpo, "--device tpu", "--device"), (train_grpo, "--out sft", "sft"), (train_grpo, "--out nowhere --resume", "nowhere"),
+]
+
+
+@pytest.mark.parametrize("script, flags, named", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2_and_loses_nothing(script, flags, named, world, capsys, monkeypatch):
+    Path("empty.txt").write_text("\n")
+    Path("tiny.txt").write_text("a b")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    Path("bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
+    Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
+    files = {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
+    argv = flags.split() if "--out" in flags else [*flags.split(), "--out", "new"]
+    with pytest.raises(SystemExit) as exit:
+        script.main(run.parse(script.Config, [*argv, "--quiet"]))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert named in error and error.count("\n") == 1 and "Traceback" not in error
+    assert {p: p.read_bytes() for p in world.rglob("*") if p.is_file()} == files
