@@ -24,7 +24,7 @@ from nanorl import run
 from nanorl.data import DATA, read_records, read_text
 from nanorl.ops import (AGGREGATES, center, clipped_surrogate, importance_ratio, kl_k3, leave_one_out, masked_sum,
                         token_weights, zscore)
-from nanorl.rollout import collect, describe, evaluate, show_answers
+from nanorl.rollout import check_room, collect, describe, evaluate, show_answers
 from nanorl.sample import token_log_probs
 from nanorl.tasks import FileTask, make_task
 
@@ -34,9 +34,9 @@ ADVANTAGES = {"zscore": zscore, "center": center, "leave_one_out": leave_one_out
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RunConfig):
     out: str = ""               # directory of this run (default: runs/grpo, or runs/grpo-TASK)
-    steps: run.Count = 60
-    lr: run.Positive = 3e-4
-    eval_every: run.Count = 20
+    steps: run.Count = 40
+    lr: run.Positive = 2e-4
+    eval_every: run.Count = 10
 
     task: str = "addition"      # addition, sums, sorting, reversal or countdown
     difficulty: run.Natural = 0  # of the task, 0 is its own default
@@ -109,6 +109,7 @@ def main(cfg: Config) -> None:
                                             **run.same(cfg, "task", "difficulty"))
         start = run.load_checkpoint(init)
         policy, tokenizer = run.model_from(checkpoint or start, device), run.tokenizer_from(checkpoint or start)
+        check_room(policy, tokenizer, task, cfg.max_new_tokens)
         stories = read_text(DATA / "stories_heldout.txt")
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)

@@ -25,17 +25,18 @@ from nanorl.tokenizer import Tokenizer
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RunConfig):
     out: str = "runs/pretrain"
-    steps: run.Count = 200
-    lr: run.Positive = 4e-3
-    eval_every: run.Count = 100
+    steps: run.Count = 800
+    save_every: run.Count = 100
+    lr: run.Positive = 6e-3
+    eval_every: run.Count = 200
 
     text: str = str(DATA / "text.txt")    # any UTF-8 text file
     tokenizer: str = ""         # a rank file or a tiktoken name (gpt2, cl100k_base); by default one is trained on the text
     vocab_size: run.Count = 512  # of a trained tokenizer, special tokens included
     preset: Literal[*PRESETS] = "nano"    # size of the model
     positions: Literal["rope", "learned", "none"] = "rope"    # how the model knows the order of tokens
-    batch: run.Count = 64       # sequences per micro-batch
-    length: run.Count = 128     # tokens per sequence
+    batch: run.Count = 32       # sequences per micro-batch
+    length: run.Count = 64      # tokens per sequence
     accumulate: run.Count = 1   # micro-batches per step
     optimizer: Literal["adamw", "muon"] = "adamw"    # muon is for the blocks' matrices, with adamw for the rest
     warmup: run.Share = 0.1     # of the steps: the learning rate rises

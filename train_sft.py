@@ -15,7 +15,7 @@ import train_pretrain
 from nanorl import run
 from nanorl.data import pad, read_records, response_mask, shuffled_batch
 from nanorl.ops import token_weights
-from nanorl.rollout import evaluate, show_answers
+from nanorl.rollout import check_room, evaluate, show_answers
 from nanorl.sample import token_log_probs
 from nanorl.tasks import make_task
 from train_pretrain import objective
@@ -24,9 +24,9 @@ from train_pretrain import objective
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RunConfig):
     out: str = ""               # directory of this run (default: runs/sft, or runs/sft-TASK)
-    steps: run.Count = 100
+    steps: run.Count = 200
     lr: run.Positive = 1e-3
-    eval_every: run.Count = 100
+    eval_every: run.Count = 200
 
     task: str = "addition"      # addition, sums, sorting, reversal or countdown: what is demonstrated and evaluated
     difficulty: run.Natural = 0  # of the task, 0 is its own default
@@ -54,6 +54,7 @@ def main(cfg: Config) -> None:
         init = cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
         start = checkpoint or run.load_checkpoint(init)
         tokenizer, model = run.tokenizer_from(start), run.model_from(start, device)
+        check_room(model, tokenizer, task, cfg.max_new_tokens)
         prompts = [tokenizer.render(record["prompt"]) for record in records]
         responses = [tokenizer.render_response(record["response"]) for record in records]
         for number, (x, y) in enumerate(zip(prompts, responses, strict=True), start=1):

@@ -210,13 +210,15 @@ class GPT(nn.Module):
         self._initialise(generator)
 
     def _initialise(self, generator: torch.Generator | None) -> None:
-        """Normal weights of std 0.02, GPT-2's; what writes into the residual stream is scaled by 1/sqrt(2 layers), so
-        that its variance does not grow with depth. The loss of a fresh model is close to log V."""
+        """Normal weights of variance 1 / fan-in: what goes in with variance 1 comes out so. What writes into the residual
+        stream is scaled by 1/sqrt(2 layers), so that its variance does not grow with depth. The head starts small: a
+        fresh model has hardly an opinion, and its loss is close to log V."""
+        std = {"embedding.weight": 0.02 if self.config.tie_embeddings else 1.0, "head.weight": 0.02}
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
-                nn.init.normal_(weight, std=std, generator=generator)
+                fan_in = weight.shape[1] * (2 * self.config.layers if residual else 1)
+                nn.init.normal_(weight, std=std.get(name, fan_in**-0.5), generator=generator)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm.       tokens [B, T] int64 -> [B, T, width]

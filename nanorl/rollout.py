@@ -12,8 +12,17 @@ from torch import Tensor
 from nanorl.gpt import GPT
 from nanorl.run import Run, derive
 from nanorl.sample import Rollout, generate
-from nanorl.tasks import Problem, Task, is_worked
+from nanorl.tasks import FileTask, Problem, Task, is_worked
 from nanorl.tokenizer import Tokenizer
+
+
+def check_room(model: GPT, tokenizer: Tokenizer, task: Task, max_new_tokens: int) -> None:
+    """ValueError when the task's prompts and `max_new_tokens` do not fit the model's context."""
+    problems = task.problems if isinstance(task, FileTask) else [task.draw(Random(i)) for i in range(100)]
+    longest = max(len(tokenizer.render(problem.prompt)) for problem in problems)
+    if longest + max_new_tokens > model.config.context:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
+                         f"{model.config.context} has room for {model.config.context - longest}")
 
 
 @dataclass

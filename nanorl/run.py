@@ -363,12 +363,12 @@ class Run:
         if checkpoint is not None:
             self.step = checkpoint["step"]
             optimizer.load_state_dict(checkpoint["optimizer"])
-        if cfg.resume:
+        if not cfg.resume:
+            flags = json.dumps(dataclasses.asdict(cfg), indent=2)
+            write_atomically(self.out / "config.json", lambda f: f.write(flags.encode()))
+        elif not self.finished:
             self._cut("metrics.jsonl")
             self._cut("samples.jsonl")
-        else:
-            flags = json.dumps(dataclasses.asdict(cfg) | {"resume": False}, indent=2)
-            write_atomically(self.out / "config.json", lambda f: f.write(flags.encode()))
 
     @staticmethod
     def check(cfg: RunConfig) -> dict[str, Any] | None:
@@ -383,21 +383,16 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         return None
 
-    def _cut(self, name: str) -> None:
-        """Drop the lines that the checkpoint knows nothing of: those of its own step and later, and a torn last one."""
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a .jsonl file of this run. A line without its end was torn by a kill: it is not there."""
         path = self.out / name
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if record["step"] >= self.step and not (record["step"] == self.cfg.steps == self.step):
-                break
-            kept.append(line + b"\n")
-        write_atomically(path, lambda f: f.writelines(kept))
+        whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in whole]
+
+    def _cut(self, name: str) -> None:
+        """Drop what the checkpoint knows nothing of: lines of its own step and later, and a torn last one."""
+        kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in self._lines(name) if r["step"] < self.step]
+        write_atomically(self.out / name, lambda f: f.write("".join(kept).encode()))
 
     @property
     def finished(self) -> bool:
@@ -406,8 +401,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl so far."""
-        path = self.out / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return self._lines("metrics.jsonl")
 
     def steps(self) -> Iterator[int]:
         handlers = {s: signal.signal(s, self._stop_soon) for s in (signal.SIGINT, signal.SIGTERM)}

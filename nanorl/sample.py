@@ -107,7 +107,7 @@ def _next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
 
 
 # A compiled step is tied to the memory of its cache, so that memory is kept between calls. Its contents are not: every
-# call starts by zeroing it.
+# call overwrites all of it.
 _compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
 
 
@@ -145,14 +145,16 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, tempe
                          "temperature >= 0, top_k >= 0, 0 < top_p <= 1 and positive counts")
     device = model.head.weight.device
     tokens, prompt_lengths = (x.to(device) for x in pad(prompts))
-    capacity = tokens.shape[1] + max_new_tokens
-    if capacity > model.config.context:
+    longest = tokens.shape[1] + max_new_tokens
+    if longest > model.config.context:
         raise ValueError(f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit the "
                          f"model's context of {model.config.context}")
 
     # Read the prompts, then give each of them its samples.
     on = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
+    # A compiled step is made for one capacity: few different ones, then.
+    capacity = min(-(-longest // 64) * 64, model.config.context) if compile else longest
     cache = KVCache(model.config, len(prompts), capacity, device, dtype)
     hidden = model.hidden(tokens, cache)                                                    # [P, T, width]
     cache.length = prompt_lengths.clone()
@@ -164,7 +166,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, tempe
 
     B = len(tokens)
     tokens = torch.cat((tokens, tokens.new_zeros(B, max_new_tokens)), dim=1)                # [B, T]
-    logp = torch.zeros(B, capacity - 1, device=device)
+    logp = torch.zeros(B, longest - 1, device=device)
     lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
     u = uniforms(seed, B, max_new_tokens).to(device)
     stops = torch.tensor(sorted(stop_ids), device=device)

@@ -46,30 +46,31 @@ def logit_pairs(draw):
 
 
 @st.composite
-def policies(draw, count=1, V=st.integers(2, 4), T=st.integers(1, 3)):
-    """Tables of nanorl/tabular.py of one shape [prefixes, V]."""
-    V, T, g = draw(V), draw(T), draw(generators)
+def policies(draw, count=1, V=(2, 4), T=(1, 3)):
+    """Tables of nanorl/tabular.py of one shape [prefixes, V]; V and T are ranges."""
+    V, T, g = draw(st.integers(*V)), draw(st.integers(*T)), draw(generators)
     scale = draw(st.sampled_from([0.01, 0.3, 1.0, 3.0]))
     tables = [scale * randn(g, num_prefixes(V, T), V) for _ in range(count)]
     return tables[0] if count == 1 else tables
 
 
 @st.composite
-def linear_problems(draw, rows=st.integers(0, 9)):
+def linear_problems(draw, rows=(0, 9)):
     """hidden [N, d], weight [V, d], ids [N], and a temperature."""
-    N, d, V, g = draw(rows), draw(st.integers(1, 5)), draw(st.integers(2, 7)), draw(generators)
+    N, d, V, g = draw(st.integers(*rows)), draw(st.integers(1, 5)), draw(st.integers(2, 7)), draw(generators)
     scale = draw(st.sampled_from([0.1, 1.0, 3.0]))
     return randn(g, N, d), scale * randn(g, V, d), torch.randint(V, (N,), generator=g), draw(temperatures)
 
 
 @st.composite
 def rewards(draw, min_group=1):
-    """[P, G], many of them tied: 0/1 verdicts, quarters, real numbers, or all alike. Sums of the first two are exact."""
+    """[P, G], many of them tied: 0/1 verdicts, a few levels, real numbers, or all of a row alike."""
     P, G, g = draw(st.integers(1, 4)), draw(st.integers(min_group, 8)), draw(generators)
-    return {"binary": torch.randint(2, (P, G), generator=g).double(),
-            "quarters": torch.randint(-8, 9, (P, G), generator=g) / torch.tensor(4.0, dtype=torch.float64),
-            "real": randn(g, P, G),
-            "alike": randn(g, P, 1).expand(P, G).clone()}[draw(st.sampled_from(["binary", "quarters", "real", "alike"]))]
+    kinds = {"verdicts": torch.randint(2, (P, G), generator=g).double(),
+             "levels": torch.randint(-2, 3, (P, G), generator=g) / 10.0,
+             "real": randn(g, P, G),
+             "alike": randn(g, P, 1).repeat(1, G)}
+    return kinds[draw(st.sampled_from(sorted(kinds)))].double()
 
 
 @st.composite
@@ -80,9 +81,9 @@ def scored_rewards(draw):
 
 
 @st.composite
-def masks(draw, B=st.integers(1, 6), T=st.integers(1, 12), kinds=("empty", "full", "run", "scattered")):
+def masks(draw, kinds=("empty", "full", "run", "scattered")):
     """[B, T] bool, each row of its own kind."""
-    B, T, g = draw(B), draw(T), draw(generators)
+    B, T, g = draw(st.integers(1, 6)), draw(st.integers(1, 12)), draw(generators)
     mask = torch.zeros(B, T, dtype=torch.bool)
     for row in mask:
         kind, (start, stop) = draw(st.sampled_from(kinds)), torch.randint(T, (2,), generator=g).sort().values
@@ -121,16 +122,16 @@ class Batch:
 
 
 @st.composite
-def batches(draw, on_policy=None):
-    """A step's rows, on the policy that sampled them or (by default: sometimes) off it."""
+def batches(draw, moves=(0.0, 0.1, 0.5, 2.0)):
+    """The rows of one optimizer step, whose log-probs have moved away from the sampling policy's by one of `moves`."""
     (mask, prompt_index), g = draw(masked_prompts()), draw(generators)
     B, T = mask.shape
     logp, adv = -randn(g, B, T).abs(), randn(g, B, 1)
     adv[torch.rand(B, generator=g) < 0.2] = 0.0                 # groups without contrast
-    shift = 0.0 if on_policy else draw(st.sampled_from([0.0, 0.1, 0.5, 2.0] if on_policy is None else [0.1, 0.5, 2.0]))
-    return Batch(logp, logp + shift * randn(g, B, T), logp + draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])) * randn(g, B, T),
-                 randn(g, B, T).abs(), adv, mask, token_weights(mask, prompt_index, draw(aggregates), T).double(),
-                 prompt_index)
+    return Batch(logp=logp, old_logp=logp + draw(st.sampled_from(moves)) * randn(g, B, T),
+                 ref_logp=logp + draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])) * randn(g, B, T),
+                 entropy=randn(g, B, T).abs(), adv=adv, mask=mask, prompt_index=prompt_index,
+                 weights=token_weights(mask, prompt_index, draw(aggregates), T).double())
 
 
 @st.composite

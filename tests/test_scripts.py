@@ -16,10 +16,11 @@ from nanorl import run
 from nanorl.data import DATA
 
 ROOT = Path(__file__).parent.parent
-PRETRAIN = "--steps 3 --batch 2 --length 32 --eval-every 2 --save-every 1 --text text.txt --vocab-size 300 --quiet --device cpu"
-SFT = "--steps 3 --batch 4 --eval-every 2 --save-every 1 --eval-problems 3 --max-new-tokens 8 --init pretrain --quiet --device cpu"
-GRPO = ("--steps 3 --prompts 3 --group 4 --eval-every 2 --save-every 1 --eval-problems 3 --max-new-tokens 8 --init sft "
-        "--quiet --device cpu")
+TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
+EVAL = " --eval-problems 3 --max-new-tokens 16"
+PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --vocab-size 300" + TINY
+SFT = "--steps 40 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY
+GRPO = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --init sft" + EVAL + TINY
 SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO),
            "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
                                             "--truncated mask --aggregate token_mean --advantage leave_one_out")}
@@ -43,11 +44,17 @@ def same_parameters(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A directory with a small text and one finished run of every script."""
+    """A directory with one finished run of every script: a model that says x or y, and is rewarded for x."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "text.txt").write_text((DATA / "text.txt").read_text()[:20_000])
+    write_records(folder / "letters.jsonl", ({"prompt": f"Say {i}.", "response": f"Answer: {'xy'[i % 2]}"} for i in range(99)))
+    write_records(folder / "wanted.jsonl", ({"prompt": f"Say {i}.", "answer": "x"} for i in range(99)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, (script, flags) in SCRIPTS.items():
@@ -63,8 +70,15 @@ def inside(world, monkeypatch):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_leaves_its_four_files_and_one_line_a_step(name):
     assert {p.name for p in Path(name).iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt"}
-    assert [line["step"] for line in metrics(name)] == [0, 1, 2, 3]
-    assert run.load_checkpoint(name)["step"] == 3
+    steps = run.load_checkpoint(name)["config"]["steps"]
+    assert [line["step"] for line in metrics(name)] == list(range(steps + 1))
+    assert run.load_checkpoint(name)["step"] == steps
+
+
+def test_the_rewards_of_the_tiny_world_differ_within_groups():
+    """Or else nothing in this file would train anything."""
+    assert any(line["rollout/no_contrast"] < 1 for line in metrics("grpo")[:-1])
+    assert max(line["train/grad_norm_max"] for line in metrics("grpo")[:-1]) > 0
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -134,8 +148,10 @@ def test_one_update_per_rollout_means_ratio_one_and_an_inert_clip():
         assert abs(line["train/mismatch_kl"]) < 1e-6
 
 
-def test_the_kl_to_the_reference_is_zero_before_the_first_update():
-    assert metrics("grpo-full")[0]["train/kl"] < metrics("grpo-full")[1]["train/kl"] or metrics("grpo-full")[0]["train/kl"] < 1e-3
+def test_the_kl_to_the_reference_starts_at_zero_and_grows(tmp_path):
+    start(train_grpo, GRPO + " --kl-coef 0.1", tmp_path / "leash")
+    first, second, third, _ = metrics(tmp_path / "leash")
+    assert abs(first["train/kl"]) < 1e-6 < second["train/kl"] < third["train/kl"]
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path):
@@ -160,7 +176,8 @@ def test_the_stages_before_are_made_when_only_the_default_is_missing(tmp_path, m
 
 def test_a_stage_that_was_cut_short_is_continued_first(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text((DATA / "text.txt").read_text()[:20_000])
+    for name in ("text.txt", "letters.jsonl"):
+        Path(name).write_bytes((world / name).read_bytes())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         save = run.Run.save
 
@@ -193,7 +210,7 @@ BAD = [
     (train_grpo, "--minibatches 1000 --init sft", "--minibatches 1000"), (train_grpo, "--temperature 0", "--temperature 0.0"),
     (train_grpo, "--clip-low 2", "--clip-low"), (train_grpo, "--algo magic", "--algo"),
     (train_grpo, "--max-new-tokens 1000 --init sft", "--max-new-tokens 1000"),
-    (train_grpo, "--advantage best", "--advantage"), (train_grpo, "--data bad.jsonl --init sft", "bad.jsonl, line 1"),
+    (train_grpo, "--advantage best", "--advantage"), (train_grpo, "--init sft --data bad.jsonl", "bad.jsonl, line 1"),
     (train_grpo, "--device tpu", "--device"), (train_grpo, "--out sft", "sft"), (train_grpo, "--out nowhere --resume", "nowhere"),
 ]
 

@@ -1,0 +1,240 @@
+"""Experience belongs together: each text is its row's, each reward its text's, and no step changes an answer."""
+
+import hashlib
+import json
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanorl.gpt import GPT, GPTConfig
+from nanorl.rollout import Experience, answer, check_room, collect, describe, evaluate, show_answers
+from nanorl.sample import Rollout, token_log_probs
+from nanorl.tasks import FileTask, Problem, Task, is_heldout, make_task
+from nanorl.tokenizer import Tokenizer
+
+quick = settings(max_examples=20, deadline=None)
+seeds = st.integers(0, 2**32)
+TOKENIZER = Tokenizer.train("What is 12+34? 2+4=6, 1+3=4. Answer: 46\n" * 3, 280)
+HOW = {"max_new_tokens": 4}
+
+
+class Parity(Task):
+    """Rewards that look like chance but are a function of prompt and response: half of all answers are right."""
+
+    name, lowest, default, highest = "parity", 1, 1, 1
+
+    def draw(self, rng):
+        return Problem(f"Say {rng.randrange(10**rng.randint(1, 5))}.", "")
+
+    def verify(self, problem, response):
+        return float(hashlib.sha256(f"{problem.prompt}/{response}".encode()).digest()[0] % 2)
+
+
+class Same(Parity):
+    """No two answers differ in reward."""
+
+    def verify(self, problem, response):
+        return 1.0
+
+
+def make_model(seed: int = 0) -> GPT:
+    """A random model. No layer writes into coordinate 0, which is large and speaks for <|end|>: of seed 0's answers,
+    about half stop within four tokens and half are cut, and its groups of two differ about as often as not."""
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, context=64, layers=1, width=16, heads=2)).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=1.0 if p.ndim == 1 else 0.5, generator=generator)
+        model.blocks[0].attention.out.weight[0] = model.blocks[0].mlp.down.weight[0] = model.head.weight[:, 0] = 0.0
+        model.norm.weight.fill_(1.0)
+        model.embedding.weight[:, 0] = 30.0
+        model.head.weight[TOKENIZER.end, 0] = 1.4
+    return model
+
+
+MODEL = make_model()
+
+
+def assert_belongs_together(experience: Experience, task: Task, samples: int) -> None:
+    """Row b answers problem b // G: its prompt ids, its text, its reward and its log-probs all say so."""
+    out, problems = experience.rollout, experience.problems
+    assert experience.rewards.shape == (len(problems), samples)
+    assert len(out.tokens) == len(experience.texts) == len(problems) * samples
+    assert out.prompt_index.tolist() == [p for p in range(len(problems)) for _ in range(samples)]
+    for row, (text, reward) in enumerate(zip(experience.texts, experience.rewards.flatten().tolist(), strict=True)):
+        problem = problems[row // samples]
+        prompt = TOKENIZER.render(problem.prompt)
+        assert out.tokens[row, : len(prompt)].tolist() == prompt and out.prompt_lengths[row] == len(prompt)
+        assert text == TOKENIZER.decode(out.response(row))
+        assert reward == (task.verify(problem, text) if out.finished[row] else 0.0)
+    logp, _ = token_log_probs(MODEL, out.tokens, out.mask)
+    torch.testing.assert_close(logp.float(), out.logp, rtol=0, atol=1e-5)
+
+
+# ---- Answers ----
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 4))
+@quick
+def test_every_answer_is_verified_against_its_own_problem(seed, count, samples):
+    task, rng = Parity(), Random(seed)
+    problems = [task.draw(rng) for _ in range(count)]
+    experience = answer(MODEL, TOKENIZER, task, problems, samples=samples, seed=seed, **HOW)
+    assert experience.problems == problems
+    assert_belongs_together(experience, task, samples)
+
+
+@given(seeds, st.sampled_from([0, 2]))
+@quick
+def test_shuffled_problems_take_their_answers_along(seed, model_seed):
+    """Greedy answers are a function of the problem: in any order, each problem keeps its text and its reward.
+
+    Greedily, model 0 stops at once, so its rewards tell the prompts apart; model 2 talks on, so its texts do.
+    """
+    task, rng, model = Parity(), Random(seed), make_model(model_seed)
+    problems = [task.draw(rng) for _ in range(6)]
+    found = []
+    for order in (problems, rng.sample(problems, 6)):
+        experience = answer(model, TOKENIZER, task, order, temperature=0.0, **HOW)
+        prompts, rewards = [problem.prompt for problem in order], experience.rewards[:, 0].tolist()
+        found.append(sorted(zip(prompts, experience.texts, rewards, strict=True)))
+    assert found[0] == found[1]
+
+
+def test_an_answer_that_was_cut_scores_nothing():
+    """Even where the verifier would pay for it. Finished answers are paid, and both kinds occur."""
+    problems = [Same().draw(Random(seed)) for seed in range(8)]
+    experience = answer(MODEL, TOKENIZER, Same(), problems, samples=4, **HOW)
+    finished = experience.rollout.finished
+    assert 0 < finished.sum() < 32
+    assert torch.equal(experience.rewards.flatten(), finished.float())
+
+
+def test_contrast_is_a_difference_within_a_group():
+    rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.4]])
+    assert Experience(None, [], [], rewards).contrast.tolist() == [False, False, True, True]
+
+
+def test_room_is_checked_with_the_longest_prompt():
+    """A prompt and an answer may fill the context to the last token; one more is refused in one sentence."""
+    task = FileTask([(f"What is {n}?" + " and so on" * (n == 50), "1") for n in range(100)])
+    longest = max(len(TOKENIZER.render(problem.prompt)) for problem in task.problems)
+    check_room(MODEL, TOKENIZER, task, 64 - longest)
+    with pytest.raises(ValueError) as error:
+        check_room(MODEL, TOKENIZER, task, 65 - longest)
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 250 and str(65 - longest) in text and "64" in text
+
+
+# ---- Collecting ----
+
+
+@given(seeds, st.integers(1, 4), st.integers(2, 4))
+@quick
+def test_collected_problems_are_training_problems_of_the_seed(seed, prompts, samples):
+    """One seed, one experience; none of the problems is held out."""
+    runs = [collect(MODEL, TOKENIZER, Parity(), prompts=prompts, samples=samples, seed=seed, **HOW) for _ in range(2)]
+    assert runs[0].problems == runs[1].problems and runs[0].texts == runs[1].texts
+    assert torch.equal(runs[0].rewards, runs[1].rewards) and torch.equal(runs[0].rollout.tokens, runs[1].rollout.tokens)
+    assert len(runs[0].problems) == prompts and not any(is_heldout(p.prompt) for p in runs[0].problems)
+    assert runs[0].resampled == 0
+    assert_belongs_together(runs[0], Parity(), samples)
+
+
+@given(seeds, st.integers(1, 6), st.integers(2, 3))
+@quick
+def test_resampling_returns_groups_with_contrast_only(seed, prompts, samples):
+    """As many groups as were asked for, each with contrast, put together from several draws with no row gone astray."""
+    experience = collect(MODEL, TOKENIZER, Parity(), prompts=prompts, samples=samples, seed=seed, resample=True, **HOW)
+    assert len(experience.problems) == prompts and experience.contrast.all()
+    assert not any(is_heldout(p.prompt) for p in experience.problems)
+    assert_belongs_together(experience, Parity(), samples)
+
+
+def test_resampling_keeps_what_the_first_draw_gave():
+    """The groups with contrast of a plain collection come first, as they were; at least the others are counted."""
+    plain = collect(MODEL, TOKENIZER, Parity(), prompts=12, samples=2, seed=3, **HOW)
+    full = collect(MODEL, TOKENIZER, Parity(), prompts=12, samples=2, seed=3, resample=True, **HOW)
+    index = plain.contrast.nonzero().squeeze(-1).tolist()
+    assert 0 < len(index) < 12
+    assert full.problems[: len(index)] == [plain.problems[p] for p in index]
+    assert full.texts[: 2 * len(index)] == [plain.texts[2 * p + g] for p in index for g in range(2)]
+    assert torch.equal(full.rewards[: len(index)], plain.rewards[index])
+    assert full.resampled >= 12 - len(index)
+
+
+def test_resampling_gives_up_with_a_clear_error():
+    """A policy that always gets the same reward has no contrast to find: bounded, and the sentence says what to do."""
+    with pytest.raises(RuntimeError) as error:
+        collect(MODEL, TOKENIZER, Same(), prompts=2, samples=1, seed=0, resample=True, **HOW)
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 250
+    assert "0 of 40" in text and "2 are wanted" in text and "--groups" in text
+
+
+# ---- Describing ----
+
+
+def experience_of(rewards: list[list[float]], lengths: list[int], finished: list[bool], texts: list[str]) -> Experience:
+    """What `describe` looks at, made up: prompts of 3 tokens and responses of these lengths."""
+    B, T = len(lengths), 3 + max(lengths)
+    rollout = Rollout(torch.zeros(B, T, dtype=torch.int64), torch.full((B,), 3), 3 + torch.tensor(lengths),
+                      torch.zeros(B, T - 1), torch.tensor(finished), torch.arange(B) // len(rewards[0]))
+    return Experience(rollout, [Problem(f"p{n}", "") for n in range(len(rewards))], texts, torch.tensor(rewards))
+
+
+def test_describe_is_what_one_counts_by_hand():
+    texts = ["Answer: 1", "1+1=2. Answer: 2", "I think Answer: 9", "no idea"]
+    experience = experience_of([[1.0, 1.0], [0.0, 0.5]], [2, 8, 5, 9], [True, True, True, False], texts)
+    assert describe(experience) == {
+        "reward": 2.5 / 4, "length": 24 / 4, "worked": 2 / 4, "truncated": 1 / 4, "length_correct": 10 / 2,
+        "length_wrong": 14 / 2, "reward_worked": 1.0 / 2, "reward_direct": 1.5 / 2}
+
+
+def test_describe_leaves_out_the_mean_of_nothing():
+    right = describe(experience_of([[1.0, 1.0]], [2, 3], [True, True], ["Answer: 1", "Answer: 1"]))
+    assert right == {"reward": 1, "length": 2.5, "worked": 0, "truncated": 0, "length_correct": 2.5, "reward_direct": 1}
+    wrong = describe(experience_of([[0.0, 0.0]], [2, 3], [False, True], ["1+1=2. Answer: 3"] * 2))
+    assert wrong == {"reward": 0, "length": 2.5, "worked": 1, "truncated": 0.5, "length_wrong": 2.5, "reward_worked": 0}
+
+
+# ---- Evaluating ----
+
+
+@pytest.mark.parametrize("task", [Parity(), make_task("addition", 2)], ids=lambda task: task.name)
+def test_evaluation_problems_are_held_out_and_depend_on_the_seed_alone(task):
+    """Not on the model, the temperature or the length of answers; another seed asks others."""
+    def problems(model, seed, **how):
+        return evaluate(model, TOKENIZER, task, problems=8, seed=seed, **HOW | how)[1].problems
+
+    asked = problems(MODEL, 5)
+    assert len(asked) == 8 and all(is_heldout(problem.prompt) for problem in asked)
+    assert problems(make_model(1), 5, temperature=0.5, max_new_tokens=2) == asked != problems(MODEL, 6)
+
+
+def test_evaluation_reports_the_means_of_what_it_saw():
+    """Both accuracies: of the answers it returns, and of greedy ones; evaluating again gives the same numbers."""
+    metrics, sampled = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, **HOW)
+    greedy = answer(MODEL, TOKENIZER, Parity(), sampled.problems, temperature=0.0, **HOW)
+    assert_belongs_together(sampled, Parity(), 1)
+    assert metrics["eval/accuracy_sampled"] == float(sampled.rewards.mean())
+    assert metrics["eval/accuracy_greedy"] == float(greedy.rewards.mean())
+    assert metrics["eval/length"] == describe(sampled)["length"] and "eval/reward" not in metrics
+    assert evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, **HOW)[0] == metrics
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_shown_answers_keep_prompt_response_and_reward_together(count):
+    """The first sample of each of the first `count` problems, or of all of them, as lines and as records."""
+    texts = [f"text {n}" for n in range(8)]
+    experience = experience_of([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], [1] * 8, [True] * 7 + [False], texts)
+    records, lines = [], []
+    show_answers(SimpleNamespace(samples=records.extend, say=lines.append, step=7), experience, count)
+    expected = [{"prompt": f"p{n}", "response": f"text {2 * n}", "reward": reward, "finished": True}
+                for n, reward in enumerate([1.0, 0.0, 1.0, 0.0])][:count]
+    assert records == expected and json.loads(json.dumps(records)) == records
+    assert all(f"{'+' if r['reward'] else '-'} {r['prompt']} {r['response']}" in lines[0] for r in expected)
