@@ -8,7 +8,8 @@
     python train_grpo.py --minibatches 4 --kl-coef 0.04 --out runs/grpo-kl
 
 With one update per rollout and kl_coef 0, the default, the ratio rho is 1 and clipping has nothing to clip: GRPO is then
-REINFORCE with a group baseline. The loss is near zero by construction; watch the reward.
+REINFORCE with a group baseline. The loss is then zero, up to rounding, because the advantages of a group sum to zero:
+it is not even logged. Watch the reward.
 """
 
 import time
@@ -22,12 +23,22 @@ import train_pretrain
 import train_sft
 from nanorl import run
 from nanorl.data import DATA, read_records, read_text
-from nanorl.ops import (AGGREGATES, center, clipped_surrogate, importance_ratio, kl_k3, leave_one_out, masked_sum,
-                        token_weights, zscore)
+from nanorl.ops import (
+    AGGREGATES,
+    center,
+    clipped_surrogate,
+    importance_ratio,
+    kl_k3,
+    leave_one_out,
+    masked_sum,
+    token_weights,
+    zscore,
+)
 from nanorl.rollout import check_room, collect, describe, evaluate, show_answers
 from nanorl.sample import token_log_probs
 from nanorl.tasks import FileTask, make_task
 
+STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so that only forgetting is measured
 ADVANTAGES = {"zscore": zscore, "center": center, "leave_one_out": leave_one_out}
 
 
@@ -47,7 +58,7 @@ class Config(run.RunConfig):
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
     advantage: Literal[*ADVANTAGES] = "zscore"    # how an answer is compared with its group
     aggregate: Literal[*AGGREGATES] = "sequence_mean"    # how much each token counts, see nanorl/ops.py
-    groups: Literal["all", "drop", "resample"] = "all"    # those without contrast: keep, leave out of every weight, or draw anew
+    groups: Literal["all", "drop", "resample"] = "all"    # those without contrast: keep, leave out, or draw anew
     truncated: Literal["train", "mask"] = "train"    # answers cut at the limit: train on them, or only count them in the mean
     epochs: run.Count = 1       # passes over a rollout
     minibatches: run.Count = 1  # optimizer steps per pass
@@ -88,14 +99,20 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
     ratio = importance_ratio(logp.detach(), old_logp)
     metrics |= {"train/clipped_low": masked_sum(((ratio < 1 - clip_low) & (adv < 0)).float(), mask),
                 "train/clipped_high": masked_sum(((ratio > 1 + clip_high) & (adv > 0)).float(), mask),
-                "train/ratio_max": ratio.max()}
+                "train/ratio_max": ratio.masked_fill(~mask, 0.0).max()}
     return loss, metrics
+
+
+def micro_batches(rows, lengths, size):
+    """`rows` in batches of `size`, rows of similar length together. Yields (rows, length of the longest)."""
+    for part in rows[lengths[rows].argsort()].split(size):
+        yield part, int(lengths[part].max())
 
 
 def main(cfg: Config) -> None:
     # 1. Everything that can be wrong with flags and files comes to light here, before any work.
     with run.user_errors():
-        device = run.pick_device(cfg.device)
+        device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
         if cfg.data:
             task = FileTask([(r["prompt"], r["answer"]) for r in read_records(cfg.data, ("prompt", "answer"))])
@@ -105,21 +122,24 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--group 1: --advantage {cfg.advantage} compares answers within a group, expected at least 2")
         if cfg.minibatches > cfg.prompts * cfg.group:
             raise ValueError(f"--minibatches {cfg.minibatches}: a rollout has only {cfg.prompts * cfg.group} answers")
-        init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
-                                            **run.same(cfg, "task", "difficulty"))
-        start = run.load_checkpoint(init)
-        policy, tokenizer = run.model_from(checkpoint or start, device), run.tokenizer_from(checkpoint or start)
-        check_room(policy, tokenizer, task, cfg.max_new_tokens)
         stories = read_text(DATA / "stories_heldout.txt")
+    init = cfg.init
+    if not init and (not checkpoint or cfg.kl_coef):
+        init = run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
+                                **run.same(cfg, "task", "difficulty"))
+    with run.user_errors():
+        start = checkpoint or run.load_checkpoint(init)
+        policy, tokenizer = run.model_from(start, device), run.tokenizer_from(start)
+        reference = run.model_from(run.load_checkpoint(init), device).requires_grad_(False) if cfg.kl_coef else None
+        check_room(policy, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
-    if out.finished:
-        return print(f"{cfg.out} is finished: {cfg.steps} steps.")
-    reference = run.model_from(start, device).requires_grad_(False) if cfg.kl_coef else None
+    del start, checkpoint
     compiled = run.wants_compile(cfg, device)
     if compiled:
-        run.compile_blocks(policy)
+        for model in filter(None, (policy, reference)):
+            run.compile_blocks(model)
     story_ids = torch.tensor(tokenizer.encode(stories))
     sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     updates = cfg.epochs * cfg.minibatches
@@ -129,7 +149,7 @@ def main(cfg: Config) -> None:
     def look() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
             metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed, **sampling)
-            text = train_pretrain.text_loss(policy, story_ids, tokenizer.bos, len(stories.encode()), 128)
+            text = train_pretrain.text_loss(policy, story_ids, tokenizer.bos, len(stories.encode()), STORY_WINDOW)
         show_answers(out, experience)
         return metrics | {"eval/story_loss": text["eval/text_loss"]}
 
@@ -159,26 +179,21 @@ def main(cfg: Config) -> None:
             mask = mask & rollout.finished[:, None]
 
         # 5. Update. Micro-batches only bound memory: the weights are the whole optimizer step's, so they add up exactly.
-        # Rows of similar length go together, cut to the longest of them.
-        def micro_batches(rows):
-            for part in rows[rollout.lengths[rows].argsort()].split(cfg.micro_batch):
-                yield part, int(rollout.lengths[part].max())
-
         old_logp = torch.zeros(mask.shape, device=device)
         if updates > 1:                     # else they are the log-probs of the one update itself
             with torch.no_grad():
-                for rows, T in micro_batches(torch.arange(len(mask), device=device)):
+                for rows, T in micro_batches(torch.arange(len(mask), device=device), rollout.lengths, cfg.micro_batch):
                     old_logp[rows, : T - 1] = score(policy, rollout.tokens[rows, :T], mask[rows, : T - 1])[0]
 
         totals, tokens = defaultdict(float), 0
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
         for epoch in range(cfg.epochs):
             shuffle = torch.randperm(len(mask), generator=run.generator(cfg.seed, "minibatch", step, epoch)).to(device)
-            for minibatch in shuffle.chunk(cfg.minibatches):
+            for minibatch in shuffle.tensor_split(cfg.minibatches):
                 weights = torch.zeros(mask.shape, device=device)
                 weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], cfg.aggregate,
                                                    cfg.max_new_tokens)
-                for rows, T in micro_batches(minibatch):
+                for rows, T in micro_batches(minibatch, rollout.lengths, cfg.micro_batch):
                     t, m, w = rollout.tokens[rows, :T], mask[rows, : T - 1], weights[rows, : T - 1]
                     logp, entropy = score(policy, t, m)
                     old = old_logp[rows, : T - 1] if updates > 1 else logp.detach()

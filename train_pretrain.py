@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from nanorl import run
-from nanorl.data import DATA, consecutive_windows, random_windows, read_text
+from nanorl.data import DATA, consecutive_windows, random_windows, read_text, response_mask
 from nanorl.gpt import GPT, PRESETS, GPTConfig
 from nanorl.ops import masked_sum, token_weights
 from nanorl.sample import generate, token_log_probs
@@ -27,7 +27,7 @@ class Config(run.RunConfig):
     out: str = "runs/pretrain"
     steps: run.Count = 800
     save_every: run.Count = 100
-    lr: run.Positive = 6e-3
+    lr: run.Positive = 1e-2
     eval_every: run.Count = 200
 
     text: str = str(DATA / "text.txt")    # any UTF-8 text file
@@ -38,7 +38,7 @@ class Config(run.RunConfig):
     batch: run.Count = 32       # sequences per micro-batch
     length: run.Count = 64      # tokens per sequence
     accumulate: run.Count = 1   # micro-batches per step
-    optimizer: Literal["adamw", "muon"] = "adamw"    # muon is for the blocks' matrices, with adamw for the rest
+    optimizer: Literal["adamw", "muon"] = "muon"    # muon for the blocks' matrices with adamw for the rest, or all adamw
     warmup: run.Share = 0.1     # of the steps: the learning rate rises
     decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
     weight_decay: run.NonNegative = 0.1    # decoupled; gains are left alone
@@ -60,8 +60,7 @@ def text_loss(model, ids, bos, num_bytes, width, batch=64):
     tokens, lengths = consecutive_windows(ids, bos, width)
     nats, count = 0.0, 0
     for chunk, length in zip(tokens.split(batch), lengths.split(batch), strict=True):
-        mask = torch.arange(1, width) < length[:, None]
-        mask = mask[:, : chunk.shape[1] - 1].to(model.head.weight.device)
+        mask = response_mask(torch.ones_like(length), length, chunk.shape[1]).to(model.head.weight.device)
         logp, _ = token_log_probs(model, chunk.to(mask.device), mask)
         nats, count = nats - masked_sum(logp, mask).item(), count + int(mask.sum())
     return {"eval/text_loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / num_bytes,
@@ -71,12 +70,15 @@ def text_loss(model, ids, bos, num_bytes, width, batch=64):
 def main(cfg: Config) -> None:
     # 1. Everything that can be wrong with flags and files comes to light here, before any work.
     with run.user_errors():
-        device = run.pick_device(cfg.device)
+        device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
+        start = checkpoint or (run.load_checkpoint(cfg.init) if cfg.init else None)
+        if cfg.length < 2:
+            raise ValueError("--length 1: expected at least 2, a BOS and a token to predict")
         text = read_text(cfg.text)
         cut = int(0.95 * len(text))                     # the last 5 % is never trained on
-        if checkpoint:
-            tokenizer = run.tokenizer_from(checkpoint)
+        if start:
+            tokenizer = run.tokenizer_from(start)
         elif cfg.tokenizer:
             tokenizer = Tokenizer.load(cfg.tokenizer) if Path(cfg.tokenizer).exists() else Tokenizer.named(cfg.tokenizer)
         else:
@@ -85,18 +87,18 @@ def main(cfg: Config) -> None:
         if len(train_ids) < cfg.length or len(heldout_ids) < 2:
             raise ValueError(f"{cfg.text}: {len(train_ids)} tokens to train on and {len(heldout_ids)} held out; expected "
                              f"at least --length {cfg.length} and 2")
-        gpt_config = GPTConfig(tokenizer.vocab_size, **PRESETS[cfg.preset] | {"positions": cfg.positions})
-        if cfg.length > gpt_config.context:
-            raise ValueError(f"--length {cfg.length}: the preset {cfg.preset} has a context of {gpt_config.context}")
+        if start:
+            model = run.model_from(start, device)
+        else:
+            config = GPTConfig(tokenizer.vocab_size, **PRESETS[cfg.preset] | {"positions": cfg.positions})
+            model = GPT(config, run.generator(cfg.seed, "init")).to(device)
+        if cfg.length > model.config.context:
+            raise ValueError(f"--length {cfg.length}: the model has a context of {model.config.context}")
         heldout_bytes = tokenizer.num_bytes(heldout_ids.tolist())
 
-    model = run.model_from(checkpoint, device) if checkpoint else GPT(gpt_config, run.generator(cfg.seed, "init")).to(device)
     optimizer = run.Optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
-    if out.finished:
-        return print(f"{cfg.out} is finished: {cfg.steps} steps.")
-    compiled = run.wants_compile(cfg, device)
-    if compiled:
+    if run.wants_compile(cfg, device):
         run.compile_blocks(model)
     step_tokens = cfg.accumulate * cfg.batch * (cfg.length - 1)
     flops = model.training_flops_per_token(cfg.length) * step_tokens
@@ -119,10 +121,10 @@ def main(cfg: Config) -> None:
         mask = torch.ones(len(tokens), cfg.length - 1, dtype=torch.bool, device=device)
         weights = token_weights(mask, torch.arange(len(tokens), device=device), "token_mean")
         loss = 0.0
-        for rows in torch.arange(len(tokens)).split(cfg.batch):
+        for t, m, w in zip(tokens.split(cfg.batch), mask.split(cfg.batch), weights.split(cfg.batch), strict=True):
             with run.autocast(device, cfg.dtype):
-                logp, _ = token_log_probs(model, tokens[rows])
-            micro_loss, metrics = objective(logp, mask[rows], weights[rows])
+                logp, _ = token_log_probs(model, t)
+            micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
             loss += metrics["train/loss"].item()
         grad_norm = optimizer.step(lr, cfg.grad_clip)
@@ -144,8 +146,9 @@ def main(cfg: Config) -> None:
 
 
 def write_a_sample(out, model, tokenizer, cfg) -> None:
-    rollout = generate(model, [[tokenizer.bos]], max_new_tokens=min(80, cfg.length), stop_ids={tokenizer.end}, seed=cfg.seed)
-    text = tokenizer.decode(rollout.response(0))
+    rollout = generate(model, [[tokenizer.bos]], max_new_tokens=min(80, cfg.length), stop_ids={tokenizer.end},
+                       seed=run.derive(cfg.seed, "sample"))
+    text = tokenizer.decode(rollout.responses()[0])
     out.samples([{"text": text}])
     out.say(f"\nA sample after {out.step} steps: {text}\n")
 

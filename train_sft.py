@@ -14,10 +14,10 @@ import torch
 import train_pretrain
 from nanorl import run
 from nanorl.data import pad, read_records, response_mask, shuffled_batch
-from nanorl.ops import token_weights
+from nanorl.ops import masked_sum, token_weights
 from nanorl.rollout import check_room, evaluate, show_answers
-from nanorl.sample import token_log_probs
-from nanorl.tasks import make_task
+from nanorl.sample import generate, token_log_probs
+from nanorl.tasks import is_heldout, make_task
 from train_pretrain import objective
 
 
@@ -44,57 +44,85 @@ class Config(run.RunConfig):
         object.__setattr__(self, "out", self.out or run.stage_dir("sft", self.task, self.difficulty))
 
 
+def batch_of(prompts, responses, picks, pad_id):
+    """The picked records as tokens [B, T] and the mask of their responses [B, T-1]."""
+    tokens, lengths = pad([prompts[i] + responses[i] for i in picks], pad_id)
+    return tokens, response_mask(torch.tensor([len(prompts[i]) for i in picks]), lengths, tokens.shape[1])
+
+
+def show_responses(out, model, tokenizer, picks, records, prompts, cfg) -> None:
+    """Print what the model says to a few prompts, and keep it in samples.jsonl."""
+    rollout = generate(model, [prompts[i] for i in picks], max_new_tokens=cfg.max_new_tokens, stop_ids={tokenizer.end},
+                       seed=run.derive(cfg.seed, "sample"))
+    said = [{"prompt": records[i]["prompt"], "response": tokenizer.decode(ids)}
+            for i, ids in zip(picks, rollout.responses(), strict=True)]
+    out.samples(said)
+    out.say(f"\nAfter {out.step} steps:\n" + "\n".join(f"  {s['prompt']} -> {s['response']:.160}" for s in said) + "\n")
+
+
 def main(cfg: Config) -> None:
     # 1. Everything that can be wrong with flags and files comes to light here, before any work.
     with run.user_errors():
-        device = run.pick_device(cfg.device)
+        device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
         task = make_task(cfg.task, cfg.difficulty or None)
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations()
-        init = cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
-        start = checkpoint or run.load_checkpoint(init)
+    init = cfg.out if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
+    with run.user_errors():
+        start = run.load_checkpoint(init)
         tokenizer, model = run.tokenizer_from(start), run.model_from(start, device)
-        check_room(model, tokenizer, task, cfg.max_new_tokens)
         prompts = [tokenizer.render(record["prompt"]) for record in records]
         responses = [tokenizer.render_response(record["response"]) for record in records]
         for number, (x, y) in enumerate(zip(prompts, responses, strict=True), start=1):
             if len(x) + len(y) > model.config.context:
                 raise ValueError(f"{cfg.data or task.name}, record {number}: {len(x) + len(y)} tokens do not fit the "
                                  f"model's context of {model.config.context}")
+        check_room(model, prompts, cfg.max_new_tokens)
+        heldout = [i for i, record in enumerate(records) if is_heldout(record["prompt"])]
+        training = [i for i, record in enumerate(records) if not is_heldout(record["prompt"])]
+        if not training:
+            raise ValueError(f"{cfg.data}: no record to train on; one prompt in ten is held out, here all of them")
 
     optimizer = run.Optimizers(model, "adamw", cfg.lr, cfg.weight_decay)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
-    if out.finished:
-        return print(f"{cfg.out} is finished: {cfg.steps} steps.")
     compiled = run.wants_compile(cfg, device)
     if compiled:
         run.compile_blocks(model)
-    print(f"Fine-tuning on {len(records):,} demonstrations of {cfg.data or task.name}, {cfg.batch} a step, on "
+    print(f"Fine-tuning on {len(training):,} demonstrations of {cfg.data or task.name}, {cfg.batch} a step, on "
           f"{device.type}.")
 
+    @torch.no_grad()
     def look() -> dict[str, float]:
+        """Answers to held-out problems; with --data, responses to held-out records and the loss on them."""
         with run.autocast(device, cfg.dtype):
-            metrics, experience = evaluate(model, tokenizer, task, problems=cfg.eval_problems,
-                                           max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, compile=compiled)
-        show_answers(out, experience)
-        return metrics
+            if not cfg.data:
+                metrics, experience = evaluate(model, tokenizer, task, problems=cfg.eval_problems,
+                                               max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, compile=compiled)
+                show_answers(out, experience)
+                return metrics
+            show_responses(out, model, tokenizer, (heldout or training)[:4], records, prompts, cfg)
+            nats = tokens = 0
+            for first in range(0, len(heldout), cfg.micro_batch):
+                picks = heldout[first : first + cfg.micro_batch]
+                t, m = (x.to(device) for x in batch_of(prompts, responses, picks, tokenizer.pad))
+                nats, tokens = nats - masked_sum(token_log_probs(model, t, m)[0], m).item(), tokens + int(m.sum())
+            return {"eval/response_loss": nats / tokens} if tokens else {}
 
     for step in out.steps():
-        # 2. Look: held-out problems, answered by sampling and greedily.
+        # 2. Look at what it can do by now.
         if step and step % cfg.eval_every == 0:
             out.log(look())
 
         # 3. One step: the mask, and so the loss, covers the response and its stop token.
-        picks = shuffled_batch(len(records), cfg.batch, step, cfg.seed)
-        tokens, lengths = pad([prompts[i] + responses[i] for i in picks], tokenizer.pad)
-        mask = response_mask(torch.tensor([len(prompts[i]) for i in picks]), lengths, tokens.shape[1])
-        weights = token_weights(mask, torch.arange(len(picks)), "token_mean")
-        tokens, mask, weights = (x.to(device) for x in (tokens, mask, weights))
+        picks = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)]
+        tokens, mask = (x.to(device) for x in batch_of(prompts, responses, picks, tokenizer.pad))
+        weights = token_weights(mask, torch.arange(len(picks), device=device), "token_mean")
         loss = 0.0
-        for rows in torch.arange(len(picks)).split(cfg.micro_batch):
+        n = cfg.micro_batch
+        for t, m, w in zip(tokens.split(n), mask.split(n), weights.split(n), strict=True):
             with run.autocast(device, cfg.dtype):
-                logp, _ = token_log_probs(model, tokens[rows], mask[rows])
-            micro_loss, metrics = objective(logp, mask[rows], weights[rows])
+                logp, _ = token_log_probs(model, t, m)
+            micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
             loss += metrics["train/loss"].item()
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
@@ -105,8 +133,12 @@ def main(cfg: Config) -> None:
 
     final = look()
     out.finish(final)
-    print(f"Held-out {task.name}: {final['eval/accuracy_sampled']:.3f} sampled, {final['eval/accuracy_greedy']:.3f} "
-          f"greedy; {final['eval/worked']:.2f} of the answers worked out. Saved in {cfg.out}.")
+    if cfg.data:
+        result = f"Held-out responses: {final.get('eval/response_loss', float('nan')):.3f} nats per token."
+    else:
+        result = (f"Held-out {task.name}: {final['eval/accuracy_sampled']:.3f} sampled, {final['eval/accuracy_greedy']:.3f} "
+                  f"greedy; {final['eval/worked']:.2f} of the answers worked out.")
+    print(f"{result} Saved in {cfg.out}.")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,14 @@ class GPTConfig:
     tie_embeddings: bool = False  # the output head is the embedding matrix
 
     def __post_init__(self):
-        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
-        object.__setattr__(self, "mlp_width", self.mlp_width or -(-self.width * 8 // (3 * 32)) * 32)
+        if self.kv_heads is None:
+            object.__setattr__(self, "kv_heads", self.heads)
+        if self.mlp_width is None:
+            object.__setattr__(self, "mlp_width", -(-self.width * 8 // (3 * 32)) * 32)
+        sizes = ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_width")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if self.width % self.heads or self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width} and be a multiple of "
                              f"kv_heads={self.kv_heads}")
@@ -72,7 +78,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         R_m x = (x_1 cos - x_2 sin,  x_2 cos + x_1 sin)
 
     x [B, H, T, D]; cos, sin [..., T, D/2]. Norms stay; <R_m q, R_n k> depends on m - n only; position 0 turns nothing.
-    The halves are paired as in Llama's published weights.
+    The paper pairs neighbours (x_2i, x_2i+1). Pairing halves, as GPT-NeoX does, is the same but for the order of the
+    coordinates, and needs no interleaving.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
@@ -123,8 +130,8 @@ class KVCache:
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v [B, Hkv, T, D] at positions [B, T]; return all that `layer` has, [B, Hkv, visible, D] each."""
         index = positions[:, None, :, None].expand_as(k)
-        self.keys[layer].scatter_(2, index, k)
-        self.values[layer].scatter_(2, index, v)
+        self.keys[layer].scatter_(2, index, k.to(self.keys.dtype))
+        self.values[layer].scatter_(2, index, v.to(self.values.dtype))
         return self.keys[layer, :, :, : self.visible], self.values[layer, :, :, : self.visible]
 
     def repeat(self, times: int) -> None:

@@ -8,6 +8,7 @@ log-probs, advantages) must arrive detached: the functions assert it.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Probability
@@ -15,7 +16,19 @@ from torch import Tensor
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _below_maximum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(x - m, m) with m = max_i x_i, kept as a dimension of 1: e^{x - m} cannot overflow.
+
+    m is a constant: whatever is subtracted here and added again later has a gradient that cancels. A row of only -inf
+    has no maximum to subtract, for -inf - -inf is nan.
+    """
+    x = _at_least_float32(x)
+    m = x.detach().amax(dim, keepdim=True)
+    m = m.masked_fill(m == -torch.inf, 0.0)
+    return x - m, m
 
 
 def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
@@ -23,24 +36,20 @@ def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
 
         LSE(x) = m + log sum_i e^{x_i - m},   m = max_i x_i
 
-    Subtracting the maximum leaves the value as it is and keeps e^x from overflowing. Entries of -inf count as zero
-    probability. Returns x's shape without `dim`.
+    Entries of -inf count as zero probability. Returns x's shape without `dim`.
     """
-    x = _at_least_float32(x)
-    # The gradient of m cancels between its two occurrences, so m is a constant. A row of only -inf has no maximum to
-    # subtract: -inf - -inf is nan.
-    m = x.detach().amax(dim, keepdim=True)
-    m = m.masked_fill(m == -torch.inf, 0.0)
-    return (m + (x - m).exp().sum(dim, keepdim=True).log()).squeeze(dim)
+    x, m = _below_maximum(x, dim)
+    return (m + x.exp().sum(dim, keepdim=True).log()).squeeze(dim)
 
 
 def log_softmax(logits: Tensor, dim: int = -1) -> Tensor:
     """log p_i = z_i - LSE(z), over `dim`: log-probabilities of the softmax. Same shape as `logits`, in nats.
 
-    d log p_a / d z_i = 1[i = a] - p_i, the score of a token: it sums to zero over i.
+    d log p_a / d z_i = 1[i = a] - p_i, the score of a token: it sums to zero over i. The maximum m is taken off first
+    and never added again, so logits of 10^4 lose no digits: log p_i = (z_i - m) - log sum_j e^{z_j - m}.
     """
-    logits = _at_least_float32(logits)
-    return logits - logsumexp(logits, dim).unsqueeze(dim)
+    z, _ = _below_maximum(logits, dim)
+    return z - z.exp().sum(dim, keepdim=True).log()
 
 
 def selective_log_softmax(logits: Tensor, ids: Tensor) -> Tensor:
@@ -48,8 +57,8 @@ def selective_log_softmax(logits: Tensor, ids: Tensor) -> Tensor:
 
     logits [..., V], ids [...] int64 -> [...] in nats.
     """
-    logits = _at_least_float32(logits)
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logsumexp(logits)
+    z, _ = _below_maximum(logits, -1)
+    return z.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - z.exp().sum(-1).log()
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int | None = None) -> Tensor:
@@ -77,31 +86,29 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """See linear_log_probs. The forward pass keeps two numbers a row, the backward pass computes the logits again."""
+    """See linear_log_probs. The backward pass computes the logits again instead of keeping them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, ids, temperature, chunk_size):
         dtype = _at_least_float32(hidden).dtype
-        logp, entropy, lse = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(3))
+        logp, entropy = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(2))
         for start in range(0, len(ids), chunk_size):
             rows = slice(start, start + chunk_size)
-            logits = (hidden[rows] @ weight.T).to(dtype) / temperature                      # [chunk, V]
-            lse[rows] = logsumexp(logits)
-            log_p = logits - lse[rows, None]
+            log_p = log_softmax((hidden[rows] @ weight.T).to(dtype) / temperature)          # [chunk, V]
             logp[rows] = log_p.gather(-1, ids[rows, None]).squeeze(-1)
             entropy[rows] = -(log_p.exp() * log_p).sum(-1)
-        ctx.save_for_backward(hidden, weight, ids, lse, entropy)
+        ctx.save_for_backward(hidden, weight, ids, entropy)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         return logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, ids, lse, entropy = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
+        hidden, weight, ids, entropy = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=entropy.dtype)
         for start in range(0, len(ids), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
-            logits = (hidden[rows] @ weight.T).to(lse.dtype) / ctx.temperature
-            log_p = logits - lse[rows, None]
+            log_p = log_softmax((hidden[rows] @ weight.T).to(entropy.dtype) / ctx.temperature)
             # d logp / dz = onehot - p          dH / dz = -p (log p + H)
             g_logp, g_entropy = grad_logp[rows, None], grad_entropy[rows, None]
             grad_z = -log_p.exp() * (g_logp + g_entropy * (log_p + entropy[rows, None]))
@@ -130,7 +137,7 @@ def linear_log_probs(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kullback-Leibler divergence from samples                                        (Schulman 2020, "Approximating KL")
+# Kullback-Leibler divergence from samples                                        (Schulman 2020, "Approximating KL Divergence")
 #
 # Tokens are sampled from the first policy; r = log(second / first). As values, k1 and k3 have the mean KL(first ||
 # second) exactly and k2 has it nearly. As loss terms, with nothing flowing through the sampling, they differ:
@@ -141,12 +148,12 @@ def linear_log_probs(
 
 def kl_k1(logp: Tensor, other: Tensor) -> Tensor:
     """k1 = -r = log(first / second): unbiased, of either sign.       [...], [...] -> [...] in nats"""
-    return logp - other
+    return _at_least_float32(logp) - _at_least_float32(other)
 
 
 def kl_k2(logp: Tensor, other: Tensor) -> Tensor:
-    """k2 = r^2 / 2: never negative; its mean is the KL only up to third order in r.       [...], [...] -> [...]"""
-    return (other - logp).square() / 2
+    """k2 = r^2 / 2: never negative; its mean differs from the KL at third order in r.       [...], [...] -> [...]"""
+    return kl_k1(logp, other).square() / 2
 
 
 def kl_k3(logp: Tensor, other: Tensor) -> Tensor:
@@ -154,7 +161,7 @@ def kl_k3(logp: Tensor, other: Tensor) -> Tensor:
 
     expm1 keeps e^r - 1 accurate near r = 0, where k3 is about r^2 / 2.
     """
-    r = other - logp
+    r = -kl_k1(logp, other)
     return torch.expm1(r) - r
 
 
@@ -213,7 +220,7 @@ def importance_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
     Its mean over samples of pi_old is 1. Where both policies are the same it is 1 and its gradient is the score.
     """
     assert not old_logp.requires_grad, "old log-probs are constants: detach them"
-    return (logp - old_logp).exp()
+    return (_at_least_float32(logp) - _at_least_float32(old_logp)).exp()
 
 
 def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> Tensor:

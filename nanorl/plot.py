@@ -4,10 +4,9 @@ Needs the extra `plot`:  pip install -e ".[plot]"
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from nanorl.run import user_errors
+from nanorl.run import read_lines, user_errors
 
 # A panel: what its y axis shows, and the metrics drawn in it. One that no run has logged is left out.
 PANELS = [
@@ -22,14 +21,13 @@ PANELS = [
     ("gradient norm", {"train/grad_norm": "before clipping", "train/grad_norm_max": "largest of a step"}),
 ]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")    # Okabe and Ito: safe for all eyes
-HIDDEN_IN_RL = {"train/loss"}    # near zero by construction, and no measure of anything
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl"
     if not path.exists():
         raise ValueError(f"{path}: no such file; expected the directory of a run")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_lines(path)
 
 
 def draw(runs: list[Path], out: Path) -> None:
@@ -37,10 +35,8 @@ def draw(runs: list[Path], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    logs = {run.name: read_metrics(run) for run in runs}
+    logs = {str(run): read_metrics(run) for run in runs}
     logged = {name for lines in logs.values() for line in lines for name in line}
-    if any(name.startswith("rollout/") for name in logged):
-        logged -= HIDDEN_IN_RL
     panels = [(title, {name: label for name, label in metrics.items() if name in logged}) for title, metrics in PANELS]
     panels = [panel for panel in panels if panel[1]]
     if not panels:

@@ -12,14 +12,13 @@ from torch import Tensor
 from nanorl.gpt import GPT
 from nanorl.run import Run, derive
 from nanorl.sample import Rollout, generate
-from nanorl.tasks import FileTask, Problem, Task, is_worked
+from nanorl.tasks import MARKER, Problem, Task, is_worked
 from nanorl.tokenizer import Tokenizer
 
 
-def check_room(model: GPT, tokenizer: Tokenizer, task: Task, max_new_tokens: int) -> None:
-    """ValueError when the task's prompts and `max_new_tokens` do not fit the model's context."""
-    problems = task.problems if isinstance(task, FileTask) else [task.draw(Random(i)) for i in range(100)]
-    longest = max(len(tokenizer.render(problem.prompt)) for problem in problems)
+def check_room(model: GPT, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """ValueError when these prompts and `max_new_tokens` do not fit the model's context."""
+    longest = max(map(len, prompts))
     if longest + max_new_tokens > model.config.context:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
                          f"{model.config.context} has room for {model.config.context - longest}")
@@ -31,7 +30,7 @@ class Experience:
     problems: list[Problem]     # [P]
     texts: list[str]            # [B] the responses, decoded for the verifier and the reader; training uses the ids
     rewards: Tensor             # [P, G]
-    resampled: int = 0          # groups that were thrown away for want of contrast
+    resampled: int = 0          # further groups that were sampled and not used
 
     @property
     def contrast(self) -> Tensor:
@@ -46,7 +45,7 @@ def answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem]
     """
     prompts = [tokenizer.render(problem.prompt) for problem in problems]
     rollout = generate(model, prompts, stop_ids={tokenizer.end}, samples_per_prompt=samples, **how)
-    texts = [tokenizer.decode(rollout.response(row)) for row in range(len(rollout.tokens))]
+    texts = [tokenizer.decode(ids) for ids in rollout.responses()]
     rewards = [task.verify(problems[row // samples], text) if finished else 0.0
                for row, (text, finished) in enumerate(zip(texts, rollout.finished.tolist(), strict=True))]
     return Experience(rollout, problems, texts, torch.tensor(rewards).view(len(problems), samples))
@@ -64,14 +63,14 @@ def collect(model: GPT, tokenizer: Tokenizer, task: Task, *, prompts: int, sampl
     experience = answer(model, tokenizer, task, problems, samples=samples, seed=seed, **how)
     if not resample:
         return experience
-    kept, seen, attempts = [], 0, 0
+    kept, seen, attempts, most = [], 0, 0, 20
     while True:
         index = experience.contrast.nonzero().squeeze(-1).tolist()
         kept += [(experience, p) for p in index]
         seen, attempts = seen + len(experience.problems), attempts + 1
         if len(kept) >= prompts:
             return _join(kept[:prompts], resampled=seen - prompts)
-        if attempts == 20:
+        if attempts == most:
             raise RuntimeError(f"only {len(kept)} of {seen} groups had contrast, {prompts} are wanted: the task is too "
                                "easy or too hard for this policy; use --groups all")
         problems = [task.problem(rng, "train") for _ in range(prompts)]
@@ -102,10 +101,11 @@ def describe(experience: Experience) -> dict[str, float]:
     reward = experience.rewards.flatten().double()
     length = (experience.rollout.lengths - experience.rollout.prompt_lengths).cpu().double()
     worked = torch.tensor([is_worked(text) for text in experience.texts])
+    direct = torch.tensor([MARKER in text for text in experience.texts]) & ~worked
     means = {"reward": reward.mean(), "length": length.mean(), "worked": worked.double().mean(),
              "truncated": 1 - experience.rollout.finished.cpu().double().mean()}
     for name, x, where in (("length_correct", length, reward == 1), ("length_wrong", length, reward < 1),
-                           ("reward_worked", reward, worked), ("reward_direct", reward, ~worked)):
+                           ("reward_worked", reward, worked), ("reward_direct", reward, direct)):
         if where.any():
             means[name] = x[where].mean()
     return {name: float(x) for name, x in means.items()}
@@ -113,7 +113,7 @@ def describe(experience: Experience) -> dict[str, float]:
 
 def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, max_new_tokens: int, seed: int,
              temperature: float = 1.0, compile: bool = False) -> tuple[dict[str, float], Experience]:
-    """Held-out accuracy, one sampled and one greedy answer a problem. The problems depend on the seed alone."""
+    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws. They depend on the seed alone."""
     rng = Random(derive(seed, "evaluate"))
     heldout = [task.problem(rng, "heldout") for _ in range(problems)]
     how = dict(max_new_tokens=max_new_tokens, seed=derive(seed, "evaluate"), compile=compile)

@@ -62,8 +62,9 @@ class RunConfig:
     eval_every: Count           # steps between evaluations
     seed: Natural = 0           # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda
     compile: bool | None = None  # torch.compile; by default on cuda only
+    deterministic: bool = False  # on cuda: slower kernels, with which resuming is exact
     quiet: bool = False         # no progress bar and no samples on the screen
 
 
@@ -118,12 +119,13 @@ def parse(config_class: type, argv: list[str] | None = None):
                     raise ValueError(f"--{name.replace('_', '-')} {value}: expected {bound.says}")
         saved = {}
         if typed.get("resume"):
-            saved = read_config(Path(typed.get("out", defaults["out"])))
+            out = config_class(**defaults | typed).out      # its default may depend on other flags
+            saved = read_config(Path(out))
             for name, value in typed.items():
                 if name in saved and saved[name] != value and name not in MAY_DIFFER_ON_RESUME | {"out"}:
                     raise ValueError(f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}; leave the "
                                      "flag out, or start another run")
-            saved = {name: value for name, value in saved.items() if name in defaults}
+            saved = {name: value for name, value in saved.items() if name in defaults} | {"out": out}
         return config_class(**defaults | saved | typed)
 
 
@@ -152,7 +154,8 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *purpose))
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(cfg: RunConfig) -> torch.device:
+    name = cfg.device
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -161,6 +164,9 @@ def pick_device(name: str) -> torch.device:
                          f"{', '.join(kind for kind, there in available.items() if there)}")
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.use_deterministic_algorithms(cfg.deterministic)
+        if cfg.resume and not cfg.deterministic:
+            print("Resuming on CUDA without --deterministic: the run goes on, but not bit for bit.")
     return torch.device(name)
 
 
@@ -197,8 +203,8 @@ def peak_flops(device: torch.device) -> float | None:
 class Optimizers:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest, stepped as one.
 
-    Weight decay is decoupled and leaves gains alone. Muon's orthogonal update is scaled to AdamW's typical size, so one
-    learning rate serves both.
+    Weight decay is decoupled and not applied to the gains of RMSNorm. Muon's orthogonal update is scaled to AdamW's
+    typical size, so one learning rate serves both.
     """
 
     def __init__(self, model: nn.Module, kind: str, lr: float, weight_decay: float = 0.0):
@@ -220,7 +226,7 @@ class Optimizers:
 
         A gradient of exactly zero takes no step: there is nothing to learn, but momentum would still move the weights.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters, grad_clip, error_if_nonfinite=True)
         if norm == 0:
             return norm
         for part in self.parts:
@@ -261,10 +267,9 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
+    if os.name == "posix":              # elsewhere a directory cannot be synced
+        directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
-    finally:
         os.close(directory)
 
 
@@ -317,21 +322,22 @@ def ensure_stage(script: types.ModuleType, **flags) -> str:
     """
     cfg = script.Config(**flags)
     out, name = Path(cfg.out), f"python {script.__name__}.py --out {cfg.out}"
-    if (out / "ckpt.pt").exists():
-        found = load_checkpoint(out)
-        for flag in ("task", "difficulty"):
-            if flag in flags and found["config"].get(flag) != flags[flag]:
-                raise ValueError(f"{out}: made for {flag} {found['config'].get(flag)}, not {flags[flag]}; name another "
-                                 "checkpoint with --init")
-        if found["step"] >= found["config"]["steps"]:
-            print(f"Starting from {out} (seed {found['config']['seed']}, {found['step']} steps).")
-            return cfg.out
-    if (out / "config.json").exists():
-        print(f"{out} is not finished. Continuing it first: {name} --resume")
-        with user_errors():
-            cfg = script.Config(**read_config(out) | {"resume": True, "quiet": cfg.quiet})
-    else:
-        print(f"{out} is not there yet. Making it first: {name}")
+    with user_errors():
+        if (out / "ckpt.pt").exists():
+            found = load_checkpoint(out)
+            for flag in ("task", "difficulty", "data", "init"):
+                wanted, there = getattr(cfg, flag, None), found["config"].get(flag)
+                if wanted != there:
+                    raise ValueError(f"{out}: made with --{flag} {there!r}, not {wanted!r}; to use it all the same, say "
+                                     f"--init {out}")
+            if found["step"] >= found["config"]["steps"]:
+                print(f"Starting from {out} (seed {found['config']['seed']}, {found['step']} steps).")
+                return cfg.out
+        if (out / "config.json").exists():
+            print(f"{out} is not finished. Continuing it first: {name} --resume")
+            cfg = parse(script.Config, ["--out", cfg.out, "--resume", *(["--quiet"] if cfg.quiet else [])])
+        else:
+            print(f"{out} is not there yet. Making it first: {name}")
     script.main(cfg)
     return cfg.out
 
@@ -341,12 +347,23 @@ def ensure_stage(script: types.ModuleType, **flags) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file of a run. A line without its end was torn by a kill: it is not there."""
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in whole]
+
+
+def _finished(cfg: RunConfig, step: int) -> bool:
+    """The last step is done and its final line is written."""
+    return step >= cfg.steps and any(r["step"] == cfg.steps for r in read_lines(Path(cfg.out) / "metrics.jsonl"))
+
+
 class Run:
     """The directory of a run, and its step counter.
 
-        for step in run.steps():        # from where the checkpoint left off to cfg.steps - 1
+        for step in out.steps():        # from where the checkpoint left off to cfg.steps - 1
             ...
-            run.log({"train/loss": loss})
+            out.log({"train/loss": loss})
 
     After the body of each step one line goes to metrics.jsonl, and every `save_every` steps (and at the last one) a
     checkpoint follows it. A checkpoint of step k says that steps 0..k-1 are done. Ctrl-C and SIGTERM finish the step,
@@ -360,48 +377,44 @@ class Run:
         self.step = 0
         self._line: dict[str, float] = {}
         self._signal: int | None = None
+        self.out.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
             self.step = checkpoint["step"]
             optimizer.load_state_dict(checkpoint["optimizer"])
         if not cfg.resume:
             flags = json.dumps(dataclasses.asdict(cfg), indent=2)
             write_atomically(self.out / "config.json", lambda f: f.write(flags.encode()))
-        elif not self.finished:
+        else:
             self._cut("metrics.jsonl")
             self._cut("samples.jsonl")
 
     @staticmethod
     def check(cfg: RunConfig) -> dict[str, Any] | None:
-        """Before any work: may this run be written to cfg.out? Returns the checkpoint to resume from, if there is one."""
+        """Before any work: may this run be written to cfg.out? Returns the checkpoint to resume from, if there is one.
+
+        A finished run has nothing to resume: that is the end of the program.
+        """
         out = Path(cfg.out)
         if cfg.resume:
-            return load_checkpoint(out) if (out / "ckpt.pt").exists() else None
+            checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
+            if checkpoint and _finished(cfg, checkpoint["step"]):
+                print(f"{out} is finished: {cfg.steps} steps.")
+                raise SystemExit(0)
+            return checkpoint
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: a file is in the way; expected a directory of a new run")
         if (out / "config.json").exists() or (out / "ckpt.pt").exists():
             raise ValueError(f"--out {out}: holds a run already; continue it with --resume, or choose another directory")
-        out.mkdir(parents=True, exist_ok=True)
         return None
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a .jsonl file of this run. A line without its end was torn by a kill: it is not there."""
-        path = self.out / name
-        whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in whole]
 
     def _cut(self, name: str) -> None:
         """Drop what the checkpoint knows nothing of: lines of its own step and later, and a torn last one."""
-        kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in self._lines(name) if r["step"] < self.step]
+        kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_lines(self.out / name) if r["step"] < self.step]
         write_atomically(self.out / name, lambda f: f.write("".join(kept).encode()))
-
-    @property
-    def finished(self) -> bool:
-        """The last step is done and its final line is written: there is nothing to resume."""
-        return self.step >= self.cfg.steps and any(line["step"] == self.cfg.steps for line in self.metrics())
 
     def metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl so far."""
-        return self._lines("metrics.jsonl")
+        return read_lines(self.out / "metrics.jsonl")
 
     def steps(self) -> Iterator[int]:
         handlers = {s: signal.signal(s, self._stop_soon) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -428,7 +441,10 @@ class Run:
                 signal.signal(s, handler)
 
     def _stop_soon(self, signum: int, frame) -> None:
+        """Finish the step first; a second signal is not waited for."""
         self._signal = signum
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        print("\nFinishing this step, then saving. Once more to stop at once.", file=sys.stderr)
 
     def log(self, metrics: dict[str, Any], show: dict[str, str] | None = None) -> None:
         """Add to this step's line of metrics.jsonl; `show` goes to the progress bar."""

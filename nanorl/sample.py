@@ -4,8 +4,9 @@
 the softmax, in at least float32, so for equal weights the ratio of their probabilities is 1.
 """
 
+import math
 import weakref
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -89,16 +90,10 @@ class Rollout:
         """[B, T-1] True where tokens[:, t+1] was sampled."""
         return response_mask(self.prompt_lengths, self.lengths, self.tokens.shape[1])
 
-    def rows(self, index) -> "Rollout":
-        """These rows, cut to the longest of them."""
-        part = replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
-        T = int(part.lengths.max())
-        return replace(part, tokens=part.tokens[:, :T], logp=part.logp[:, : T - 1])
-
-    def response(self, row: int) -> list[int]:
-        """The sampled ids of a row, without the stop token."""
-        end = int(self.lengths[row]) - int(self.finished[row])
-        return self.tokens[row, int(self.prompt_lengths[row]) : end].tolist()
+    def responses(self) -> list[list[int]]:
+        """The sampled ids of each row, without the stop token."""
+        starts, ends = self.prompt_lengths.tolist(), (self.lengths - self.finished.long()).tolist()
+        return [row[start:end] for row, start, end in zip(self.tokens.tolist(), starts, ends, strict=True)]
 
 
 def _next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
@@ -114,14 +109,15 @@ _compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
 def _compiled_step(model: GPT, cache: KVCache):
     """The decoding step compiled for a cache of this shape, and a cache whose address never moves, filled from `cache`."""
     steps = _compiled.setdefault(model, {})
-    shape = tuple(cache.keys.shape)
-    if shape not in steps:
-        static = KVCache(model.config, shape[1], shape[3], cache.keys.device, cache.keys.dtype, static=True)
+    _, rows, _, capacity, _ = cache.keys.shape
+    kind = (rows, capacity, cache.keys.device, cache.keys.dtype)
+    if kind not in steps:
+        static = KVCache(model.config, *kind, static=True)
         for x in (static.keys, static.values, static.length):
             torch._dynamo.mark_static_address(x)
         mode = "reduce-overhead" if cache.keys.is_cuda else "default"    # CUDA graphs, where there is CUDA
-        steps[shape] = torch.compile(_next_logits, mode=mode, dynamic=False), static
-    step, static = steps[shape]
+        steps[kind] = torch.compile(_next_logits, mode=mode, dynamic=False), static
+    step, static = steps[kind]
     for name in ("keys", "values", "length"):
         getattr(static, name).copy_(getattr(cache, name))
     return step, static
@@ -139,10 +135,10 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, tempe
     """
     if not prompts or not all(prompts):
         raise ValueError("generate: every prompt needs at least one token")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or samples_per_prompt < 1:
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or samples_per_prompt < 1:
         raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, top_p={top_p}, "
                          f"max_new_tokens={max_new_tokens}, samples_per_prompt={samples_per_prompt}; expected "
-                         "temperature >= 0, top_k >= 0, 0 < top_p <= 1 and positive counts")
+                         "a finite temperature >= 0, top_k >= 0, 0 < top_p <= 1 and positive counts")
     device = model.head.weight.device
     tokens, prompt_lengths = (x.to(device) for x in pad(prompts))
     longest = tokens.shape[1] + max_new_tokens
@@ -158,7 +154,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, tempe
     cache = KVCache(model.config, len(prompts), capacity, device, dtype)
     hidden = model.hidden(tokens, cache)                                                    # [P, T, width]
     cache.length = prompt_lengths.clone()
-    logits = model.head(hidden[torch.arange(len(prompts)), prompt_lengths - 1])             # [P, V]
+    logits = model.head(hidden[torch.arange(len(prompts), device=device), prompt_lengths - 1])             # [P, V]
     cache.repeat(samples_per_prompt)
     logits, tokens, prompt_lengths, prompt_index = (
         x.repeat_interleave(samples_per_prompt, dim=0)
@@ -211,7 +207,7 @@ def token_log_probs(model: GPT, tokens: Tensor, mask: Tensor | None = None, *,
     tokens [B, T]; mask [B, T-1] -> (logp, entropy), both [B, T-1] in nats. Only True positions of the mask go through
     the output head; the others are 0. The policy is the softmax of logits / temperature, as in `generate`.
     """
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"token_log_probs: temperature={temperature}; a greedy policy is a point mass, expected > 0")
     inputs, targets = shift(tokens)
     mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask

@@ -5,8 +5,8 @@ A *problem* is a prompt and its gold answer. A *response* follows the prompt and
     direct    Answer: 932
     worked    7+5=12, 4+8+1=13, 3+5+1=9. Answer: 932
 
-A tiny model blurts wrong and works right, so a verifier's reward alone can teach it to work. Two rules keep that
-reward honest:
+A tiny model is wrong when it blurts and right when it works, so a verifier's reward alone can teach it to work. Two
+rules keep that reward honest:
 
 1. A response is untrusted text. It is compared, or read by the small parser below; it is never evaluated.
    Any string whatsoever gets 0.0 or 1.0, in time linear in its length.
@@ -90,6 +90,10 @@ class Task:
     def direct(self, problem: Problem, rng: Random) -> str:
         """A right response that blurts."""
         return MARKER + problem.answer
+
+    def examples(self) -> list[Problem]:
+        """Enough problems of either split to see how long a prompt can be."""
+        return [self.draw(Random(i)) for i in range(100)]
 
     def problem(self, rng: Random, split: str) -> Problem:
         """Draw until the prompt's hash falls into the split."""
@@ -308,6 +312,9 @@ class FileTask(Task):
 
     def draw(self, rng):
         return rng.choice(self.problems)
+
+    def examples(self):
+        return self.problems
 
     def demonstration(self, rng):
         raise ValueError("a task from a file has prompts and answers, but no demonstrations")

@@ -64,44 +64,37 @@ def linear_problems(draw, rows=(0, 9)):
 
 @st.composite
 def rewards(draw, min_group=1):
-    """[P, G], many of them tied: 0/1 verdicts, a few levels, real numbers, or all of a row alike."""
+    """[P, G], each row of its own kind: 0/1 verdicts, a few levels, real numbers, or all alike."""
     P, G, g = draw(st.integers(1, 4)), draw(st.integers(min_group, 8)), draw(generators)
-    kinds = {"verdicts": torch.randint(2, (P, G), generator=g).double(),
-             "levels": torch.randint(-2, 3, (P, G), generator=g) / 10.0,
-             "real": randn(g, P, G),
-             "alike": randn(g, P, 1).repeat(1, G)}
-    return kinds[draw(st.sampled_from(sorted(kinds)))].double()
+    kinds = (torch.randint(2, (P, G), generator=g), torch.randint(-2, 3, (P, G), generator=g) / 10,
+             randn(g, P, G), randn(g, P, 1).expand(P, G))
+    return torch.stack([kinds[k][p].double() for p, k in enumerate(torch.randint(len(kinds), (P,), generator=g))])
 
 
 @st.composite
 def scored_rewards(draw):
-    """rewards [P, G] and valid [P, G], of any number per row, zero included."""
+    """rewards [P, G] and valid [P, G], with any number per row, zero included."""
     r, g = draw(rewards()), draw(generators)
-    return r, torch.rand(r.shape, generator=g) < draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+    return r, torch.rand(r.shape, generator=g) < torch.rand(len(r), 1, generator=g)
 
 
 @st.composite
 def masks(draw, kinds=("empty", "full", "run", "scattered")):
     """[B, T] bool, each row of its own kind."""
     B, T, g = draw(st.integers(1, 6)), draw(st.integers(1, 12)), draw(generators)
-    mask = torch.zeros(B, T, dtype=torch.bool)
-    for row in mask:
-        kind, (start, stop) = draw(st.sampled_from(kinds)), torch.randint(T, (2,), generator=g).sort().values
-        if kind == "full":
-            row[:] = True
-        elif kind == "run":
-            row[start : stop + 1] = True
-        elif kind == "scattered":
-            row[:] = torch.rand(T, generator=g) < 0.5
-    return mask
+    t, edges = torch.arange(T), torch.randint(T, (B, 2), generator=g).sort().values
+    rows = {"empty": torch.zeros(B, T, dtype=torch.bool),
+            "full": torch.ones(B, T, dtype=torch.bool),
+            "run": (edges[:, :1] <= t) & (t <= edges[:, 1:]),
+            "scattered": torch.rand(B, T, generator=g) < 0.5}
+    return torch.stack([rows[kinds[k]][b] for b, k in enumerate(torch.randint(len(kinds), (B,), generator=g))])
 
 
 @st.composite
 def masked_prompts(draw):
-    """mask [B, T] and prompt_index [B]: labels with gaps, in no order, with any number of rows each."""
-    mask = draw(masks())
-    labels = draw(st.lists(st.integers(-100, 100), min_size=3, max_size=3, unique=True))
-    return mask, torch.tensor(labels)[torch.randint(3, (len(mask),), generator=draw(generators))]
+    """mask [B, T] and prompt_index [B]: three labels with gaps, in no order, with any number of rows each."""
+    mask, g = draw(masks()), draw(generators)
+    return mask, torch.randint(-100, 100, (3,), generator=g)[torch.randint(3, (len(mask),), generator=g)]
 
 
 @dataclass
@@ -134,9 +127,7 @@ def batches(draw, moves=(0.0, 0.1, 0.5, 2.0)):
                  weights=token_weights(mask, prompt_index, draw(aggregates), T).double())
 
 
-@st.composite
-def partitions(draw, count):
-    """The rows 0 .. count-1 in some order, cut into parts."""
-    order = torch.tensor(draw(st.permutations(range(count))))
-    cuts = sorted(draw(st.sets(st.integers(1, count - 1)))) if count > 1 else []
-    return order.tensor_split(cuts)
+def partition(generator: torch.Generator, count: int) -> tuple[Tensor, ...]:
+    """The rows 0 .. count-1 in some order, cut into parts anywhere."""
+    cuts = torch.rand(count - 1, generator=generator) < 0.5
+    return torch.randperm(count, generator=generator).tensor_split((cuts.nonzero().squeeze(-1) + 1).tolist())

@@ -354,16 +354,15 @@ def test_a_fresh_model_knows_nothing(preset):
     assert abs(loss - math.log(vocab_size)) < 0.02**2 * model.config.width / 2 + 0.1
 
 
-def test_what_writes_into_the_residual_stream_shrinks_with_depth():
-    """The two matrices of a block that add to the stream have std proportional to 1/sqrt(layers), so that their sum does
-    not grow; the others do not know the depth, and gains are 1."""
-    shallow, deep = (dict(GPT(GPTConfig(64, width=64, layers=layers), seeded(0)).named_parameters()) for layers in (1, 9))
-    for name, p in shallow.items():
-        if p.ndim == 1:
-            assert (p == 1).all(), name
-        else:
-            ratio = 3 if name.endswith(("attention.out.weight", "mlp.down.weight")) else 1
-            assert abs((p.std() / deep[name].std()).item() / ratio - 1) < 0.1, name
+def test_the_residual_stream_of_a_fresh_model_does_not_grow_with_depth():
+    """Each of 2 layers sublayers adds 1/(2 layers) of a variance: before the last norm, the size is that at any depth.
+    (Without that factor, 32 layers would make it five times as large.)"""
+    sizes = []
+    for layers in (1, 4, 32):
+        model = GPT(GPTConfig(64, layers=layers, width=64), seeded(0))
+        model.norm.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].square().mean().sqrt().item()))
+        model(ids(4, 32, seed=5, vocab_size=64))
+    assert max(sizes) / min(sizes) < 1.1
 
 
 def test_a_generator_decides_every_weight():
@@ -511,9 +510,9 @@ def test_a_fresh_scalar_head_says_nothing_and_can_learn():
     ({"kv_heads": 8}, "kv_heads=8"),
     ({"width": 12, "heads": 4}, "3"),                           # a head of width 3 has no pairs to turn
     ({"positions": "alibi"}, "alibi"),
-    pytest.param({"heads": 0}, "heads=0", marks=pytest.mark.xfail(strict=True, reason="ZeroDivisionError")),
-    pytest.param({"layers": -1}, "layers=-1", marks=pytest.mark.xfail(strict=True, reason="accepted")),
-    pytest.param({"vocab_size": 0}, "vocab_size=0", marks=pytest.mark.xfail(strict=True, reason="accepted")),
+    ({"heads": 0}, "heads=0"),
+    ({"layers": -1}, "layers=-1"),
+    ({"vocab_size": 0}, "vocab_size=0"),
 ])
 def test_an_impossible_shape_is_refused_in_one_sentence(changes, mention):
     with pytest.raises(ValueError) as error:

@@ -14,7 +14,7 @@ from strategies import (
     generators,
     masked_prompts,
     masks,
-    partitions,
+    partition,
     policies,
     randn,
     rewards,
@@ -86,7 +86,7 @@ def test_metrics_are_detached_sums_over_the_tokens_that_count(batch, options):
     _, metrics, _ = grpo(batch, **options)
     assert not any(value.requires_grad for value in metrics.values())
     ratio = (batch.logp - batch.old_logp).exp()[batch.mask]
-    assert_close(max(metrics["train/ratio_max"].item(), 1.0), max([1.0, *ratio.tolist()]))
+    assert_close(metrics["train/ratio_max"].item(), max([0.0, *ratio.tolist()]))
     if options["kl_coef"]:
         r = (batch.ref_logp - batch.logp)[batch.mask]
         assert_close(metrics["train/kl"], (torch.expm1(r) - r).sum())
@@ -102,7 +102,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce(batch, clip_low, clip_high)
     loss, metrics, (g, _) = grpo(batch, clip_low=clip_low, clip_high=clip_high)
     assert torch.equal(g, -batch.weights * batch.adv)
     assert_close(loss, -(batch.weights * batch.adv).sum())
-    assert metrics["train/clipped_low"] == metrics["train/clipped_high"] == 0 and metrics["train/ratio_max"] == 1
+    assert metrics["train/clipped_low"] == metrics["train/clipped_high"] == 0 and metrics["train/ratio_max"] <= 1
 
 
 @settings(max_examples=10)
@@ -162,11 +162,11 @@ def test_right_padding_changes_nothing(batch, options, columns, poison):
         assert_close(wider_g, widen(g, 0.0))
 
 
-@given(batches(), options, st.data())
-def test_micro_batches_add_up_in_any_partition(batch, options, data):
+@given(batches(), options, generators)
+def test_micro_batches_add_up_in_any_partition(batch, options, generator):
     """Losses, gradients and metrics of the parts of any partition of the rows sum to the step's; _max: the maximum."""
     loss, metrics, gradients = grpo(batch, **options)
-    parts = data.draw(partitions(len(batch.mask)))
+    parts = partition(generator, len(batch.mask))
     results = [grpo(batch.rows(rows), **options) for rows in parts]
     assert_close(sum(part[0] for part in results), loss)
     for name, value in metrics.items():
@@ -189,6 +189,7 @@ def assert_pure(f, *constants, **variables):
 
 @given(batches(), options)
 def test_grpo_writes_into_no_argument(batch, options):
+    """Every input is bit-equal before and after, whichever terms are on."""
     def f(old_logp, adv, mask, weights, ref_logp, logp, entropy):
         return train_grpo.objective(logp, old_logp, adv, mask, weights, ref_logp=ref_logp, entropy=entropy, **options)
 
@@ -207,10 +208,8 @@ def group_batch(r: Tensor, advantage, how: str, mask: Tensor, generator) -> Batc
                  token_weights(mask, prompt_index, how, mask.shape[1]).double(), prompt_index)
 
 
-advantages = st.sampled_from(sorted(ADVANTAGES))
-
-
-@given(advantages, aggregates, masks(), st.sampled_from([0.1, 0.3, 1 / 3, 1.0]), st.booleans(), generators)
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@given(aggregates, masks(), st.sampled_from([0.1, 0.3, 1 / 3, 1.0]), st.booleans(), generators)
 def test_a_group_of_equal_rewards_has_no_gradient(advantage, how, mask, value, off_policy, generator):
     """r_i = r for all i, beta = 0: the gradient is 0, exactly."""
     batch = group_batch(torch.full((1, len(mask)), value, dtype=torch.float64), advantage, how, mask, generator)
@@ -220,10 +219,11 @@ def test_a_group_of_equal_rewards_has_no_gradient(advantage, how, mask, value, o
     assert (g == 0).all() and loss == 0
 
 
-@given(rewards(min_group=2), advantages, st.integers(1, 5), generators, st.data())
-def test_a_loss_of_zero_may_have_a_gradient(r, advantage, T, generator, data):
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@given(rewards(min_group=2), st.integers(1, 5), generators)
+def test_a_loss_of_zero_may_have_a_gradient(advantage, r, T, generator):
     """On policy, L = -1/R sum_b A_b = 0 when answers count alike; its gradient is 0 only without any contrast."""
-    lengths = torch.tensor(data.draw(st.lists(st.integers(1, T), min_size=r.numel(), max_size=r.numel())))
+    lengths = torch.randint(1, T + 1, (r.numel(),), generator=generator)
     loss, _, (g, _) = grpo(group_batch(r, advantage, "sequence_mean", torch.arange(T) < lengths[:, None], generator))
     assert abs(loss) < 1e-6             # the weights are float32
     contrast = (r != r[:, :1]).any()
@@ -342,11 +342,11 @@ def test_cross_entropy_does_not_see_what_is_masked(case, poison):
     assert loss.isfinite() and g.isfinite().all()
 
 
-@given(likelihood_batches(), st.data())
-def test_cross_entropy_adds_up_over_any_partition(case, data):
+@given(likelihood_batches(), generators)
+def test_cross_entropy_adds_up_over_any_partition(case, generator):
     """The parts' losses, metrics and gradients sum to the step's."""
     loss, metrics, g = cross_entropy(*case)
-    parts = data.draw(partitions(len(case[0])))
+    parts = partition(generator, len(case[0]))
     results = [cross_entropy(*(x[rows] for x in case)) for rows in parts]
     assert_close(sum(part[0] for part in results), loss)
     assert_close(sum(part[1]["train/loss"] for part in results), metrics["train/loss"])
@@ -389,5 +389,6 @@ def test_the_gradient_of_cross_entropy_in_the_logits(case, V, generator):
 
 @given(likelihood_batches())
 def test_cross_entropy_writes_into_no_argument(case):
+    """Every input is bit-equal before and after."""
     logp, mask, weights = case
     assert_pure(lambda mask, weights, logp: train_pretrain.objective(logp, mask, weights), mask, weights, logp=logp)

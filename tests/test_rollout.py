@@ -69,7 +69,7 @@ def assert_belongs_together(experience: Experience, task: Task, samples: int) ->
         problem = problems[row // samples]
         prompt = TOKENIZER.render(problem.prompt)
         assert out.tokens[row, : len(prompt)].tolist() == prompt and out.prompt_lengths[row] == len(prompt)
-        assert text == TOKENIZER.decode(out.response(row))
+        assert text == TOKENIZER.decode(out.responses()[row])
         assert reward == (task.verify(problem, text) if out.finished[row] else 0.0)
     logp, _ = token_log_probs(MODEL, out.tokens, out.mask)
     torch.testing.assert_close(logp.float(), out.logp, rtol=0, atol=1e-5)
@@ -122,10 +122,11 @@ def test_contrast_is_a_difference_within_a_group():
 def test_room_is_checked_with_the_longest_prompt():
     """A prompt and an answer may fill the context to the last token; one more is refused in one sentence."""
     task = FileTask([(f"What is {n}?" + " and so on" * (n == 50), "1") for n in range(100)])
-    longest = max(len(TOKENIZER.render(problem.prompt)) for problem in task.problems)
-    check_room(MODEL, TOKENIZER, task, 64 - longest)
+    prompts = [TOKENIZER.render(problem.prompt) for problem in task.examples()]
+    longest = max(map(len, prompts))
+    check_room(MODEL, prompts, 64 - longest)
     with pytest.raises(ValueError) as error:
-        check_room(MODEL, TOKENIZER, task, 65 - longest)
+        check_room(MODEL, prompts, 65 - longest)
     text = str(error.value)
     assert "\n" not in text and len(text) < 250 and str(65 - longest) in text and "64" in text
 
@@ -192,7 +193,7 @@ def test_describe_is_what_one_counts_by_hand():
     experience = experience_of([[1.0, 1.0], [0.0, 0.5]], [2, 8, 5, 9], [True, True, True, False], texts)
     assert describe(experience) == {
         "reward": 2.5 / 4, "length": 24 / 4, "worked": 2 / 4, "truncated": 1 / 4, "length_correct": 10 / 2,
-        "length_wrong": 14 / 2, "reward_worked": 1.0 / 2, "reward_direct": 1.5 / 2}
+        "length_wrong": 14 / 2, "reward_worked": 1.0 / 2, "reward_direct": 1.0 / 1}
 
 
 def test_describe_leaves_out_the_mean_of_nothing():

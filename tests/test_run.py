@@ -46,7 +46,8 @@ def tiny_model(seed=0):
 
 @pytest.mark.parametrize("argv, named", [
     (["--stepz", "3"], "--stepz"), (["--step", "3"], "--step"), (["--steps", "x"], "--steps"), (["--steps", "0"], "--steps 0"),
-    (["--steps", "1.5"], "--steps"), (["--lr", "-1"], "--lr -1.0"), (["--lr", "nan"], "--lr nan"), (["--lr", "inf"], "--lr inf"),
+    (["--steps", "1.5"], "--steps"), (["--lr", "-1"], "--lr -1.0"), (["--lr", "nan"], "--lr nan"),
+    (["--lr", "inf"], "--lr inf"),
     (["--share", "1.1"], "--share 1.1"), (["--kind", "c"], "--kind"), (["--seed", "-1"], "--seed -1"), (["3"], "3"),
     (["--device", "tpu"], "--device"), (["--resume", "--out", "nowhere"], "nowhere")])
 def test_a_bad_flag_is_refused_in_one_sentence_that_names_it(capsys, argv, named):
@@ -73,8 +74,8 @@ def test_help_explains_every_flag_by_its_comment(capsys):
 def test_a_device_that_is_not_there_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"--device cuda"):
-            run.pick_device("cuda")
-    assert run.pick_device("cpu").type == "cpu"
+            run.pick_device(Config(device="cuda"))
+    assert run.pick_device(Config(device="cpu")).type == "cpu"
 
 
 # ---- randomness ----
@@ -101,15 +102,15 @@ def test_the_schedule_rises_stays_and_falls_within_0_and_1(steps, warmup, decay)
         assert set(values) == {1.0}
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_small_step_reaches_the_weights(kind):
-    """At lr 1e-6 at least 99 % of the float32 weights with a gradient change; in bfloat16 most would not."""
+@pytest.mark.parametrize("kind, lr", [("adamw", 1e-6), ("muon", 1e-5)])
+def test_a_small_step_reaches_the_weights(kind, lr):
+    """At least 99 % of the float32 weights with a gradient change; in bfloat16 most would not."""
     model = tiny_model()
-    optimizer = run.Optimizers(model, kind, lr=1e-6)
+    optimizer = run.Optimizers(model, kind, lr)
     tokens = torch.arange(30).view(2, 15)
     model(tokens).logsumexp(-1).sum().backward()
     before = [(p, p.detach().clone(), p.grad != 0) for p in model.parameters()]
-    optimizer.step(1e-6, grad_clip=1e9)
+    optimizer.step(lr, grad_clip=1e9)
     changed = sum(int((p.detach() != old)[moved].sum()) for p, old, moved in before)
     assert changed >= 0.99 * sum(int(moved.sum()) for _, _, moved in before)
 
@@ -246,8 +247,9 @@ def test_a_crashed_run_resumes_to_the_same_lines(tmp_path, crash_after, save_eve
 def test_a_finished_run_knows_it_and_keeps_its_files(tmp_path):
     train(open_run(tmp_path))
     files = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
-    again = open_run(tmp_path, resume=True)
-    assert again.finished
+    with pytest.raises(SystemExit) as exit:
+        open_run(tmp_path, resume=True)
+    assert exit.value.code == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == files
 
 
@@ -258,9 +260,9 @@ def test_a_run_that_lost_only_its_last_line_is_not_finished(tmp_path):
             out.log({"train/x": step})
         raise RuntimeError("before the final line")
     again = open_run(tmp_path, resume=True)
-    assert not again.finished and list(again.steps()) == []
+    assert list(again.steps()) == []
     again.finish({"eval/x": 1.0})
-    assert open_run(tmp_path, resume=True).finished
+    assert [line["step"] for line in again.metrics()] == [0, 1, 2, 3, 4]
 
 
 def test_a_used_directory_is_refused_and_left_alone(tmp_path):

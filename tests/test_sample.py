@@ -278,7 +278,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(model, request, truncation)
     out, G = generate(model, prompts, **how), how["samples_per_prompt"]
 
     def responses(out, rows):
-        return [(out.response(row), bool(out.finished[row])) for row in range(rows)]
+        return [(out.responses()[row], bool(out.finished[row])) for row in range(rows)]
 
     alone = generate(model, prompts[:1], **how)
     beside = generate(model, [*prompts, *prompts, [1, 2, 3, 4, 5, 6]], **how)
@@ -287,8 +287,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(model, request, truncation)
 
     longer = generate(model, prompts, **how | {"max_new_tokens": how["max_new_tokens"] + 5})
     for row, (response, finished) in enumerate(responses(out, len(out.tokens))):
-        assert longer.response(row)[: len(response)] == response
-        assert not finished or longer.response(row) == response
+        assert longer.responses()[row][: len(response)] == response
+        assert not finished or longer.responses()[row] == response
 
 
 def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
@@ -328,10 +328,10 @@ def test_the_mask_covers_the_response_and_its_stop_token(model, request):
         sampled = tokens[len(prompt) : length]
         if out.finished[row]:
             assert sampled[-1] in STOPS and not STOPS & set(sampled[:-1])
-            assert out.response(row) == sampled[:-1]
+            assert out.responses()[row] == sampled[:-1]
         else:
             assert len(sampled) == how["max_new_tokens"] and not STOPS & set(sampled)
-            assert out.response(row) == sampled
+            assert out.responses()[row] == sampled
 
 
 def test_without_stop_ids_every_answer_is_cut():
@@ -346,29 +346,13 @@ def test_what_lies_behind_a_row_means_nothing(model, request, seed):
     (prompts, how), model = request, tiny(**model)
     out = generate(model, prompts, **how)
     before, _ = token_log_probs(model, out.tokens, out.mask, temperature=how["temperature"])
-    responses = [out.response(row) for row in range(len(out.tokens))]
+    responses = out.responses()
     behind = torch.arange(out.tokens.shape[1]) >= out.lengths[:, None]
     junk = torch.randint(V, out.tokens.shape, generator=torch.Generator().manual_seed(seed))
     out.tokens = torch.where(behind, junk, out.tokens)
     after, _ = token_log_probs(model, out.tokens, out.mask, temperature=how["temperature"])
     assert torch.equal(after, before)
-    assert [out.response(row) for row in range(len(out.tokens))] == responses
-
-
-@given(requests(), seeds)
-@quick
-def test_rows_cut_a_rollout_to_the_longest_of_them(request, seed):
-    """Every field follows its row, in any order, and nothing of a row is cut away."""
-    prompts, how = request
-    out = generate(tiny(), prompts, **how)
-    order = torch.randperm(len(out.tokens), generator=torch.Generator().manual_seed(seed))
-    for index in (order, order[:1], torch.arange(len(order)) == order[0], slice(0, 2)):
-        part, picked = out.rows(index), torch.arange(len(order))[index].tolist()
-        assert part.tokens.shape[1] == part.lengths.max() and part.logp.shape == part.mask.shape
-        for new, old in enumerate(picked):
-            assert part.response(new) == out.response(old) and part.finished[new] == out.finished[old]
-            assert part.prompt_index[new] == out.prompt_index[old]
-            assert torch.equal(part.logp[new][part.mask[new]], out.logp[old][out.mask[old]])
+    assert out.responses() == responses
 
 
 # ---- Greedy ----
@@ -396,7 +380,7 @@ def test_greedy_takes_the_lowest_id_of_a_tie():
     with torch.no_grad():
         model.head.weight.zero_()
     out = generate(model, [[3], [1, 2]], max_new_tokens=4, temperature=0.0, stop_ids={6})
-    assert [out.response(row) for row in range(2)] == [[0, 0, 0, 0]] * 2
+    assert [out.responses()[row] for row in range(2)] == [[0, 0, 0, 0]] * 2
 
 
 # ---- The engine leaves no trace ----
@@ -453,10 +437,9 @@ def test_new_weights_are_a_fresh_engine(compile):
                 p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
         new, fresh = generate(model, prompts, **how), generate(copy.deepcopy(model), prompts, **how)
     same_rollout(new, fresh)
-    assert [new.response(row) for row in range(8)] != [old.response(row) for row in range(8)]
+    assert [new.responses()[row] for row in range(8)] != [old.responses()[row] for row in range(8)]
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="_compiled_step keeps memory by shape, whatever its dtype")
 def test_fixed_slots_follow_the_dtype():
     """One model, first in float32 and then under autocast, as a script that samples in both would have it."""
     model, how = tiny(dtype=torch.float32), {"max_new_tokens": 4, "stop_ids": STOPS, "compile": True}
@@ -560,8 +543,7 @@ def test_bfloat16_scores_stay_near_float32_and_near_the_engine(seed, request, qk
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
     ([[1]], {"samples_per_prompt": 0}, "samples_per_prompt=0"),
     ([[1], [1] * 20], {"max_new_tokens": 5}, "24"),             # 25 tokens, and the context is 24
-    pytest.param([[1]], {"temperature": math.nan}, "temperature=nan", marks=pytest.mark.xfail(
-        strict=True, raises=RuntimeError, reason="`temperature < 0` is False for nan")),
+    ([[1]], {"temperature": math.nan}, "temperature=nan"),
 ])
 def test_an_impossible_request_is_refused_in_one_sentence(prompts, changes, mention):
     with pytest.raises(ValueError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,8 +122,9 @@ script.main(run.parse(script.Config, {argv!r}))
 def test_resuming_a_finished_run_changes_nothing(name, capsys):
     script, _ = SCRIPTS[name]
     files = {p: p.read_bytes() for p in Path(name).iterdir()}
-    script.main(run.parse(script.Config, ["--out", name, "--resume"]))
-    assert "finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        script.main(run.parse(script.Config, ["--out", name, "--resume"]))
+    assert exit.value.code == 0 and "finished" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in Path(name).iterdir()} == files
 
 
@@ -140,6 +142,25 @@ def test_without_kl_no_reference_model_is_built(tmp_path, monkeypatch):
     assert len(built) == 1
     start(train_grpo, GRPO + " --steps 1 --kl-coef 0.1", tmp_path / "leashed")
     assert len(built) == 3
+
+
+def test_resume_finds_a_default_directory_that_depends_on_other_flags(tmp_path, monkeypatch):
+    for name in ("wanted.jsonl", "sft"):
+        (tmp_path / name).symlink_to(Path(name).resolve())
+    monkeypatch.chdir(tmp_path)
+    train_grpo.main(run.parse(train_grpo.Config, [*GRPO.split(), "--task", "sorting"]))
+    assert run.parse(train_grpo.Config, ["--task", "sorting", "--resume"]).out == "runs/grpo-sorting"
+
+
+def test_a_run_resumes_without_the_stages_before_it(world, tmp_path, monkeypatch):
+    """A checkpoint is enough: nothing is made anew and no path of the first day is needed."""
+    shutil.copytree("grpo", tmp_path / "moved")
+    shutil.copy("wanted.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with open("moved/metrics.jsonl", "r+b") as f:                       # as if killed before the final line
+        f.truncate(f.read().rstrip().rindex(b"\n") + 1)
+    start(train_grpo, "--resume --quiet", "moved")
+    assert metrics("moved") == metrics(world / "grpo")
 
 
 def test_one_update_per_rollout_means_ratio_one_and_an_inert_clip():
@@ -211,7 +232,8 @@ BAD = [
     (train_grpo, "--clip-low 2", "--clip-low"), (train_grpo, "--algo magic", "--algo"),
     (train_grpo, "--max-new-tokens 1000 --init sft", "--max-new-tokens 1000"),
     (train_grpo, "--advantage best", "--advantage"), (train_grpo, "--init sft --data bad.jsonl", "bad.jsonl, line 1"),
-    (train_grpo, "--device tpu", "--device"), (train_grpo, "--out sft", "sft"), (train_grpo, "--out nowhere --resume", "nowhere"),
+    (train_grpo, "--device tpu", "--device"), (train_grpo, "--out sft", "sft"),
+    (train_grpo, "--out nowhere --resume", "nowhere"),
 ]
 
 
