@@ -46,7 +46,7 @@ ADVANTAGES = {"zscore": zscore, "center": center, "leave_one_out": leave_one_out
 class Config(run.RunConfig):
     out: str = ""               # directory of this run (default: runs/grpo, or runs/grpo-TASK)
     steps: run.Count = 40
-    lr: run.Positive = 2e-4
+    lr: run.Positive = 1e-4
     eval_every: run.Count = 10
 
     task: str = "addition"      # addition, sums, sorting, reversal or countdown
@@ -54,7 +54,7 @@ class Config(run.RunConfig):
     data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
     prompts: run.Count = 32     # P, prompts per step
     group: run.Count = 8        # G, answers sampled per prompt
-    max_new_tokens: run.Count = 64    # an answer longer than this is cut, and scores 0
+    max_new_tokens: run.Count = 80    # an answer longer than this is cut, and scores 0
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
     advantage: Literal[*ADVANTAGES] = "zscore"    # how an answer is compared with its group
     aggregate: Literal[*AGGREGATES] = "sequence_mean"    # how much each token counts, see nanorl/ops.py

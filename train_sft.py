@@ -37,7 +37,7 @@ class Config(run.RunConfig):
     decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
     weight_decay: run.NonNegative = 0.0    # decoupled; gains are left alone
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
-    max_new_tokens: run.Count = 64    # of an answer in the evaluation
+    max_new_tokens: run.Count = 80    # of an answer in the evaluation
     eval_problems: run.Count = 500    # held-out problems
 
     def __post_init__(self):

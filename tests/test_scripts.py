@@ -252,3 +252,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_loses_nothing(script, fla
     assert exit.value.code == 2
     assert named in error and error.count("\n") == 1 and "Traceback" not in error
     assert {p: p.read_bytes() for p in world.rglob("*") if p.is_file()} == files
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+@pytest.mark.parametrize("name", ["pretrain", "sft", "grpo-full"])
+def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
+    script, flags = SCRIPTS[name]
+    start(script, flags, tmp_path / "compiled", "--compile", "--steps", "2")
+    start(script, flags, tmp_path / "eager", "--no-compile", "--steps", "2")
+    for compiled, eager in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager"), strict=True):
+        assert compiled.keys() == eager.keys()
+        for key in eager:
+            assert compiled[key] == pytest.approx(eager[key], rel=1e-2, abs=1e-3), key
