@@ -209,6 +209,31 @@ def leave_one_out(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
     return (center(rewards.double(), valid) * count / (count - 1).clamp(min=1)).to(_at_least_float32(rewards).dtype)
 
 
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation.                                       (Schulman et al. 2015, eq. 16)
+
+        delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}          return_t = A_t + V_t
+
+    rewards, values, mask [B, T] -> (advantages, returns), [B, T] each, 0 where mask is False. values[:, t] belongs to the
+    state that chooses tokens[:, t+1]. The mask of a row is one run, not always from column 0. V after the run is
+    `bootstrap` [B]: 0 where the answer was scored, because a scored answer has ended, and the critic's value only where
+    it was not. lam = 1 gives (discounted) rewards-to-go minus V; lam = 0 gives delta. All are constants.
+    """
+    assert not rewards.requires_grad and not values.requires_grad, "advantages are constants: detach their inputs"
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    next_value = values.new_zeros(len(values)) if bootstrap is None else bootstrap
+    next_advantage, advantages = values.new_zeros(len(values)), torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        advantages[:, t] = advantage.masked_fill(~mask[:, t], 0.0)
+    return advantages, advantages + values
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Policy-gradient surrogates: per token, to be MAXIMISED. Mask, weight and sign are the objective's.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,6 +248,18 @@ def importance_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
     return (_at_least_float32(logp) - _at_least_float32(old_logp)).exp()
 
 
+def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+    """The length-normalised ratio of whole answers.                              (GSPO, Zheng et al. 2025, eq. 7)
+
+        s = ( pi(y|x) / pi_old(y|x) )^{1/|y|} = exp( mean_t log rho_t ),   the mean over the row's mask
+
+    logp, old_logp, mask [B, T] -> [B, 1]. An empty row has ratio 1.
+    """
+    assert not old_logp.requires_grad, "old log-probs are constants: detach them"
+    log_ratio = (_at_least_float32(logp) - _at_least_float32(old_logp)).masked_fill(~mask, 0.0)
+    return (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+
+
 def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """PPO's pessimistic surrogate.                                               (Schulman et al. 2017, eq. 7)
 
@@ -235,6 +272,53 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: flo
     assert not adv.requires_grad, "advantages are constants: detach them"
     ratio = importance_ratio(logp, old_logp)
     return torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+
+
+def truncated_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, cap: float) -> Tensor:
+    """Truncated importance sampling with a detached weight.            (CISPO, MiniMax 2025, eq. 4; IMPALA's rho-bar)
+
+        J = sg( min(rho, cap) ) A log pi
+
+    logp, old_logp [B, T] nats; adv [B, T] or [B, 1] -> [B, T]. Nothing flows through the weight, so that every token
+    keeps a gradient, min(rho, cap) A times its score, however far the policy has moved. J's value measures nothing.
+    """
+    assert not adv.requires_grad, "advantages are constants: detach them"
+    return importance_ratio(logp.detach(), old_logp).clamp(max=cap) * adv * _at_least_float32(logp)
+
+
+def masked_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, low: float, high: float) -> Tensor:
+    """Importance sampling that leaves out tokens whose ratio has left a band, whatever the sign of A.
+
+        J = rho A  where low <= rho <= high,  else 0
+
+    logp, old_logp [B, T] nats; adv [B, T] or [B, 1] -> [B, T]. Masking drops the gradient where clipping caps the value:
+    a token with A < 0 and a huge ratio, which clipping lets through, is left out here. low = 0, high = inf is plain
+    importance sampling.
+    """
+    assert not adv.requires_grad, "advantages are constants: detach them"
+    ratio = importance_ratio(logp.detach(), old_logp)
+    outside = (ratio < low) | (ratio > high)
+    # Blank before exp(): the gradient of a huge ratio would be 0 * inf = nan.
+    return importance_ratio(logp.masked_fill(outside, 0.0), old_logp.masked_fill(outside, 0.0)).masked_fill(outside, 0.0) * adv
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preferences
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log 1/(1 + e^{-x}): the log-softmax of x against 0, finite for any finite x.       [...] -> [...]"""
+    return log_softmax(torch.stack((x, torch.zeros_like(x)), dim=-1))[..., 0]
+
+
+def bradley_terry(margin: Tensor) -> Tensor:
+    """-log P(w > l) = -log sigma(r_w - r_l): the loss of a preference.       (Bradley and Terry 1952)
+
+    margin r_w - r_l [...] -> [...] in nats; log 2 at a tie. Its gradient is -sigma(-margin): 1/2 at a tie, 1 where the
+    order is badly wrong, 0 where it is surely right. Only the difference of rewards matters.
+    """
+    return -log_sigmoid(margin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
