@@ -221,9 +221,11 @@ def gae(
     `bootstrap` [B]: 0 where the answer was scored, because a scored answer has ended, and the critic's value only where
     it was not. lam = 1 gives (discounted) rewards-to-go minus V; lam = 0 gives delta. All are constants.
     """
-    assert not rewards.requires_grad and not values.requires_grad, "advantages are constants: detach their inputs"
+    bootstrap = values.new_zeros(len(values)) if bootstrap is None else bootstrap
+    inputs = (rewards, values, bootstrap)
+    assert not any(x.requires_grad for x in inputs), "advantages are constants: detach their inputs"
+    rewards, values, next_value = map(_at_least_float32, inputs)
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
-    next_value = values.new_zeros(len(values)) if bootstrap is None else bootstrap
     next_advantage, advantages = values.new_zeros(len(values)), torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]

@@ -16,17 +16,21 @@ from strategies import (
     policies,
     randn,
     rewards,
+    scales,
     scored_logits,
     scored_rewards,
 )
 from torch import Tensor
+from torch.nn.functional import logsigmoid, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanorl.ops import (
     AGGREGATES,
+    bradley_terry,
     center,
     clipped_surrogate,
     entropy_from_logits,
+    gae,
     importance_ratio,
     kl_divergence,
     kl_k1,
@@ -34,12 +38,16 @@ from nanorl.ops import (
     kl_k3,
     leave_one_out,
     linear_log_probs,
+    log_sigmoid,
     log_softmax,
     logsumexp,
     masked_mean,
     masked_sum,
+    masked_surrogate,
     selective_log_softmax,
+    sequence_ratio,
     token_weights,
+    truncated_surrogate,
     zscore,
 )
 from nanorl.tabular import (
@@ -56,6 +64,7 @@ from nanorl.tabular import (
 pytestmark = pytest.mark.math
 
 ADVANTAGES = (center, zscore, leave_one_out)
+SURROGATES = {clipped_surrogate: (0.2, 0.2), truncated_surrogate: (2.0,), masked_surrogate: (0.5, 2.0)}      # and their knobs
 shifts = st.integers(-1000, 1000).map(float)
 chunks = st.integers(1, 12)
 
@@ -207,7 +216,8 @@ def test_half_precision_is_computed_in_float32_and_float64_stays(dtype, case):
     for f in (logsumexp, log_softmax, entropy_from_logits, lambda z: selective_log_softmax(z, ids),
               lambda z: kl_divergence(z, z.flip(0)), lambda z: entropy_from_logits(z, chunk_size=2),
               *(lambda z, f=f: f(z[:, 0].clamp(-5, 5), z[:, 1].clamp(-5, 5)) for f in (kl_k1, kl_k2, kl_k3, importance_ratio)),
-              lambda z: clipped_surrogate(z.clamp(-5, 5), z.flip(0).clamp(-5, 5), z.clamp(-5, 5), 0.2, 0.2)):
+              *(lambda z, f=f: f(z.clamp(-5, 5), z.flip(0).clamp(-5, 5), z.clamp(-5, 5), *SURROGATES[f]) for f in SURROGATES),
+              lambda z: sequence_ratio(z.clamp(-5, 5), z.flip(0).clamp(-5, 5), z > 0), log_sigmoid, bradley_terry):
         y = f(z)
         assert y.dtype == wide.dtype
         assert torch.equal(y, f(wide))
@@ -683,6 +693,147 @@ def test_the_z_score_follows_another_direction():
     assert ratios.max() > 2 * ratios.min() > 0
 
 
+def discounted_sums(x: Tensor, mask: Tensor, c: float) -> Tensor:
+    """sum_k c^k x_{t+k} over the rest of the run, term by term; 0 outside it.       [B, T] -> [B, T]"""
+    x = x.masked_fill(~mask, 0.0)
+    return sum(c**k * pad(x[:, k:], (0, k)) for k in range(x.shape[1])).masked_fill(~mask, 0.0)
+
+
+def td_errors(rewards, values, mask, gamma, bootstrap):
+    """r_t + gamma V_{t+1} - V_t, where V_{t+1} of a run's last token is bootstrap; 0 outside the run."""
+    following = torch.where(pad(mask[:, 1:], (0, 1)), pad(values[:, 1:], (0, 1)), bootstrap[:, None])
+    return (rewards + gamma * following - values).masked_fill(~mask, 0.0)
+
+
+discounts = st.floats(0.0, 1.0) | st.sampled_from([0.0, 1.0])
+
+
+@st.composite
+def trajectories(draw):
+    """rewards, values, mask [B, T], each row one run or none, anywhere; bootstrap [B]."""
+    mask, g = draw(masks(kinds=("empty", "full", "run"))), draw(generators)
+    return randn(g, *mask.shape), randn(g, *mask.shape), mask, randn(g, len(mask))
+
+
+@given(trajectories(), discounts, discounts)
+def test_gae_is_the_discounted_sum_of_td_errors(case, gamma, lam):
+    """A_t = sum_k (gamma lam)^k delta_{t+k} over the rest of the run and return_t = A_t + V_t; both are 0 outside it."""
+    r, V, mask, bootstrap = case
+    for after in (bootstrap, None):
+        delta = td_errors(r, V, mask, gamma, torch.zeros_like(bootstrap) if after is None else after)
+        A, returns = gae(r, V, mask, gamma, lam, after)
+        assert_close(A, discounted_sums(delta, mask, gamma * lam))
+        assert_close(returns, (A + V).masked_fill(~mask, 0.0))
+        assert (A[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+def test_gae_by_hand():
+    """gamma = 1, lam = 1/2, V = (1/2, 1/4, 3/4) and a final reward of 1: delta = (-1/4, 1/2, 1/4), A = (1/16, 5/8, 1/4)."""
+    mask = torch.tensor([[False, True, True, True, False]])
+    r, V = torch.tensor([[9.0, 0.0, 0.0, 1.0, 9.0]]), torch.tensor([[9.0, 0.5, 0.25, 0.75, 9.0]])
+    A, returns = gae(r, V, mask, 1.0, 0.5)
+    assert A.tolist() == [[0.0, 0.0625, 0.625, 0.25, 0.0]]
+    assert returns.tolist() == [[0.0, 0.5625, 0.875, 1.0, 0.0]]
+
+
+@given(trajectories(), discounts)
+def test_with_lambda_one_returns_are_those_of_the_rewards_alone(case, gamma):
+    """lam = 1: return_t = sum_k gamma^k r_{t+k} and A_t = return_t - V_t: the values inside the sum telescope."""
+    r, V, mask, _ = case
+    A, returns = gae(r, V, mask, gamma, 1.0)
+    assert_close(returns, discounted_sums(r, mask, gamma))
+    assert_close(A, (returns - V).masked_fill(~mask, 0.0))
+
+
+@given(trajectories())
+def test_undiscounted_every_token_is_given_what_is_still_to_come_less_what_was_expected(case):
+    """gamma = lam = 1: A_t = sum_{s >= t} r_s - V_t; for one verdict R on the last token it is R - V_t everywhere."""
+    r, V, mask, _ = case
+    to_go = r.masked_fill(~mask, 0.0).flip(-1).cumsum(-1).flip(-1)
+    assert_close(gae(r, V, mask, 1.0, 1.0)[0], (to_go - V).masked_fill(~mask, 0.0))
+    last = mask & ~pad(mask[:, 1:], (0, 1))
+    verdict = torch.where(last, r, 0.0)
+    assert_close(gae(verdict, V, mask, 1.0, 1.0)[0], (verdict.sum(-1, keepdim=True) - V).masked_fill(~mask, 0.0))
+
+
+@given(trajectories(), discounts)
+def test_with_lambda_zero_advantages_are_td_errors(case, gamma):
+    """lam = 0: A_t = r_t + gamma V_{t+1} - V_t."""
+    r, V, mask, bootstrap = case
+    assert_close(gae(r, V, mask, gamma, 0.0, bootstrap)[0], td_errors(r, V, mask, gamma, bootstrap))
+
+
+@given(trajectories(), discounts, discounts)
+def test_without_a_critic_advantages_are_rewards_to_go(case, gamma, lam):
+    """V = 0: A_t = return_t = sum_k (gamma lam)^k r_{t+k}."""
+    r, V, mask, _ = case
+    A, returns = gae(r, torch.zeros_like(V), mask, gamma, lam)
+    assert_close(A, discounted_sums(r, mask, gamma * lam))
+    assert torch.equal(returns, A)
+
+
+@given(trajectories(), discounts, discounts, st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30]))
+def test_what_lies_outside_the_run_has_no_influence(case, gamma, lam, poison):
+    """Rewards and values before and after the run, and the bootstrap of an empty row, change no bit of A and returns."""
+    r, V, mask, bootstrap = case
+    poisoned = (r.masked_fill(~mask, poison), V.masked_fill(~mask, poison), mask)
+    for ours, expected in zip(gae(*poisoned, gamma, lam, bootstrap.masked_fill(~mask.any(-1), poison)),
+                              gae(r, V, mask, gamma, lam, bootstrap), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@given(trajectories(), discounts, discounts, st.integers(0, 3), st.integers(0, 3))
+def test_a_run_may_start_and_end_at_any_column(case, gamma, lam, before, after):
+    """Columns added on either side shift A and returns along and change no bit of them."""
+    r, V, mask, bootstrap = case
+    wider = [pad(x, (before, after), value=value) for x, value in ((r, 1.0), (V, 2.0), (mask, False))]
+    for wide, narrow in zip(gae(*wider, gamma, lam, bootstrap), gae(r, V, mask, gamma, lam, bootstrap), strict=True):
+        assert torch.equal(wide, pad(narrow, (before, after)))
+
+
+@given(trajectories(), discounts, discounts)
+def test_the_bootstrap_is_the_value_after_the_last_token_and_only_that(case, gamma, lam):
+    """It adds gamma (gamma lam)^{n-1-k} b to A and to the return of token k of n. None is 0: the answer has ended."""
+    r, V, mask, bootstrap = case
+    last = mask & ~pad(mask[:, 1:], (0, 1))
+    added = discounted_sums(torch.where(last, gamma * bootstrap[:, None], 0.0), mask, gamma * lam)
+    zero = torch.zeros_like(bootstrap)
+    for ours, ended, none in zip(*(gae(r, V, mask, gamma, lam, b) for b in (bootstrap, zero, None)), strict=True):
+        assert torch.equal(ended, none)
+        assert_close(ours - ended, added)
+
+
+@given(trajectories(), discounts, discounts)
+def test_a_run_cut_short_and_bootstrapped_with_its_next_value_keeps_its_td_errors(case, gamma, lam):
+    """Cut before token n: A_t of the whole = A_t of the cut + (gamma lam)^{n-t} A_n, where V_n is the cut's bootstrap."""
+    r, V, _, bootstrap = case
+    full, T = torch.ones(r.shape, dtype=torch.bool), r.shape[1]
+    whole, _ = gae(r, V, full, gamma, lam, bootstrap)
+    for n in range(1, T):
+        cut, _ = gae(r[:, :n], V[:, :n], full[:, :n], gamma, lam, V[:, n])
+        rest = torch.tensor([(gamma * lam) ** (n - t) for t in range(n)], dtype=r.dtype) * whole[:, n:n + 1]
+        assert_close(whole[:, :n], cut + rest)
+
+
+@given(trajectories(), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_gae_of_half_precision_is_computed_in_float32(case, dtype):
+    """A(r, V) = A(r.float(), V.float()) bit for bit when they are half precision; float64 stays."""
+    r, V, bootstrap = (case[i].to(dtype) for i in (0, 1, 3))
+    wide = [x if dtype == torch.float64 else x.float() for x in (r, V, bootstrap)]
+    for ours, expected in zip(gae(r, V, case[2], 0.9, 0.8, bootstrap), gae(*wide[:2], case[2], 0.9, 0.8, wide[2]),
+                              strict=True):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("constant", ["rewards", "values", "bootstrap"])
+def test_inputs_of_gae_must_arrive_detached(constant):
+    """A gradient through an advantage would train the critic by the policy's objective: refused."""
+    inputs = {"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3), "bootstrap": torch.zeros(2)}
+    inputs[constant].requires_grad_()
+    with pytest.raises(AssertionError, match="detach"):
+        gae(mask=torch.ones(2, 3, dtype=torch.bool), gamma=1.0, lam=1.0, **inputs)
+
+
 # ---- Policy-gradient surrogates ----
 
 
@@ -708,19 +859,20 @@ def test_where_policies_agree_the_ratio_is_one_and_its_gradient_the_score(case):
     assert_close(grad(importance_ratio(new, old), new), (new.detach() - old).exp())
 
 
-# d/dlogp of the surrogate: A, rho, then with clip .2/.2 and with clip .2/.28 (equations.md E16)
-TRUTH_TABLE = [(+1, 0.1, 0.1, 0.1), (+1, 0.5, 0.5, 0.5), (+1, 1.25, 0, 1.25), (+1, 1.5, 0, 0), (+1, 10.0, 0, 0),
-               (-1, 0.1, 0, 0), (-1, 0.5, 0, 0), (-1, 1.25, -1.25, -1.25), (-1, 1.5, -1.5, -1.5), (-1, 10.0, -10, -10)]
+# d/dlogp of the surrogate: A, rho, then with clip .2/.2, with clip .2/.28 and with a mask [1/8, 8] (equations.md E16)
+TRUTH_TABLE = [(+1, 0.1, 0.1, 0.1, 0), (+1, 0.5, 0.5, 0.5, 0.5), (+1, 1.25, 0, 1.25, 1.25), (+1, 1.5, 0, 0, 1.5),
+               (+1, 10.0, 0, 0, 0), (-1, 0.1, 0, 0, 0), (-1, 0.5, 0, 0, -0.5), (-1, 1.25, -1.25, -1.25, -1.25),
+               (-1, 1.5, -1.5, -1.5, -1.5), (-1, 10.0, -10, -10, 0)]
 
 
-@pytest.mark.parametrize(("adv", "ratio", "symmetric", "higher"), TRUTH_TABLE)
-def test_the_truth_table_of_clipping(adv, ratio, symmetric, higher):
-    """Outside the band the gradient is zeroed on one side only: where rho has already moved in A's favour."""
+@pytest.mark.parametrize(("adv", "ratio", "symmetric", "higher", "masked"), TRUTH_TABLE)
+def test_the_truth_table_of_clipping_and_masking(adv, ratio, symmetric, higher, masked):
+    """A clip zeroes the gradient on one side only, where rho has already moved in A's favour; a mask on both."""
     adv = torch.tensor([[float(adv)]], dtype=torch.float64)
-    for clip_high, expected in ((0.2, symmetric), (0.28, higher)):
+    for f, knobs, expected in ((clipped_surrogate, (0.2, 0.2), symmetric), (clipped_surrogate, (0.2, 0.28), higher),
+                               (masked_surrogate, (1 / 8, 8.0), masked)):
         logp = torch.tensor([[math.log(ratio) - 1.0]], dtype=torch.float64, requires_grad=True)
-        J = clipped_surrogate(logp, torch.full_like(adv, -1.0), adv, 0.2, clip_high)
-        assert_close(grad(J, logp).item(), float(expected))
+        assert_close(grad(f(logp, torch.full_like(adv, -1.0), adv, *knobs), logp).item(), float(expected))
 
 
 @st.composite
@@ -777,9 +929,284 @@ def test_constants_of_a_surrogate_must_arrive_detached():
     with pytest.raises(AssertionError, match="old log-probs"):
         importance_ratio(logp, logp)
     with pytest.raises(AssertionError, match="old log-probs"):
-        clipped_surrogate(logp, logp, adv, 0.2, 0.2)
-    with pytest.raises(AssertionError, match="advantages"):
-        clipped_surrogate(logp, logp.detach(), adv.requires_grad_(), 0.2, 0.2)
+        sequence_ratio(logp, logp, logp == 0)
+    for f, knobs in SURROGATES.items():
+        with pytest.raises(AssertionError, match="old log-probs"):
+            f(logp, logp, adv, *knobs)
+        with pytest.raises(AssertionError, match="advantages"):
+            f(logp, logp.detach(), leaf(adv), *knobs)
+
+
+# Truncation and masking
+
+
+caps = st.floats(0.01, 5.0) | st.just(torch.inf)
+bands = st.tuples(st.floats(0.0, 1.0), st.floats(1.0, 4.0) | st.just(torch.inf))
+
+
+@given(surrogate_arguments(), caps)
+def test_a_truncated_weight_leaves_every_token_a_gradient(case, cap):
+    """dJ/dlogp = min(rho, cap) A, and nothing flows through the weight; J = min(rho, cap) A logp."""
+    logp, old_logp, adv, _, _ = case
+    x, weight = leaf(logp), (logp - old_logp).exp().clamp(max=cap) * adv
+    J = truncated_surrogate(x, old_logp, adv, cap)
+    assert_close(J, weight * logp)
+    assert_close(grad(J, x), weight)
+    assert ((grad(truncated_surrogate(x, old_logp, adv, cap), x) != 0) == (adv != 0)).all()
+
+
+@given(scored_logits(), generators, caps)
+def test_the_gradient_of_a_truncated_token_is_its_weighted_score(case, generator, cap):
+    """dJ/dz = min(rho, cap) A (onehot - p): the score, longer or shorter, never turned."""
+    z, ids = leaf(case[0]), case[1]
+    logp = selective_log_softmax(z, ids)
+    old_logp, adv = logp.detach() + randn(generator, len(ids)), randn(generator, len(ids))
+    weight = (logp.detach() - old_logp).exp().clamp(max=cap) * adv
+    score = torch.nn.functional.one_hot(ids, z.shape[1]) - log_softmax(z.detach()).exp()
+    assert_close(grad(truncated_surrogate(logp, old_logp, adv, cap), z), weight[:, None] * score)
+
+
+@given(surrogate_arguments(), st.floats(1.0, 5.0), bands)
+def test_at_ratio_one_truncation_and_masks_are_inert(case, cap, band):
+    """rho = 1: dJ/dlogp = A bit for bit, as for REINFORCE, for any cap >= 1 and any band with 1 in it or at its edge."""
+    logp, _, adv, _, _ = case
+    for f, knobs in ((truncated_surrogate, (cap,)), (masked_surrogate, band)):
+        x = leaf(logp)
+        assert torch.equal(grad(f(x, logp, adv, *knobs), x), adv.expand_as(x))
+
+
+@given(policies(count=2, T=(1, 1)), generators)
+def test_with_nothing_cut_off_old_samples_give_the_gradient_of_new_ones(pair, generator):
+    """One token, cap = inf or band [0, inf]: E_{y ~ old}[grad J] = grad E_{y ~ new}[A]."""
+    new, old = leaf(pair[0]), pair[1]
+    A = randn(generator, new.shape[1], 1)
+    exact = grad(expectation(new, A.squeeze(-1)), new)
+    for f, knobs in ((truncated_surrogate, (torch.inf,)), (masked_surrogate, (0.0, torch.inf))):
+        J = f(log_probs(new), log_probs(old), A, *knobs)
+        assert_close(grad(expectation(old, J.squeeze(-1)), new), exact, 1e-10)
+
+
+@given(surrogate_arguments(), bands)
+def test_a_mask_keeps_the_band_whole_and_nothing_else(case, band):
+    """J = rho A and dJ/dlogp = rho A where low <= rho <= high; both are exactly 0 elsewhere."""
+    logp, old_logp, adv, _, _ = case
+    x, ratio = leaf(logp), (logp - old_logp).exp()
+    kept = (band[0] <= ratio) & (ratio <= band[1])
+    J = masked_surrogate(x, old_logp, adv, *band)
+    for actual in (J, grad(J, x)):
+        assert_close(actual[kept], (ratio * adv)[kept])
+        assert (actual[~kept] == 0).all()
+
+
+@given(surrogate_arguments(), bands)
+def test_a_mask_does_not_look_at_the_sign_of_the_advantage(case, band):
+    """J(-A) = -J(A) with its gradient; and J(cA) = c J(A): who is masked follows from rho alone. Not so for a clip."""
+    logp, old_logp, adv, _, _ = case
+    results = []
+    for c in (1.0, -1.0, 0.5):
+        x = leaf(logp)
+        J = masked_surrogate(x, old_logp, c * adv, *band)
+        results.append((J / c, grad(J, x) / c))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@given(surrogate_arguments())
+def test_both_ends_of_a_band_belong_to_it(case):
+    """[min rho, max rho] keeps all tokens, bit for bit; an end moved inwards by one float loses those that lie on it."""
+    logp, old_logp, _, _, _ = case
+    ratio, one = importance_ratio(logp, old_logp), torch.ones_like(logp)
+    low, high = ratio.min().item(), ratio.max().item()
+    assert torch.equal(masked_surrogate(logp, old_logp, one, low, high), ratio)
+    assert torch.equal(masked_surrogate(logp, old_logp, one, math.nextafter(low, torch.inf), high) == 0, ratio == low)
+    assert torch.equal(masked_surrogate(logp, old_logp, one, low, math.nextafter(high, 0.0)) == 0, ratio == high)
+
+
+@given(surrogate_arguments())
+def test_a_mask_from_zero_to_infinity_is_plain_importance_sampling(case):
+    """low = 0, high = inf: J and its gradient are rho A, bit for bit."""
+    logp, old_logp, adv, _, _ = case
+    x, y = leaf(logp), leaf(logp)
+    J, plain = masked_surrogate(x, old_logp, adv, 0.0, torch.inf), importance_ratio(y, old_logp) * adv
+    assert torch.equal(J, plain) and torch.equal(grad(J, x), grad(plain, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("adv", [1.0, -1.0])
+def test_a_huge_ratio_is_cut_off_without_a_trace(dtype, adv):
+    """log rho = 200 and 1000, where rho may be inf: masked, J and gradient are 0; truncated, the gradient is cap A."""
+    log_ratio, A = torch.tensor([[-1000, -200, 0, 200, 1000]], dtype=dtype), torch.tensor([[adv]], dtype=dtype)
+    zero, x = torch.zeros_like(log_ratio), leaf(log_ratio)
+    J = masked_surrogate(x, zero, A, 1 / 8, 8.0)
+    for actual in (J, grad(J, x)):
+        assert torch.equal(actual, torch.tensor([[0, 0, 1, 0, 0]], dtype=dtype) * A)
+    x = leaf(zero)                                              # a log-ratio is large because the old policy's is small
+    g = grad(truncated_surrogate(x, zero - log_ratio, A, 8.0), x)
+    assert_close(g, torch.tensor([[0, math.exp(-200), 1, 8, 8]], dtype=dtype) * A)
+    assert torch.equal(grad(masked_surrogate(x, zero - log_ratio, A, 1 / 8, 8.0), x), (log_ratio == 0) * A)
+
+
+# The ratio of whole answers
+
+
+@st.composite
+def masked_answers(draw):
+    """logp, old_logp, mask [B, T]."""
+    mask, g = draw(masks()), draw(generators)
+    logp = -randn(g, *mask.shape).abs()
+    return logp, logp + draw(st.sampled_from([0.0, 0.2, 1.0])) * randn(g, *mask.shape), mask
+
+
+@given(masked_answers())
+def test_the_sequence_ratio_is_a_geometric_mean_of_token_ratios(case):
+    """s^{|y|} = prod_t rho_t over the mask; [B, 1]. An empty row has s = 1, exactly."""
+    logp, old_logp, mask = case
+    s, ratio = sequence_ratio(*case), importance_ratio(logp, old_logp)
+    assert s.shape == (len(mask), 1)
+    assert_close(s.squeeze(-1) ** mask.sum(-1), torch.where(mask, ratio, 1.0).prod(-1))
+    assert (s[~mask.any(-1)] == 1).all()
+    lowest, highest = torch.where(mask, ratio, torch.inf).amin(-1), torch.where(mask, ratio, 0.0).amax(-1)
+    counted = mask.any(-1)
+    assert ((lowest <= s[:, 0] * (1 + 1e-12)) & (s[:, 0] <= highest * (1 + 1e-12)))[counted].all()
+
+
+@given(masked_answers())
+def test_the_gradient_of_the_sequence_ratio_is_shared_evenly(case):
+    """ds/dlogp_t = s / |y| on the mask, 0 elsewhere; where the policies agree, s = 1 and it is 1/|y|: REINFORCE's mean."""
+    logp, old_logp, mask = case
+    even = mask.double() / mask.sum(-1, keepdim=True).clamp(min=1)
+    x = leaf(logp)
+    s = sequence_ratio(x, old_logp, mask)
+    assert_close(grad(s, x), s.detach() * even)
+    s = sequence_ratio(x, logp, mask)
+    assert (s == 1).all()
+    assert torch.equal(grad(s, x), even)
+
+
+@given(surrogate_arguments(), generators)
+def test_an_answer_of_one_token_has_the_ratio_of_its_token(case, generator):
+    """|y| = 1: s = rho, wherever in the row the token is."""
+    logp, old_logp, _, _, _ = case
+    column = torch.randint(logp.shape[1], (len(logp), 1), generator=generator)
+    mask = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, column, True)
+    assert_close(sequence_ratio(logp, old_logp, mask), importance_ratio(logp, old_logp).gather(-1, column))
+
+
+@given(masked_answers(), st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30]))
+def test_padding_has_no_part_in_the_sequence_ratio(case, poison):
+    """Whatever logp and old_logp hold outside the mask, s is the same bit for bit and the gradient there is 0."""
+    logp, old_logp, mask = case
+    s = sequence_ratio(*case)
+    for new, old in ((poison, 0.0), (0.0, poison), (poison, poison)):
+        x = leaf(logp.masked_fill(~mask, new))
+        poisoned = sequence_ratio(x, old_logp.masked_fill(~mask, old), mask)
+        assert torch.equal(poisoned, s)
+        g = grad(poisoned, x)
+        assert g.isfinite().all() and (g[~mask] == 0).all()
+
+
+@given(masked_answers())
+def test_an_answer_said_twice_has_the_same_sequence_ratio(case):
+    """s does not grow with length: all tokens twice, or once more as padding, leave it."""
+    logp, old_logp, mask = case
+    two = [torch.cat((x, x), dim=-1) for x in (logp, old_logp)]
+    for more in (mask, torch.zeros_like(mask)):
+        assert_close(sequence_ratio(*two, torch.cat((mask, more), dim=-1)), sequence_ratio(*case))
+
+
+def test_the_sequence_ratio_of_a_long_answer_does_not_overflow():
+    """log rho = 1 at each of 5000 tokens: s = e, though the product of the ratios is e^5000."""
+    zero = torch.zeros(1, 5000)
+    assert sequence_ratio(zero + 1, zero, zero == 0).item() == pytest.approx(math.e)
+
+
+@settings(max_examples=10)
+@given(masked_answers(), bands)
+def test_the_gradients_of_ratios_and_masked_surrogates_are_their_slopes(case, band):
+    """torch.autograd.gradcheck, wherever rho is off the band's ends by more than a finite difference."""
+    logp, old_logp, mask = case
+    ratio = (logp - old_logp).exp()
+    old_logp = torch.where(torch.minimum((ratio - band[0]).abs(), (ratio - band[1]).abs()) < 1e-3, logp - 10.0, old_logp)
+    assert torch.autograd.gradcheck(lambda x: sequence_ratio(x, old_logp, mask), leaf(logp))
+    assert torch.autograd.gradcheck(lambda x: masked_surrogate(x, old_logp, torch.ones_like(x), *band), leaf(logp))
+
+
+# ---- Preferences ----
+
+
+margins = st.builds(lambda scale, generator: scale * randn(generator, 3, 4), scales, generators)
+
+
+@given(margins)
+def test_log_sigmoid_is_torchs(x):
+    """Values and gradients equal those of torch.nn.functional.logsigmoid; the gradient is sigma(-x)."""
+    a, b = leaf(x), leaf(x)
+    ours, theirs = log_sigmoid(a), logsigmoid(b)
+    assert_close(ours, theirs)
+    assert_close(grad(ours, a), grad(theirs, b))
+    assert_close(grad(log_sigmoid(a), a), torch.sigmoid(-x))
+    assert_close(grad(bradley_terry(a), a), -torch.sigmoid(-x))
+
+
+@settings(max_examples=10)
+@given(margins)
+def test_the_gradients_of_log_sigmoid_and_the_loss_of_a_preference_are_their_slopes(x):
+    """torch.autograd.gradcheck, x = 0 included, where min(x, 0) and |x| alone have none."""
+    x = x.flatten().clamp(-10, 10)
+    x[0] = 0.0
+    assert torch.autograd.gradcheck(log_sigmoid, leaf(x)) and torch.autograd.gradcheck(bradley_terry, leaf(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_log_sigmoid_is_finite_and_its_gradient_right_at_both_ends_and_at_zero(dtype):
+    """x = -1e4, -0, 0, 1e4: log sigma(x) = x, -log 2, -log 2, 0 and its gradient is 1, 1/2, 1/2, 0, exactly."""
+    x = torch.tensor([-1e4, -0.0, 0.0, 1e4], dtype=dtype, requires_grad=True)
+    y = log_sigmoid(x)
+    assert torch.equal(y, torch.tensor([-1e4, -math.log(2), -math.log(2), 0.0], dtype=y.dtype))
+    assert grad(y, x).tolist() == [1.0, 0.5, 0.5, 0.0]
+    assert grad(bradley_terry(x), x).tolist() == [-1.0, -0.5, -0.5, 0.0]
+
+
+@given(margins)
+def test_one_of_two_answers_is_preferred(r):
+    """P(a > b) + P(b > a) = 1, P(a > a) = 1/2 and P(a > b) is the softmax over (r_a, r_b)."""
+    a, b = r[0], r[1]
+    assert_close((-bradley_terry(a - b)).exp() + (-bradley_terry(b - a)).exp(), torch.ones_like(a))
+    assert_close(bradley_terry(a - b), -log_softmax(torch.stack((a, b)), 0)[0])
+    assert_close(bradley_terry(a - a), torch.full_like(a, math.log(2)))
+
+
+@given(margins)
+def test_swapping_the_answers_of_a_preference_adds_the_margin_to_its_loss(x):
+    """l(x) - l(-x) = -x: the log-odds of a preference are the margin, and so odds multiply along a chain."""
+    assert_close(bradley_terry(x) - bradley_terry(-x), -x)
+
+
+@given(margins, shifts)
+def test_only_differences_of_rewards_matter(r, c):
+    """r + c has the loss and the gradient of r, and the gradients in r_w and r_l are opposite."""
+    results = []
+    for shift in (0.0, c):
+        w, l = leaf(r[0] + shift), leaf(r[1] + shift)
+        loss = bradley_terry(w - l)
+        dw, dl = grad(loss, w, l)
+        assert torch.equal(dw, -dl) and (dw <= 0).all()
+        results.append((loss, dw))
+    for shifted, plain in zip(*results, strict=True):
+        assert_close(shifted, plain, 1e-10)
+
+
+@given(st.floats(-5.0, 5.0), margins)
+def test_the_expected_loss_is_least_at_the_true_margin(true, x):
+    """Labels with P(w > l) = sigma(d): E[l] is convex in the margin, flat at d, and nowhere lower than there."""
+    p, d = 1 / (1 + math.exp(-true)), leaf(torch.tensor(true, dtype=torch.float64))
+
+    def expected(margin):
+        return p * bradley_terry(margin) + (1 - p) * bradley_terry(-margin)
+
+    assert_close(grad(expected(d), d).item(), 0.0)
+    assert (expected(x) >= expected(d.detach()) - 1e-12).all()
+    assert (expected((x + x.flip(0)) / 2) <= (expected(x) + expected(x.flip(0))) / 2 + 1e-12).all()
 
 
 # ---- Masks and weights ----
@@ -903,7 +1330,7 @@ def test_token_weights_refuse_what_they_do_not_know():
 
 X = torch.tensor([[0.5, -1.0, 2.0, -torch.inf], [0.0, 0.0, 1e4, 3.0]])
 CONSTANTS = {"ids": torch.tensor([2, 0]), "old_logp": -X.clamp(0, 1), "adv": torch.tensor([[1.0], [-0.5]]),
-             "mask": X > 0, "prompt_index": torch.tensor([5, -1])}
+             "mask": X > 0, "run": X.abs() < 2.5, "verdicts": X.clamp(0, 1), "prompt_index": torch.tensor([5, -1])}
 INPUTS = CONSTANTS | {"logits": X, "others": X.flip(0).clamp(min=-5), "hidden": X.clamp(-3, 3)[:, :3],
                       "weight": X.clamp(-2, 2).T[:, [0, 1, 0]], "logp": -X.clamp(0, 2), "rewards": X.clamp(0, 1)}
 CALLS = [(logsumexp, "logits"), (log_softmax, "logits"), (selective_log_softmax, "logits ids"),
@@ -911,7 +1338,10 @@ CALLS = [(logsumexp, "logits"), (log_softmax, "logits"), (selective_log_softmax,
          (linear_log_probs, "hidden weight ids"), (kl_divergence, "others logits"),
          *((k, "logp old_logp") for k in (kl_k1, kl_k2, kl_k3)), *((f, "rewards") for f in ADVANTAGES),
          *((lambda r, valid, f=f: f(r, valid=valid), "rewards mask") for f in ADVANTAGES),
-         (importance_ratio, "logp old_logp"), (lambda *x: clipped_surrogate(*x, 0.2, 0.2), "logp old_logp adv"),
+         (lambda r, V, mask, b: gae(r, V, mask, 0.9, 0.8, b[:, 0]), "verdicts old_logp run adv"),
+         (importance_ratio, "logp old_logp"), (sequence_ratio, "logp old_logp mask"),
+         *((lambda *x, f=f: f(*x, *SURROGATES[f]), "logp old_logp adv") for f in SURROGATES),
+         (log_sigmoid, "logits"), (bradley_terry, "logits"),
          (masked_sum, "logits mask"), (masked_mean, "logits mask"),
          *((lambda *x, how=how: token_weights(*x, how, 20), "mask prompt_index") for how in AGGREGATES)]
 
