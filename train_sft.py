@@ -24,13 +24,14 @@ from train_pretrain import objective
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RunConfig):
     out: str = ""               # directory of this run (default: runs/sft, or runs/sft-TASK)
-    steps: run.Count = 200
-    lr: run.Positive = 1e-3
-    eval_every: run.Count = 200
+    steps: run.Count = 300
+    lr: run.Positive = 2e-3
+    eval_every: run.Count = 100
 
     task: str = "addition"      # addition, sums, sorting, reversal or countdown: what is demonstrated and evaluated
     difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "response"} to learn from instead of the task's demonstrations
+    demonstrations: run.Count = 20_000    # of the task; data/TASK.jsonl shows the first 4,000
     batch: run.Count = 64       # records per step
     micro_batch: run.Count = 64  # records in memory at a time
     warmup: run.Share = 0.1     # of the steps: the learning rate rises
@@ -66,7 +67,7 @@ def main(cfg: Config) -> None:
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
         task = make_task(cfg.task, cfg.difficulty or None)
-        records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations()
+        records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
     init = cfg.out if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
     with run.user_errors():
         start = run.load_checkpoint(init)

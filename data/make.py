@@ -21,7 +21,7 @@ from nanorl.tasks import TASKS, Task, make_task, story  # noqa: E402
 
 TEXT_BYTES, STORY_SHARE = 2_500_000, 0.35
 WORKED_SHARE = 2 / 3  # of the sums in the text; the demonstrations have their own, lower one
-HELDOUT_STORIES = 200
+DEMONSTRATIONS, HELDOUT_STORIES = 4_000, 200
 
 
 def sums(task: Task, rng: Random) -> str:
@@ -55,7 +55,7 @@ def heldout_stories(text: str) -> str:
 
 
 def demonstrations(task: Task) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in task.demonstrations())
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in task.demonstrations(DEMONSTRATIONS))
 
 
 def files() -> dict[str, str]:

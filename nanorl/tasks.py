@@ -109,8 +109,8 @@ class Task:
         respond = self.work if rng.random() < self.worked_share else self.direct
         return problem, respond(problem, rng)
 
-    def demonstrations(self, count: int = 4_000) -> list[dict[str, str]]:
-        """The records that fine-tuning learns from: always the same ones for a task and its difficulty."""
+    def demonstrations(self, count: int) -> list[dict[str, str]]:
+        """Records to fine-tune on: the same stream for a task and its difficulty, and its first `count`."""
         rng = Random(f"{self.name} {self.difficulty}")
         drawn = (self.demonstration(rng) for _ in range(count))
         return [{"prompt": problem.prompt, "response": response} for problem, response in drawn]
@@ -142,18 +142,23 @@ class Addition(Task):
 
 
 class Sums(Task):
-    """What is 40+7+20+8?    40+7+20+8=47+20+8=67+8=75. Answer: 75"""
+    """What is 4+9+7+2+8?    4+9=13, 13+7=20, 20+2=22, 22+8=30. Answer: 30"""
 
     name, knob = "sums", "terms"
-    lowest, default, highest = 3, 4, 8
+    lowest, default, highest = 3, 7, 12
 
     def draw(self, rng):
-        terms = [rng.choice([*range(1, 10), *range(10, 100, 10)]) for _ in range(self.difficulty)]
+        terms = [rng.randint(1, 9) for _ in range(self.difficulty)]
         return Problem(f"What is {'+'.join(map(str, terms))}?", str(sum(terms)))
 
     def work(self, problem, rng):
-        """A running total with the rest kept in view, where each step adds one digit or one ten."""
-        return worked([reduce(problem.prompt.removeprefix("What is ").removesuffix("?"))], problem.answer)
+        """A running total, so that each step adds one digit to a number of at most two or three."""
+        total, *terms = integers(problem.prompt)
+        steps = []
+        for term in terms:
+            steps.append(f"{total}+{term}={total + term}")
+            total += term
+        return worked(steps, problem.answer)
 
 
 class Sorting(Task):

@@ -290,7 +290,7 @@ def test_a_file_task_compares_texts_and_refuses_what_it_cannot_verify():
             FileTask(pairs)
     with pytest.raises(ValueError, match="split is empty"):
         FileTask([])
-    for attempt in (files.demonstrations, lambda: files.work(problem, Random(0))):
+    for attempt in (lambda: files.demonstrations(3), lambda: files.work(problem, Random(0))):
         with pytest.raises(ValueError, match="no demonstrations"):
             attempt()
 
