@@ -135,6 +135,11 @@ def test_every_metric_is_defined_in_the_readme():
     assert logged <= glossary, f"not in the README's glossary: {sorted(logged - glossary)}"
 
 
+def test_pretraining_goes_on_from_another_checkpoint(tmp_path):
+    start(train_pretrain, PRETRAIN + " --init pretrain", tmp_path / "more")
+    assert metrics(tmp_path / "more")[0]["eval/text_loss"] == metrics("pretrain")[-1]["eval/text_loss"]
+
+
 def test_without_kl_no_reference_model_is_built(tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr(run, "model_from", lambda *args, make=run.model_from: built.append(1) or make(*args))
