@@ -8,8 +8,8 @@
     python train_grpo.py --minibatches 4 --kl-coef 0.04 --out runs/grpo-kl
 
 With one update per rollout and kl_coef 0, the default, the ratio rho is 1 and clipping has nothing to clip: GRPO is then
-REINFORCE with a group baseline. The loss is then zero, up to rounding, because the advantages of a group sum to zero:
-it is not even logged. Watch the reward.
+REINFORCE with a group baseline. Where every answer weighs the same, the loss is then zero, because the advantages of a
+group sum to zero. It says nothing about progress and is not logged. Watch the reward.
 """
 
 import time
@@ -34,7 +34,7 @@ from nanorl.ops import (
     token_weights,
     zscore,
 )
-from nanorl.rollout import check_room, collect, describe, evaluate, show_answers
+from nanorl.rollout import NoContrast, check_room, collect, describe, evaluate, show_answers
 from nanorl.sample import token_log_probs
 from nanorl.tasks import FileTask, make_task
 
@@ -110,12 +110,13 @@ def micro_batches(rows, lengths, size):
 
 
 def main(cfg: Config) -> None:
-    # 1. Everything that can be wrong with flags and files comes to light here, before any work.
+    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
         if cfg.data:
-            task = FileTask([(r["prompt"], r["answer"]) for r in read_records(cfg.data, ("prompt", "answer"))])
+            records = read_records(cfg.data, ("prompt", "answer"))
+            task = FileTask([(record["prompt"], record["answer"]) for record in records], cfg.data)
         else:
             task = make_task(cfg.task, cfg.difficulty or None)
         if cfg.group == 1:
@@ -164,7 +165,7 @@ def main(cfg: Config) -> None:
 
         # 3. Collect: G answers to each of P prompts, by the policy as it is now.
         started = time.perf_counter()
-        with run.autocast(device, cfg.dtype):
+        with run.user_errors(NoContrast), run.autocast(device, cfg.dtype):
             experience = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
                                  seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample", **sampling)
         rollout, contrast = experience.rollout, experience.contrast

@@ -64,15 +64,19 @@ def text_loss(model, ids, bos, num_bytes, width, batch=64):
         logp, _ = token_log_probs(model, chunk.to(mask.device), mask)
         nats, count = nats - masked_sum(logp, mask).item(), count + int(mask.sum())
     return {"eval/text_loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / num_bytes,
-            "eval/perplexity": math.exp(nats / count)}
+            "eval/perplexity": math.exp(min(nats / count, 700.0))}
 
 
 def main(cfg: Config) -> None:
-    # 1. Everything that can be wrong with flags and files comes to light here, before any work.
+    # 1. What can be wrong with flags and files comes to light here, before any work.
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
         start = checkpoint or (run.load_checkpoint(cfg.init) if cfg.init else None)
+        for flag in ("tokenizer", "vocab_size", "preset", "positions"):
+            if cfg.init and getattr(cfg, flag) != getattr(Config, flag):
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: with --init, model and tokenizer are the "
+                                 "checkpoint's; leave the flag out")
         if cfg.length < 2:
             raise ValueError("--length 1: expected at least 2, a BOS and a token to predict")
         text = read_text(cfg.text)

@@ -62,15 +62,19 @@ def show_responses(out, model, tokenizer, picks, records, prompts, cfg) -> None:
 
 
 def main(cfg: Config) -> None:
-    # 1. Everything that can be wrong with flags and files comes to light here, before any work.
+    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
         task = make_task(cfg.task, cfg.difficulty or None)
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
-    init = cfg.out if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
+        heldout = [i for i, record in enumerate(records) if is_heldout(record["prompt"])]
+        training = [i for i, record in enumerate(records) if not is_heldout(record["prompt"])]
+        if not training:
+            raise ValueError(f"{cfg.data}: no record to train on; one prompt in ten is held out, here all of them")
+    init = "" if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
     with run.user_errors():
-        start = run.load_checkpoint(init)
+        start = checkpoint or run.load_checkpoint(init)
         tokenizer, model = run.tokenizer_from(start), run.model_from(start, device)
         prompts = [tokenizer.render(record["prompt"]) for record in records]
         responses = [tokenizer.render_response(record["response"]) for record in records]
@@ -79,13 +83,10 @@ def main(cfg: Config) -> None:
                 raise ValueError(f"{cfg.data or task.name}, record {number}: {len(x) + len(y)} tokens do not fit the "
                                  f"model's context of {model.config.context}")
         check_room(model, prompts, cfg.max_new_tokens)
-        heldout = [i for i, record in enumerate(records) if is_heldout(record["prompt"])]
-        training = [i for i, record in enumerate(records) if not is_heldout(record["prompt"])]
-        if not training:
-            raise ValueError(f"{cfg.data}: no record to train on; one prompt in ten is held out, here all of them")
 
     optimizer = run.Optimizers(model, "adamw", cfg.lr, cfg.weight_decay)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
+    del start, checkpoint
     compiled = run.wants_compile(cfg, device)
     if compiled:
         run.compile_blocks(model)
@@ -135,7 +136,7 @@ def main(cfg: Config) -> None:
     final = look()
     out.finish(final)
     if cfg.data:
-        result = f"Held-out responses: {final.get('eval/response_loss', float('nan')):.3f} nats per token."
+        result = f"Held-out responses: {final['eval/response_loss']:.3f} nats per token." if final else "No record is held out."
     else:
         result = (f"Held-out {task.name}: {final['eval/accuracy_sampled']:.3f} sampled, {final['eval/accuracy_greedy']:.3f} "
                   f"greedy; {final['eval/worked']:.2f} of the answers worked out.")

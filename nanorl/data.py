@@ -6,6 +6,7 @@ Bad files raise ValueError with one sentence that names the file, the line and w
 
 import json
 import random
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -103,12 +104,15 @@ def consecutive_windows(ids: Tensor, bos: int, width: int) -> tuple[Tensor, Tens
     return pad([[bos, *chunk.tolist()] for chunk in ids.split(width - 1)])
 
 
+@lru_cache(maxsize=2)       # a batch may touch two epochs
+def _epoch(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed}/epoch/{epoch}").sample(range(count), count)
+
+
 def shuffled_batch(count: int, batch: int, step: int, seed: int) -> list[int]:
     """The records of step 0, 1, 2, ...: every epoch is a fresh shuffle of all `count`, cut into batches end to end."""
     picks = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, index = divmod(position, count)
-        if index == 0 or not picks:
-            order = random.Random(f"{seed}/epoch/{epoch}").sample(range(count), count)
-        picks.append(order[index])
+        picks.append(_epoch(count, seed, epoch)[index])
     return picks

@@ -21,7 +21,11 @@ def check_room(model: GPT, prompts: list[list[int]], max_new_tokens: int) -> Non
     longest = max(map(len, prompts))
     if longest + max_new_tokens > model.config.context:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
-                         f"{model.config.context} has room for {model.config.context - longest}")
+                         f"{model.config.context} has room for {max(0, model.config.context - longest)}")
+
+
+class NoContrast(RuntimeError):
+    """Hardly any group has answers of different reward."""
 
 
 @dataclass
@@ -71,8 +75,8 @@ def collect(model: GPT, tokenizer: Tokenizer, task: Task, *, prompts: int, sampl
         if len(kept) >= prompts:
             return _join(kept[:prompts], resampled=seen - prompts)
         if attempts == most:
-            raise RuntimeError(f"only {len(kept)} of {seen} groups had contrast, {prompts} are wanted: the task is too "
-                               "easy or too hard for this policy; use --groups all")
+            raise NoContrast(f"only {len(kept)} of {seen} groups had contrast, {prompts} are wanted: the task is too easy or "
+                             "too hard for this policy by now; go on with --groups all in a new run, --init this one")
         problems = [task.problem(rng, "train") for _ in range(prompts)]
         experience = answer(model, tokenizer, task, problems, samples=samples, seed=derive(seed, attempts), **how)
 

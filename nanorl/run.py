@@ -64,7 +64,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda
     compile: bool | None = None  # torch.compile; by default on cuda only
-    deterministic: bool = False  # on cuda: slower kernels, with which resuming is exact
+    deterministic: bool = False  # on cuda: slower kernels that give the same result every time
     quiet: bool = False         # no progress bar and no samples on the screen
 
 
@@ -72,11 +72,11 @@ MAY_DIFFER_ON_RESUME = {"resume", "quiet"}
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Inside, a ValueError or OSError is the user's: one sentence on stderr, exit code 2, no traceback."""
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Inside, a ValueError, an OSError or one of `kinds` is the user's: a sentence on stderr, exit code 2, no traceback."""
     try:
         yield
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, *kinds) as e:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -164,7 +164,8 @@ def pick_device(cfg: RunConfig) -> torch.device:
                          f"{', '.join(kind for kind, there in available.items() if there)}")
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.use_deterministic_algorithms(cfg.deterministic)
+        # Only a warning, because sampling needs a cumsum, which has no deterministic kernel by PyTorch's own list.
+        torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
         if cfg.resume and not cfg.deterministic:
             print("Resuming on CUDA without --deterministic: the run goes on, but not bit for bit.")
     return torch.device(name)
@@ -323,17 +324,18 @@ def ensure_stage(script: types.ModuleType, **flags) -> str:
     cfg = script.Config(**flags)
     out, name = Path(cfg.out), f"python {script.__name__}.py --out {cfg.out}"
     with user_errors():
+        made = read_config(out) if (out / "config.json").exists() else {}
+        for flag in ("task", "difficulty", "data", "init"):
+            wanted = getattr(cfg, flag, None)
+            if made and made.get(flag) != wanted:
+                raise ValueError(f"{out}: made with --{flag} {made.get(flag)!r}, not {wanted!r}; use it with --init {out}, or "
+                                 "move it away")
         if (out / "ckpt.pt").exists():
             found = load_checkpoint(out)
-            for flag in ("task", "difficulty", "data", "init"):
-                wanted, there = getattr(cfg, flag, None), found["config"].get(flag)
-                if wanted != there:
-                    raise ValueError(f"{out}: made with --{flag} {there!r}, not {wanted!r}; to use it all the same, say "
-                                     f"--init {out}")
             if found["step"] >= found["config"]["steps"]:
                 print(f"Starting from {out} (seed {found['config']['seed']}, {found['step']} steps).")
                 return cfg.out
-        if (out / "config.json").exists():
+        if made:
             print(f"{out} is not finished. Continuing it first: {name} --resume")
             cfg = parse(script.Config, ["--out", cfg.out, "--resume", *(["--quiet"] if cfg.quiet else [])])
         else:
@@ -405,6 +407,9 @@ class Run:
             raise ValueError(f"--out {out}: a file is in the way; expected a directory of a new run")
         if (out / "config.json").exists() or (out / "ckpt.pt").exists():
             raise ValueError(f"--out {out}: holds a run already; continue it with --resume, or choose another directory")
+        nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise ValueError(f"--out {out}: {nearest} is not a directory that can be written to")
         return None
 
     def _cut(self, name: str) -> None:

@@ -302,17 +302,18 @@ def arithmetic(text: str, max_depth: int = 8, max_digits: int = 6) -> tuple[int,
 class FileTask(Task):
     """Somebody's own questions, as (prompt, answer) pairs. An answer must match, but for the width of white space."""
 
-    name, difficulty = "file", None
+    difficulty = None
 
-    def __init__(self, pairs: Iterable[tuple[str, str]]):
+    def __init__(self, pairs: Iterable[tuple[str, str]], name: str = "file"):
+        self.name = name
         self.problems = [Problem(prompt, answer) for prompt, answer in pairs]
         for number, problem in enumerate(self.problems, 1):
             if not problem.answer.strip() or not self.verify(problem, self.direct(problem, None)):
-                raise ValueError(f"record {number}: no response can have {problem.answer[:40]!r} as its answer, which "
-                                 f"must be 1 to {MAX_ANSWER} characters without {MARKER!r}")
+                raise ValueError(f"{name}, record {number}: no response can have {problem.answer[:40]!r} as its answer, "
+                                 f"which must be 1 to {MAX_ANSWER} characters without {MARKER!r}")
         total, heldout = len(self.problems), sum(is_heldout(problem.prompt) for problem in self.problems)
         if heldout in (0, total):
-            raise ValueError(f"the {'heldout' if heldout == 0 else 'train'} split is empty: one prompt in ten is held "
+            raise ValueError(f"{name}: the {'heldout' if heldout == 0 else 'train'} split is empty: one prompt in ten is held "
                              f"out by its hash, here {heldout} of {total}")
 
     def draw(self, rng):

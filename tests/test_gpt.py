@@ -278,7 +278,7 @@ def test_the_model_uses_the_attention_that_is_written_out(monkeypatch):
 @every_position
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_later_token_changes_nothing_before_it(positions, dtype):
-    """I-2: another token at t leaves hidden[:, :t] bit for bit, and does change hidden[:, t]."""
+    """Another token at t leaves hidden[:, :t] bit for bit, and does change hidden[:, t]."""
     model, tokens = tiny(positions=positions).to(dtype), ids(2, 11, seed=2)
     before = model.hidden(tokens)
     for t in range(11):
@@ -467,7 +467,7 @@ def test_any_split_through_the_cache_is_the_plain_forward(positions, run):
 
 @every_position
 def test_padding_on_the_right_changes_no_real_position(positions):
-    """I-3: rows alone, or beside longer ones, with any padding id."""
+    """Rows alone, or beside longer ones, with any padding id."""
     model = tiny(positions=positions)
     sequences = [ids(n, seed=n).tolist() for n in (1, 4, 9, 6)]
     for pad_id in (0, 5, 12):

