@@ -25,7 +25,7 @@ from nanorl.tokenizer import Tokenizer
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RunConfig):
     out: str = "runs/pretrain"
-    steps: run.Count = 800
+    steps: run.Count = 900
     save_every: run.Count = 100
     lr: run.Positive = 1e-2
     eval_every: run.Count = 200

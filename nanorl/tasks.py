@@ -3,7 +3,7 @@
 A *problem* is a prompt and its gold answer. A *response* follows the prompt and one space, in one of two ways:
 
     direct    Answer: 932
-    worked    7+5=12, 4+8+1=13, 3+5+1=9. Answer: 932
+    worked    7+5=12, 4+8+1=13, 3+5+1=09. Answer: 932
 
 A tiny model is wrong when it blurts and right when it works, so a verifier's reward alone can teach it to work. Two
 rules keep that reward honest:
@@ -121,7 +121,7 @@ class Task:
 
 
 class Addition(Task):
-    """What is 347+585?    7+5=12, 4+8+1=13, 3+5+1=9. Answer: 932"""
+    """What is 347+585?    7+5=12, 4+8+1=13, 3+5+1=09. Answer: 932"""
 
     name, knob = "addition", "digits per operand"
     lowest, default, highest = 1, 3, 9
@@ -131,12 +131,12 @@ class Addition(Task):
         return Problem(f"What is {a}+{b}?", str(a + b))
 
     def work(self, problem, rng):
-        """From the last digits to the first. The carry is written even when it is 0: every step then looks alike."""
+        """From the last digits to the first. Every step looks alike: its sum is the next carry and the next digit."""
         a, b = (str(n)[::-1] for n in integers(problem.prompt))
         steps, carry = [], []  # nothing is carried into the first step
         for x, y in zip(a, b, strict=True):
             terms = [int(x), int(y), *carry]
-            steps.append(f"{'+'.join(map(str, terms))}={sum(terms)}")
+            steps.append(f"{'+'.join(map(str, terms))}={sum(terms):02d}")
             carry = [sum(terms) // 10]
         return worked(steps, problem.answer)
 
