@@ -42,9 +42,9 @@ def draw(runs: list[Path], out: Path) -> None:
     if not panels:
         raise ValueError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
 
-    columns = min(3, len(panels))
+    columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), squeeze=False, layout="constrained")
     for axis, (title, metrics) in zip(axes.flat, panels, strict=False):
         colours = iter(PALETTE * len(logs))
         for run, lines in logs.items():
@@ -57,6 +57,7 @@ def draw(runs: list[Path], out: Path) -> None:
                 axis.plot(*zip(*points, strict=True), color=next(colours), label=label, linewidth=1.8 if sparse else 1.0,
                           marker="o" if sparse else None, markersize=4)
         axis.set(title=title, xlabel="step")
+        axis.set_ylim(0, 1.05 * axis.dataLim.y1 or 1)
         axis.spines[["top", "right"]].set_visible(False)
         if len(metrics) * len(logs) > 1:
             axis.legend(frameon=False, fontsize=8)

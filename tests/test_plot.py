@@ -1,0 +1,50 @@
+"""Learning curves: every metric of a panel that was logged is drawn, and nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanorl import plot
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def write_run(folder, lines, torn=""):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+    return folder
+
+
+def drawn(monkeypatch, runs, out):
+    """{panel: {label: points}} of the figure."""
+    import matplotlib.pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    plot.main([*map(str, runs), "--out", str(out)])
+    return {axis.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+            for axis in figures[0].axes if axis.get_visible()}
+
+
+def test_the_curves_are_the_logged_points_and_a_torn_line_is_not_one(tmp_path, monkeypatch):
+    lines = [{"step": 0, "rollout/reward": 0.25, "eval/accuracy_greedy": 0.5}, {"step": 1, "rollout/reward": 0.75}]
+    run = write_run(tmp_path / "grpo", lines, torn='{"step": 2, "rollout/rew')
+    panels = drawn(monkeypatch, [run], tmp_path / "curves.png")
+    assert panels == {"accuracy": {"training, sampled": [[0, 0.25], [1, 0.75]], "held out, greedy": [[0, 0.5]]}}
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(Path(folder, "grpo"), [{"step": 0, "train/entropy": x}]) for folder, x in (("a", 1.0), ("b", 2.0))]
+    [curves] = drawn(monkeypatch, runs, "curves.png").values()
+    assert sorted(curves.values()) == [[[0, 1.0]], [[0, 2.0]]] and len(curves) == 2
+
+
+@pytest.mark.parametrize("lines", [None, []])
+def test_a_run_without_metrics_is_one_sentence(tmp_path, capsys, lines):
+    run = tmp_path / "nothing" if lines is None else write_run(tmp_path / "empty", lines)
+    with pytest.raises(SystemExit) as exit:
+        plot.main([str(run)])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and run.name in error
