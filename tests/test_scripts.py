@@ -136,7 +136,7 @@ def test_every_metric_is_defined_in_the_readme():
 
 
 def test_pretraining_goes_on_from_another_checkpoint(tmp_path):
-    start(train_pretrain, PRETRAIN + " --init pretrain", tmp_path / "more")
+    start(train_pretrain, PRETRAIN.replace("--vocab-size 300", "--init pretrain"), tmp_path / "more")
     assert metrics(tmp_path / "more")[0]["eval/text_loss"] == metrics("pretrain")[-1]["eval/text_loss"]
 
 
