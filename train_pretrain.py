@@ -55,14 +55,20 @@ def objective(logp, mask, weights):
 
 
 @torch.no_grad()
-def text_loss(model, ids, bos, num_bytes, width, batch=64):
+def total_loss(model, tokens, mask, batch=64):
+    """-sum of m_bt log pi(x_bt+1 | x_b,<=t), in nats, `batch` rows at a time.       tokens [B, T], mask [B, T-1]"""
+    nats, device = 0.0, model.head.weight.device
+    for t, m in zip(tokens.split(batch), mask.split(batch), strict=True):
+        t, m = t.to(device), m.to(device)
+        nats -= masked_sum(token_log_probs(model, t, m)[0], m).item()
+    return nats
+
+
+def text_loss(model, ids, bos, num_bytes, width):
     """Mean loss on a text, every token predicted once: nats per token, bits per byte, perplexity."""
     tokens, lengths = consecutive_windows(ids, bos, width)
-    nats, count = 0.0, 0
-    for chunk, length in zip(tokens.split(batch), lengths.split(batch), strict=True):
-        mask = response_mask(torch.ones_like(length), length, chunk.shape[1]).to(model.head.weight.device)
-        logp, _ = token_log_probs(model, chunk.to(mask.device), mask)
-        nats, count = nats - masked_sum(logp, mask).item(), count + int(mask.sum())
+    mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])
+    nats, count = total_loss(model, tokens, mask), int(mask.sum())
     return {"eval/text_loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / num_bytes,
             "eval/perplexity": math.exp(min(nats / count, 700.0))}
 
@@ -102,6 +108,7 @@ def main(cfg: Config) -> None:
 
     optimizer = run.Optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
+    del start, checkpoint
     if run.wants_compile(cfg, device):
         run.compile_blocks(model)
     step_tokens = cfg.accumulate * cfg.batch * (cfg.length - 1)

@@ -14,11 +14,11 @@ import torch
 import train_pretrain
 from nanorl import run
 from nanorl.data import pad, read_records, response_mask, shuffled_batch
-from nanorl.ops import masked_sum, token_weights
+from nanorl.ops import token_weights
 from nanorl.rollout import check_room, evaluate, show_answers
 from nanorl.sample import generate, token_log_probs
 from nanorl.tasks import is_heldout, make_task
-from train_pretrain import objective
+from train_pretrain import objective, total_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,9 @@ def main(cfg: Config) -> None:
         checkpoint = run.Run.check(cfg)
         task = make_task(cfg.task, cfg.difficulty or None)
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
-        heldout = [i for i, record in enumerate(records) if is_heldout(record["prompt"])]
-        training = [i for i, record in enumerate(records) if not is_heldout(record["prompt"])]
+        heldout, training = [], []
+        for i, record in enumerate(records):
+            (heldout if is_heldout(record["prompt"]) else training).append(i)
         if not training:
             raise ValueError(f"{cfg.data}: no record to train on; one prompt in ten is held out, here all of them")
     init = "" if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
@@ -93,7 +94,6 @@ def main(cfg: Config) -> None:
     print(f"Fine-tuning on {len(training):,} demonstrations of {cfg.data or task.name}, {cfg.batch} a step, on "
           f"{device.type}.")
 
-    @torch.no_grad()
     def look() -> dict[str, float]:
         """Answers to held-out problems; with --data, responses to held-out records and the loss on them."""
         with run.autocast(device, cfg.dtype):
@@ -103,12 +103,10 @@ def main(cfg: Config) -> None:
                 show_answers(out, experience)
                 return metrics
             show_responses(out, model, tokenizer, (heldout or training)[:4], records, prompts, cfg)
-            nats = tokens = 0
-            for first in range(0, len(heldout), cfg.micro_batch):
-                picks = heldout[first : first + cfg.micro_batch]
-                t, m = (x.to(device) for x in batch_of(prompts, responses, picks, tokenizer.pad))
-                nats, tokens = nats - masked_sum(token_log_probs(model, t, m)[0], m).item(), tokens + int(m.sum())
-            return {"eval/response_loss": nats / tokens} if tokens else {}
+            if not heldout:
+                return {}
+            tokens, mask = batch_of(prompts, responses, heldout, tokenizer.pad)
+            return {"eval/response_loss": total_loss(model, tokens, mask, cfg.micro_batch) / int(mask.sum())}
 
     for step in out.steps():
         # 2. Look at what it can do by now.
