@@ -1,45 +1,125 @@
-"""GRPO: sample a group of answers to each prompt, and make those that beat their group's average more likely.
+"""Policy gradients without a critic: sample a group of answers to each prompt, and make the better ones more likely.
 
-    A_i = (r_i - mean(r)) / (std(r) + eps)                          (Shao et al. 2024, section 4.1.2)
-    J   = sum_bt w_bt [ min(rho A, clip(rho, 1 - low, 1 + high) A) - kl_coef k3(pi || ref) + entropy_coef H ]
+    J = sum_bt w_bt [ bound(rho) A - kl_coef KL(pi || ref) + entropy_coef H ]          loss = -J
+
+GRPO and its relatives differ in five choices: how an answer is compared (the advantage A), how far the policy has moved
+since it sampled (the ratio rho), what is done about it (the bound), how much each token counts (the weights w) and which
+groups are trained on. A named algorithm is a row of the table below; any flag overrides its choice.
 
     python train_grpo.py                    from nothing: pretrains and fine-tunes first where those runs are missing
+    python train_grpo.py --algo dapo --minibatches 4 --out runs/dapo
+    python train_grpo.py --algo rloo --kl-coef 0.04 --out runs/rloo
     python train_grpo.py --task sorting
-    python train_grpo.py --minibatches 4 --kl-coef 0.04 --out runs/grpo-kl
 
-With one update per rollout and kl_coef 0, the default, the ratio rho is 1 and clipping has nothing to clip: GRPO is then
-REINFORCE with a group baseline. Where every answer weighs the same, the loss is then zero, because the advantages of a
-group sum to zero. It says nothing about progress and is not logged. Watch the reward.
+With one update per rollout, the default, every ratio is 1 and a bound has nothing to do: rows that differ only there are
+then the same algorithm. Where every answer weighs the same, the loss is then zero too, because the advantages of a group
+sum to zero. It says nothing about progress and is not logged. Watch the reward.
 """
 
+import functools
+import operator
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 import train_pretrain
 import train_sft
 from nanorl import run
-from nanorl.data import DATA, read_records, read_text
+from nanorl.data import DATA, read_records, read_text, shuffled_batch
 from nanorl.ops import (
     AGGREGATES,
     center,
     clipped_surrogate,
     importance_ratio,
+    kl_k1,
+    kl_k2,
     kl_k3,
     leave_one_out,
     masked_sum,
+    masked_surrogate,
+    overlong_penalty,
+    sequence_ratio,
     token_weights,
+    truncated_surrogate,
     zscore,
+    zscore_batch,
 )
-from nanorl.rollout import NoContrast, check_room, collect, describe, evaluate, show_answers
-from nanorl.sample import token_log_probs
+from nanorl.rollout import NoContrast, check_room, collect, contrast, describe, evaluate, show_answers
+from nanorl.sample import Rollout, token_log_probs
+from nanorl.selfcheck import SelfCheckFailed, selfcheck, tolerance
 from nanorl.tasks import FileTask, make_task
 
+DEMONSTRATIONS = 20_000     # of the task, for --likelihood-coef: those of train_sft.py
 STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so that only forgetting is measured
-ADVANTAGES = {"zscore": zscore, "center": center, "leave_one_out": leave_one_out}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The family
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    advantage: str
+    ratio: str
+    bound: str
+    aggregate: str
+    groups: str
+    note: str       # the source, and where this row deviates from it
+    also: dict      # further flags that belong to the algorithm
+
+
+ALGORITHMS = {
+    #                advantage        ratio       bound       aggregate        groups
+    "reinforce": Row("reward",        "none",     "none",     "sequence_sum",  "all",
+                     "Williams 1992; --baseline-decay 0.9 takes a running mean of the reward off", {}),
+    "rloo":      Row("leave_one_out", "none",     "none",     "sequence_sum",  "all",
+                     "Ahmadian et al. 2024; their KL in the reward: --kl-coef 0.04", {"kl": "k1", "kl_in": "reward"}),
+    "grpo":      Row("zscore",        "token",    "clip",     "sequence_mean", "all",
+                     "Shao et al. 2024, eq. 3; their KL in the loss: --kl-coef 0.04", {}),
+    "dr_grpo":   Row("center",        "token",    "clip",     "constant",      "all",
+                     "Liu et al. 2025", {}),
+    "dapo":      Row("zscore",        "token",    "clip",     "prompt_mean",   "resample",
+                     "Yu et al. 2025, eq. 8 and 13; the released code: --aggregate token_mean",
+                     {"clip_high": 0.28, "overlong": 0.2}),
+    "cispo":     Row("zscore",        "token",    "truncate", "prompt_mean",   "all",
+                     "MiniMax 2025, eq. 4, which leaves the cap open; the released code: --aggregate token_mean", {}),
+    "gspo":      Row("zscore",        "sequence", "clip",     "sequence_mean", "all",
+                     "Zheng et al. 2025, eq. 5", {"clip_low": 3e-4, "clip_high": 4e-4}),
+    "masked_is": Row("center",        "token",    "mask",     "token_mean",    "all",
+                     "the loss of Prime Intellect's verifiers; masked tokens keep their weight", {}),
+    "scale_rl":  Row("zscore_batch",  "token",    "truncate", "prompt_mean",   "drop",
+                     "Khatri et al. 2025; absent: asynchrony, no-positive-resampling, interruptions", {}),
+    "raft":      Row("positive",      "none",     "none",     "token_mean",    "all",
+                     "Dong et al. 2023, one update a round: maximum likelihood of the accepted answers", {}),
+}
+AXES = Row._fields[:5]
+__doc__ += "\n".join(["\n{:<11}{:<15}{:<10}{:<10}{:<15}{:<10}{}".format("--algo", *AXES, "and"), *(
+    "{:<11}{:<15}{:<10}{:<10}{:<15}{:<10}".format(name, *row[:5])
+    + " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in row.also.items()) + f"\n{'':11}{row.note}"
+    for name, row in ALGORITHMS.items())])
+
+# What only one choice of an axis looks at, and its value where neither the row nor a flag says otherwise.
+NUMBERS = {"clip_low": ("bound", "clip", 0.2), "clip_high": ("bound", "clip", 0.2), "cap": ("bound", "truncate", 5.0),
+           "mask_low": ("bound", "mask", 1 / 8), "mask_high": ("bound", "mask", 8.0),
+           "baseline_decay": ("advantage", "reward", 0.0)}
+
+# How an answer is compared, rewards [P, G] -> [P, G]. `reward` and `positive` compare it with nothing: the one may take a
+# running mean off, the other trains on answers of positive reward alone.
+ADVANTAGES = {"reward": lambda rewards: rewards, "center": center, "leave_one_out": leave_one_out, "zscore": zscore,
+              "zscore_batch": zscore_batch, "positive": torch.ones_like}
+
+TERMS = ("ratio", "bound", "clip_low", "clip_high", "cap", "mask_low", "mask_high", "kl_coef", "kl", "kl_in", "entropy_coef")
+KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+EXTREMES = {"_max": max, "_min": min}       # how such metrics add up; all others are sums
+# Which divergence the gradient of a KL term follows; a pair that is not here follows none. On samples of pi itself, that
+# is: samples of an older policy make `loss` an approximation, while `weighted` carries their ratio.
+KL_FOLLOWS = {("k2", "loss"): "KL(pi || ref), each prefix held fixed",
+              ("k3", "loss"): "KL(ref || pi), each prefix held fixed",
+              ("k1", "weighted"): "KL(pi || ref), each prefix held fixed",
+              ("k3", "weighted"): "KL(pi || ref), each prefix held fixed",
+              ("k1", "reward"): "KL(pi || ref) of whole answers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,51 +136,126 @@ class Config(run.RunConfig):
     group: run.Count = 8        # G, answers sampled per prompt
     max_new_tokens: run.Count = 80    # an answer longer than this is cut, and scores 0
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
-    advantage: Literal[*ADVANTAGES] = "zscore"    # how an answer is compared with its group
-    aggregate: Literal[*AGGREGATES] = "sequence_mean"    # how much each token counts, see nanorl/ops.py
-    groups: Literal["all", "drop", "resample"] = "all"    # those without contrast: keep, leave out, or draw anew
+
+    algo: Literal[*ALGORITHMS] = "grpo"    # a row of the table above; the flags that follow override it
+    advantage: Literal[*ADVANTAGES] | None = None    # how an answer is compared with others
+    ratio: Literal["none", "token", "sequence"] | None = None    # of each token, or of the answer (its geometric mean)
+    bound: Literal["none", "clip", "truncate", "mask"] | None = None    # what is done about a ratio far from 1
+    aggregate: Literal[*AGGREGATES] | None = None    # how much each token counts, see nanorl/ops.py
+    groups: Literal["all", "drop", "resample"] | None = None    # those without contrast: keep, leave out, or draw anew
+    clip_low: run.Share | None = None    # --bound clip: the band is 1 - clip_low ...
+    clip_high: run.Positive | None = None    # ... to 1 + clip_high
+    cap: run.Positive | None = None    # --bound truncate: the largest weight
+    mask_low: run.NonNegative | None = None    # --bound mask: tokens whose ratio is below this are left out ...
+    mask_high: run.Positive | None = None    # ... and those above this
+    baseline_decay: run.Share | None = None    # --advantage reward: of a running mean that is taken off; 0 is none
+    overlong: run.Share | None = None    # the last share of max_new_tokens, in which length costs up to 1 of reward
+
+    kl_coef: run.NonNegative = 0.0    # weight of the KL divergence from the initial policy, the reference
+    kl: Literal[*KL] | None = None    # its estimator (the row's, else k3)
+    kl_in: Literal["loss", "weighted", "reward"] | None = None    # the loss, the loss weighted by the ratio, or the reward
+    refresh_reference: run.Count | None = None    # steps after which the policy becomes the reference
+    entropy_coef: run.NonNegative = 0.0    # weight of the entropy bonus
+    likelihood_coef: run.NonNegative = 0.0    # weight of the log-likelihood of demonstrations, against forgetting
+    demonstrations: str = ""    # JSONL records {"prompt", "response"} for it (default: the task's own)
     truncated: Literal["train", "mask"] = "train"    # answers cut at the limit: train on them, or only count them in the mean
+
     epochs: run.Count = 1       # passes over a rollout
     minibatches: run.Count = 1  # optimizer steps per pass
+    stale: run.Natural = 0      # train on rollouts that are this many steps old, so that ratios leave 1 on purpose
     micro_batch: run.Count = 64  # rows in memory at a time
-    clip_low: run.Share = 0.2   # the ratio's band is 1 - clip_low ...
-    clip_high: run.Positive = 0.2    # ... to 1 + clip_high
-    kl_coef: run.NonNegative = 0.0    # weight of k3 against the initial policy; as a loss, k3 follows KL(ref || pi)
-    entropy_coef: run.NonNegative = 0.0    # weight of the entropy bonus
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
     eval_problems: run.Count = 500    # held-out problems
+    selfcheck: bool = True      # hold the first rollout against what must be true before training on it
 
     def __post_init__(self):
+        """Fill what was left open from the algorithm's row, and refuse what contradicts itself."""
+        def default(flag, value):
+            if getattr(self, flag) is None:
+                object.__setattr__(self, flag, value)
+
+        row = ALGORITHMS[self.algo]
         object.__setattr__(self, "out", self.out or run.stage_dir("grpo", self.task, self.difficulty))
+        for axis in AXES:
+            default(axis, getattr(row, axis))
+        for flag, (axis, choice, value) in NUMBERS.items():
+            if getattr(self, axis) == choice:
+                default(flag, row.also.get(flag, value))
+            elif getattr(self, flag) is not None:
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: only --{axis} {choice} looks at it, and "
+                                 f"--{axis} is {getattr(self, axis)}")
+        default("overlong", row.also.get("overlong", 0.0))
+        if self.kl_coef:
+            default("kl", row.also.get("kl", "k3"))
+            default("kl_in", row.also.get("kl_in", "loss"))
+            if (self.kl, self.kl_in) not in KL_FOLLOWS:
+                sound = "; ".join(f"{' in '.join(pair)} ({what})" for pair, what in KL_FOLLOWS.items())
+                raise ValueError(f"--kl {self.kl} --kl-in {self.kl_in}: its gradient follows no divergence; expected {sound}")
+        else:
+            for flag in ("kl", "kl_in", "refresh_reference"):
+                if getattr(self, flag) is not None:
+                    raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected a --kl-coef beside it")
+        if self.demonstrations and not self.likelihood_coef:
+            raise ValueError(f"--demonstrations {self.demonstrations}: without --likelihood-coef nothing learns from them")
+        if self.ratio == "none" and self.bound != "none":
+            raise ValueError(f"--ratio none --bound {self.bound}: there is no ratio to bound, expected --bound none")
+        if self.ratio == "sequence" and self.aggregate != "sequence_mean":
+            raise ValueError(f"--ratio sequence --aggregate {self.aggregate}: answers have one ratio each and count alike, "
+                             "expected --aggregate sequence_mean")
+        if self.bound == "mask" and self.mask_low > self.mask_high:
+            raise ValueError(f"--mask-low {self.mask_low} is above --mask-high {self.mask_high}: every token would be left out")
+        if self.advantage == "positive" and self.kl_in == "reward":
+            raise ValueError("--advantage positive --kl-in reward: accepted answers count alike, whatever their reward; "
+                             "expected --kl-in loss or weighted")
+        compares = self.advantage not in ("reward", "positive") or self.groups != "all"
+        if self.group == 1 and compares:
+            raise ValueError(f"--group 1: --advantage {self.advantage} with --groups {self.groups} compares answers within a "
+                             "group, expected at least 2")
 
 
-def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None, clip_low=0.2, clip_high=0.2,
-              kl_coef=0.0, entropy_coef=0.0):
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None, ratio="token", bound="clip", clip_low=0.2,
+              clip_high=0.2, cap=5.0, mask_low=1 / 8, mask_high=8.0, kl_coef=0.0, kl="k3", kl_in="loss", entropy_coef=0.0):
     """The loss of one micro-batch, and its metrics as sums over the tokens that count.
 
-        L = -sum_bt w_bt [ min(rho A, clip(rho) A) - kl_coef k3(pi || ref) + entropy_coef H ]
+        L = -sum_bt w_bt [ bound(rho) A - kl_coef KL(pi || ref) + entropy_coef H ]
 
     logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1]; mask, weights [B, T], the weights made once for the whole
-    optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max take the maximum.
+    optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
     """
     # Padding may hold anything, even inf. Blank it before exp(): afterwards its gradient would be 0 * inf = nan.
     logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
-    surrogate = clipped_surrogate(logp, old_logp, adv, clip_low, clip_high)                 # [B, T]
-    metrics = {}
-    if kl_coef:
-        kl = kl_k3(logp, ref_logp.masked_fill(~mask, 0.0))
-        surrogate = surrogate - kl_coef * kl
-        metrics["train/kl"] = masked_sum(kl.detach(), mask)
+    # With one ratio per answer, every token has moved as far as the answer's mean token.
+    moved = old_logp + sequence_ratio(logp, old_logp, mask).log() if ratio == "sequence" else logp
+    rho = importance_ratio(moved.detach(), old_logp)                                        # [B, T]
+    metrics = {"train/ratio_max": rho.masked_fill(~mask, 1.0).max(), "train/ratio_min": rho.masked_fill(~mask, 1.0).min()}
+    if bound == "clip":
+        surrogate = clipped_surrogate(moved, old_logp, adv, clip_low, clip_high)            # [B, T]
+        metrics["train/clipped_low"] = masked_sum(((rho < 1 - clip_low) & (adv < 0)).float(), mask)
+        metrics["train/clipped_high"] = masked_sum(((rho > 1 + clip_high) & (adv > 0)).float(), mask)
+    elif bound == "truncate":
+        surrogate = truncated_surrogate(moved, old_logp, adv, cap)
+        metrics["train/capped"] = masked_sum((rho > cap).float(), mask)
+    elif bound == "mask":
+        surrogate = masked_surrogate(moved, old_logp, adv, mask_low, mask_high)
+        metrics["train/masked"] = masked_sum(((rho < mask_low) | (rho > mask_high)).float(), mask)
+    else:
+        surrogate = adv * (logp if ratio == "none" else importance_ratio(moved, old_logp))
+    if kl_coef and kl_in != "reward":
+        divergence = KL[kl](logp, ref_logp.masked_fill(~mask, 0.0))
+        if kl_in == "weighted":
+            divergence = importance_ratio(logp, old_logp) * divergence
+        surrogate = surrogate - kl_coef * divergence
+    if kl_coef:     # its value is always k3's, whatever its gradient
+        metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp.masked_fill(~mask, 0.0)), mask)
     if entropy_coef:
         surrogate = surrogate + entropy_coef * entropy.masked_fill(~mask, 0.0)
-    loss = -(weights * surrogate).sum()
-
-    ratio = importance_ratio(logp.detach(), old_logp)
-    metrics |= {"train/clipped_low": masked_sum(((ratio < 1 - clip_low) & (adv < 0)).float(), mask),
-                "train/clipped_high": masked_sum(((ratio > 1 + clip_high) & (adv > 0)).float(), mask),
-                "train/ratio_max": ratio.masked_fill(~mask, 0.0).max()}
-    return loss, metrics
+    return -(weights * surrogate).sum(), metrics
 
 
 def micro_batches(rows, lengths, size):
@@ -119,10 +274,14 @@ def main(cfg: Config) -> None:
             task = FileTask([(record["prompt"], record["answer"]) for record in records], cfg.data)
         else:
             task = make_task(cfg.task, cfg.difficulty or None)
-        if cfg.group == 1:
-            raise ValueError(f"--group 1: --advantage {cfg.advantage} compares answers within a group, expected at least 2")
         if cfg.minibatches > cfg.prompts * cfg.group:
             raise ValueError(f"--minibatches {cfg.minibatches}: a rollout has only {cfg.prompts * cfg.group} answers")
+        if cfg.stale >= cfg.steps:
+            raise ValueError(f"--stale {cfg.stale}: with --steps {cfg.steps}, no rollout would ever be old enough to train on")
+        demonstrations = []
+        if cfg.likelihood_coef:
+            demonstrations = (read_records(cfg.demonstrations, ("prompt", "response")) if cfg.demonstrations
+                              else task.demonstrations(DEMONSTRATIONS))
         stories = read_text(DATA / "stories_heldout.txt")
     init = cfg.init
     if not init and (not checkpoint or cfg.kl_coef):
@@ -133,19 +292,29 @@ def main(cfg: Config) -> None:
         policy, tokenizer = run.model_from(start, device), run.tokenizer_from(start)
         reference = run.model_from(run.load_checkpoint(init), device).requires_grad_(False) if cfg.kl_coef else None
         check_room(policy, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
+        demonstrated = train_sft.render(demonstrations, tokenizer, policy.config.context, cfg.demonstrations or task.name)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
     del start, checkpoint
+    if "reference" in out.state:
+        reference.load_state_dict(out.state["reference"])
+    queue = out.state.setdefault("queue", [])       # rollouts that wait to be trained on
     compiled = run.wants_compile(cfg, device)
     if compiled:
         for model in filter(None, (policy, reference)):
             run.compile_blocks(model)
     story_ids = torch.tensor(tokenizer.encode(stories))
     sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    loss_of = functools.partial(objective, **{name: getattr(cfg, name) for name in TERMS if getattr(cfg, name) is not None})
     updates = cfg.epochs * cfg.minibatches
-    print(f"GRPO on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}. " + (
-          "One update per rollout: ratios are 1 and clipping is inert." if updates == 1 else f"{updates} updates per rollout."))
+    off_policy = updates > 1 or cfg.stale > 0
+    print(f"{cfg.algo} on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.\n"
+          + ", ".join(f"{name} {getattr(cfg, name)}" for name in (*AXES, *NUMBERS, "overlong", "lr") if getattr(cfg, name))
+          + f". Updates per rollout: {updates}." + ("" if off_policy else " Ratios are 1: a bound is inert."))
+    if cfg.kl_coef:
+        print(f"Leash: {cfg.kl} in the {cfg.kl_in.replace('weighted', 'loss, weighted')}; its gradient follows "
+              f"{KL_FOLLOWS[cfg.kl, cfg.kl_in]}.")
 
     def look() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
@@ -158,67 +327,104 @@ def main(cfg: Config) -> None:
         with run.autocast(device, cfg.dtype):
             return token_log_probs(model, tokens, mask, temperature=cfg.temperature)
 
+    @torch.no_grad()
+    def score_all(model, rollout):
+        logp = torch.zeros_like(rollout.logp)
+        for rows, T in micro_batches(torch.arange(len(logp), device=device), rollout.lengths, cfg.micro_batch):
+            logp[rows, : T - 1] = score(model, rollout.tokens[rows, :T], rollout.mask[rows, : T - 1])[0]
+        return logp
+
+    unchecked = cfg.selfcheck
     for step in out.steps():
         # 2. Look: held-out problems, answered by sampling and greedily.
         if step % cfg.eval_every == 0:
             out.log(look())
+        if cfg.refresh_reference and step and step % cfg.refresh_reference == 0:
+            reference.load_state_dict(policy.state_dict())
+            out.state["reference"] = reference.state_dict()
 
-        # 3. Collect: G answers to each of P prompts, by the policy as it is now.
+        # 3. Collect: G answers to each of P prompts, by the policy as it is now. With --stale they wait for their turn.
         started = time.perf_counter()
         with run.user_errors(NoContrast), run.autocast(device, cfg.dtype):
             experience = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
                                  seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample", **sampling)
-        rollout, contrast = experience.rollout, experience.contrast
-        collected = time.perf_counter()
+        rollout, facts = experience.rollout, describe(experience)
+        if unchecked:
+            with run.user_errors(SelfCheckFailed):
+                out.say(selfcheck(experience, task, tokenizer.end, functools.partial(score, policy), loss_of,
+                                  list(policy.parameters()), cfg.aggregate, cfg.max_new_tokens, tolerance(device, cfg.dtype)))
+            unchecked = False
+        out.log({f"rollout/{name}": value for name, value in facts.items()})
+        out.log({"rollout/tokens": int(rollout.mask.sum()), "rollout/resampled": experience.resampled,
+                 "time/rollout_s": time.perf_counter() - started})
+        # Without an update in between, the log-probs of the update itself are the old ones.
+        old_logp = score_all(policy, rollout) if off_policy else rollout.logp
+        queue.append(vars(rollout) | {"rewards": experience.rewards, "old_logp": old_logp})
+        if len(queue) <= cfg.stale:
+            continue
+        started = time.perf_counter()
+        waiting = {name: x.to(device) for name, x in queue.pop(0).items()}
+        rewards, old_logp = waiting.pop("rewards"), waiting.pop("old_logp")                 # [P, G], [B, T-1]
+        rollout = Rollout(**waiting)
 
-        # 4. Compare: how much better is each answer than its group's average?
-        adv = ADVANTAGES[cfg.advantage](experience.rewards).view(-1, 1).to(device)          # [B, 1]
+        # 4. Compare: how much better is each answer than others? A mask says which tokens are trained on.
         mask = rollout.mask                                                                 # [B, T-1]
         if cfg.groups == "drop":
-            mask = mask & contrast.to(device)[rollout.prompt_index, None]
+            mask = mask & contrast(rewards)[rollout.prompt_index, None]
         if cfg.truncated == "mask":
             mask = mask & rollout.finished[:, None]
+        if cfg.advantage == "positive":
+            mask = mask & (rewards > 0).view(-1, 1)
+        ref_logp = score_all(reference, rollout) if reference else None
+        if cfg.overlong:
+            lengths = (rollout.lengths - rollout.prompt_lengths).view_as(rewards)
+            rewards = rewards + overlong_penalty(lengths, cfg.max_new_tokens, cfg.overlong * cfg.max_new_tokens)
+        if cfg.kl_in == "reward":
+            leash = kl_k1(old_logp, ref_logp).masked_fill(~rollout.mask, 0.0).sum(-1)
+            rewards = rewards - cfg.kl_coef * leash.view_as(rewards)
+        if cfg.baseline_decay:          # of earlier rewards only: no answer has a part in what it is compared with
+            total, weight = out.state.get("baseline", (0.0, 0.0))
+            out.state["baseline"] = tuple(cfg.baseline_decay * old + (1 - cfg.baseline_decay) * new
+                                          for old, new in ((total, float(rewards.mean())), (weight, 1.0)))
+            rewards = rewards - total / max(weight, 1e-9)
+        kept = {"kept": mask.any(-1).view_as(rewards)} if cfg.advantage == "zscore_batch" else {}
+        adv = ADVANTAGES[cfg.advantage](rewards, **kept).view(-1, 1)                        # [B, 1]
 
         # 5. Update. Micro-batches only bound memory: the weights are the whole optimizer step's, so they add up exactly.
-        old_logp = torch.zeros(mask.shape, device=device)
-        if updates > 1:                     # else they are the log-probs of the one update itself
-            with torch.no_grad():
-                for rows, T in micro_batches(torch.arange(len(mask), device=device), rollout.lengths, cfg.micro_batch):
-                    old_logp[rows, : T - 1] = score(policy, rollout.tokens[rows, :T], mask[rows, : T - 1])[0]
-
-        totals, tokens = defaultdict(float), 0
+        totals, tokens, demonstration_loss = defaultdict(float), 0, 0.0
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
         for epoch in range(cfg.epochs):
             shuffle = torch.randperm(len(mask), generator=run.generator(cfg.seed, "minibatch", step, epoch)).to(device)
-            for minibatch in shuffle.tensor_split(cfg.minibatches):
+            for number, minibatch in enumerate(shuffle.tensor_split(cfg.minibatches), step * updates + epoch * cfg.minibatches):
                 weights = torch.zeros(mask.shape, device=device)
                 weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], cfg.aggregate,
                                                    cfg.max_new_tokens)
                 for rows, T in micro_batches(minibatch, rollout.lengths, cfg.micro_batch):
-                    t, m, w = rollout.tokens[rows, :T], mask[rows, : T - 1], weights[rows, : T - 1]
-                    logp, entropy = score(policy, t, m)
-                    old = old_logp[rows, : T - 1] if updates > 1 else logp.detach()
-                    with torch.no_grad():
-                        ref_logp = score(reference, t, m)[0] if reference else None
-                    loss, metrics = objective(logp, old, adv[rows], m, w, ref_logp=ref_logp, entropy=entropy,
-                                              clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef,
-                                              entropy_coef=cfg.entropy_coef)
+                    m, w = mask[rows, : T - 1], weights[rows, : T - 1]
+                    logp, entropy = score(policy, rollout.tokens[rows, :T], m)
+                    old = old_logp[rows, : T - 1] if off_policy else logp.detach()
+                    loss, metrics = loss_of(logp, old, adv[rows], m, w, entropy=entropy,
+                                            ref_logp=ref_logp[rows, : T - 1] if reference else None)
                     loss.backward()
                     metrics["train/entropy"] = masked_sum(entropy.detach(), m)
                     metrics["train/mismatch_kl"] = masked_sum(kl_k3(rollout.logp[rows, : T - 1], old), m)
                     for name, value in metrics.items():
-                        totals[name] = max(totals[name], value) if name.endswith("_max") else totals[name] + value
+                        totals[name] = EXTREMES.get(name[-4:], operator.add)(totals[name], value) if name in totals else value
                     tokens += int(m.sum())
-                totals["train/grad_norm_max"] = max(totals["train/grad_norm_max"], optimizer.step(lr, cfg.grad_clip))
-        finished = time.perf_counter()
+                if demonstrations:
+                    picks = shuffled_batch(len(demonstrations), cfg.prompts, number, cfg.seed)
+                    t, m = (x.to(device) for x in train_sft.batch_of(*demonstrated, picks, tokenizer.pad))
+                    w = token_weights(m, torch.arange(len(picks), device=device), "token_mean")
+                    loss, _ = train_pretrain.objective(score(policy, t, m)[0], m, w)
+                    (cfg.likelihood_coef * loss).backward()
+                    demonstration_loss += loss.item() / updates
+                grad_norm = optimizer.step(lr, cfg.grad_clip)
+                totals["train/grad_norm_max"] = max(totals["train/grad_norm_max"], grad_norm)
 
         # 6. Log: sums over tokens become means over tokens.
-        facts = describe(experience)
-        out.log({name: value if name.endswith("_max") else value / max(tokens, 1) for name, value in totals.items()})
-        out.log({f"rollout/{name}": value for name, value in facts.items()})
-        out.log({"rollout/tokens": int(rollout.mask.sum()), "rollout/no_contrast": 1 - contrast.float().mean(),
-                 "rollout/resampled": experience.resampled, "train/lr": lr, "time/rollout_s": collected - started,
-                 "time/update_s": finished - collected},
+        out.log({name: value if name[-4:] in EXTREMES else value / max(tokens, 1) for name, value in totals.items()})
+        out.log({"train/demonstration_loss": demonstration_loss} if demonstrations else {})
+        out.log({"train/lr": lr, "time/update_s": time.perf_counter() - started},
                 show={"reward": f"{facts['reward']:.2f}", "worked": f"{facts['worked']:.2f}",
                       "length": f"{facts['length']:.1f}", "entropy": f"{totals['train/entropy'] / max(tokens, 1):.3f}"})
 

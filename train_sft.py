@@ -45,6 +45,16 @@ class Config(run.RunConfig):
         object.__setattr__(self, "out", self.out or run.stage_dir("sft", self.task, self.difficulty))
 
 
+def render(records, tokenizer, context, source):
+    """Token ids of each record's prompt and response. ValueError names a record that does not fit the model's context."""
+    prompts = [tokenizer.render(record["prompt"]) for record in records]
+    responses = [tokenizer.render_response(record["response"]) for record in records]
+    for number, (x, y) in enumerate(zip(prompts, responses, strict=True), start=1):
+        if len(x) + len(y) > context:
+            raise ValueError(f"{source}, record {number}: {len(x) + len(y)} tokens do not fit the model's context of {context}")
+    return prompts, responses
+
+
 def batch_of(prompts, responses, picks, pad_id):
     """The picked records as tokens [B, T] and the mask of their responses [B, T-1]."""
     tokens, lengths = pad([prompts[i] + responses[i] for i in picks], pad_id)
@@ -77,12 +87,7 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         start = checkpoint or run.load_checkpoint(init)
         tokenizer, model = run.tokenizer_from(start), run.model_from(start, device)
-        prompts = [tokenizer.render(record["prompt"]) for record in records]
-        responses = [tokenizer.render_response(record["response"]) for record in records]
-        for number, (x, y) in enumerate(zip(prompts, responses, strict=True), start=1):
-            if len(x) + len(y) > model.config.context:
-                raise ValueError(f"{cfg.data or task.name}, record {number}: {len(x) + len(y)} tokens do not fit the "
-                                 f"model's context of {model.config.context}")
+        prompts, responses = render(records, tokenizer, model.config.context, cfg.data or task.name)
         check_room(model, prompts, cfg.max_new_tokens)
 
     optimizer = run.Optimizers(model, "adamw", cfg.lr, cfg.weight_decay)

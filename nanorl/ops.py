@@ -198,6 +198,19 @@ def zscore(rewards: Tensor, eps: float = 1e-6, valid: Tensor | None = None) -> T
     return (a / (std + eps)).to(_at_least_float32(rewards).dtype)
 
 
+def zscore_batch(rewards: Tensor, eps: float = 1e-6, kept: Tensor | None = None) -> Tensor:
+    """A_i = (r_i - mean(r)) / (std + eps), the mean its group's, the std one for the whole step.       [P, G] -> [P, G]
+
+        std = sqrt( mean_i (r_i - mean(r))^2 ) over the answers of all groups                (ScaleRL, Khatri et al. 2025)
+
+    `kept` [P, G] is False for answers that are not trained on: they count in their group's mean, but not in the std.
+    Unlike z-scores of each group, these leave the groups' weights as `center` has them.
+    """
+    a = center(rewards.double())
+    std = masked_mean(a.square(), torch.ones_like(a, dtype=torch.bool) if kept is None else kept).sqrt()
+    return (a / (std + eps)).to(_at_least_float32(rewards).dtype)
+
+
 def leave_one_out(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
     """A_i = r_i - mean_{j != i} r_j = G/(G-1) (r_i - mean(r)).       [P, G] -> [P, G]       (RLOO, Kool et al. 2019)
 
@@ -207,6 +220,16 @@ def leave_one_out(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
     count = rewards.shape[-1] if valid is None else valid.sum(-1, keepdim=True)
     count = torch.as_tensor(count, dtype=torch.float64, device=rewards.device)
     return (center(rewards.double(), valid) * count / (count - 1).clamp(min=1)).to(_at_least_float32(rewards).dtype)
+
+
+def overlong_penalty(lengths: Tensor, limit: int, buffer: float) -> Tensor:
+    """What an answer pays for its length, shortly before the limit.                     (DAPO, Yu et al. 2025, eq. 13)
+
+        0  if L <= limit - buffer,        (limit - buffer - L) / buffer  up to the limit,        -1  beyond
+
+    lengths [...] in tokens -> [...] within [-1, 0], to be added to the reward. buffer > 0.
+    """
+    return ((limit - buffer - lengths) / buffer).clamp(-1.0, 0.0)
 
 
 def gae(

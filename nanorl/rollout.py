@@ -36,10 +36,11 @@ class Experience:
     rewards: Tensor             # [P, G]
     resampled: int = 0          # further groups that were sampled and not used
 
-    @property
-    def contrast(self) -> Tensor:
-        """[P] True where the rewards of a group differ: the only groups that a comparison within it learns from."""
-        return self.rewards.amax(-1) > self.rewards.amin(-1)
+
+
+def contrast(rewards: Tensor) -> Tensor:
+    """True where the rewards of a group differ: the only groups that a comparison within learns from.       [P, G] -> [P]"""
+    return rewards.amax(-1) > rewards.amin(-1)
 
 
 def answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], *, samples: int = 1, **how) -> Experience:
@@ -69,7 +70,7 @@ def collect(model: GPT, tokenizer: Tokenizer, task: Task, *, prompts: int, sampl
         return experience
     kept, seen, attempts, most = [], 0, 0, 20
     while True:
-        index = experience.contrast.nonzero().squeeze(-1).tolist()
+        index = contrast(experience.rewards).nonzero().squeeze(-1).tolist()
         kept += [(experience, p) for p in index]
         seen, attempts = seen + len(experience.problems), attempts + 1
         if len(kept) >= prompts:
@@ -108,6 +109,10 @@ def describe(experience: Experience) -> dict[str, float]:
     direct = torch.tensor([MARKER in text for text in experience.texts]) & ~worked
     means = {"reward": reward.mean(), "length": length.mean(), "worked": worked.double().mean(),
              "truncated": 1 - experience.rollout.finished.cpu().double().mean()}
+    P, G = experience.rewards.shape
+    if G > 1:
+        means["distinct"] = sum(len(set(experience.texts[p * G : (p + 1) * G])) for p in range(P)) / P
+        means["no_contrast"] = 1 - contrast(experience.rewards).double().mean()
     for name, x, where in (("length_correct", length, reward == 1), ("length_wrong", length, reward < 1),
                            ("reward_worked", reward, worked), ("reward_direct", reward, direct)):
         if where.any():

@@ -86,12 +86,17 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def _not_none(hint: Any) -> Any:
+    """X for `X | None`: None is what a flag has that nobody has set."""
+    return next((part for part in get_args(hint) if part is not types.NoneType), hint) if type(None) in get_args(hint) else hint
+
+
 def parse(config_class: type, argv: list[str] | None = None):
     """Command line -> config. Help texts are the comments behind the fields; bounds are the fields' types.
 
     With --resume the flags come from the run's config.json, and one that was typed must agree with it.
     """
-    hints = get_type_hints(config_class, include_extras=True)
+    hints = {name: _not_none(hint) for name, hint in get_type_hints(config_class, include_extras=True).items()}
     lines = "\n".join(inspect.getsource(c) for c in reversed(config_class.__mro__) if dataclasses.is_dataclass(c))
     comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", lines, re.M))
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False,
@@ -103,7 +108,7 @@ def parse(config_class: type, argv: list[str] | None = None):
             how["type"] = get_args(hint)[0]
         elif get_origin(hint) is Literal:
             how["choices"] = get_args(hint)
-        elif hint is bool or isinstance(hint, types.UnionType):
+        elif hint is bool:
             how["action"] = argparse.BooleanOptionalAction
         shown = "" if field.default in ("", None) else f" (default: {field.default})"
         parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **how,
@@ -171,10 +176,13 @@ def pick_device(cfg: RunConfig) -> torch.device:
     return torch.device(name)
 
 
+def uses_bfloat16(device: torch.device, dtype: str) -> bool:
+    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+
+
 def autocast(device: torch.device, dtype: str):
     """Matrix products in `dtype`, weights in float32: updates of 1e-6 of a weight would vanish in bfloat16."""
-    use_bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, dtype))
 
 
 def wants_compile(cfg: RunConfig, device: torch.device) -> bool:
@@ -377,11 +385,12 @@ class Run:
         self.cfg, self.model, self.optimizer, self.tokenizer = cfg, model, optimizer, tokenizer
         self.out = Path(cfg.out)
         self.step = 0
+        self.state: dict[str, Any] = {}     # what else a script must know to resume: tensors and builtins
         self._line: dict[str, float] = {}
         self._signal: int | None = None
         self.out.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
-            self.step = checkpoint["step"]
+            self.step, self.state = checkpoint["step"], checkpoint.get("state", {})
             optimizer.load_state_dict(checkpoint["optimizer"])
         if not cfg.resume:
             flags = json.dumps(dataclasses.asdict(cfg), indent=2)
@@ -485,5 +494,5 @@ class Run:
     def save(self) -> None:
         checkpoint = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.cfg),
                       "gpt": dataclasses.asdict(self.model.config), "tokenizer": self.tokenizer.state_dict(),
-                      "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+                      "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "state": self.state}
         write_atomically(self.out / "ckpt.pt", lambda f: torch.save(checkpoint, f))

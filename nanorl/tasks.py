@@ -63,6 +63,15 @@ def integers(text: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"[0-9]+", text)]
 
 
+def adversarial(problem: Problem) -> list[str]:
+    """Responses that must not pay, whatever the problem: echoes, several answers, additions to the right one, code."""
+    gold = MARKER + problem.answer
+    texts = ["", MARKER, problem.prompt, problem.answer, MARKER + problem.prompt, MARKER + "1 " + gold, gold + " " + gold,
+             gold + "\n" + MARKER, gold + "\0", gold + " or so", f"{gold}={problem.answer}", gold + " " * 300 + "x",
+             MARKER + "9**9**9", MARKER + "__import__('os').abort()", MARKER + "(" * 5000, MARKER + "9" * 100_000]
+    return [text for text in texts if (final_answer(text) or "").split() != problem.answer.split()]
+
+
 class Task:
     """A family of problems. A subclass says how to `draw` one and how to `work` it out; the rest is shared."""
 

@@ -19,6 +19,7 @@ from nanorl.tasks import (
     TASKS,
     FileTask,
     Problem,
+    adversarial,
     arithmetic,
     final_answer,
     integers,
@@ -90,10 +91,8 @@ def test_attacks_score_zero_in_bounded_time(name):
     task = files if name == "file" else make_task(name)
     problem = task.draw(Random(0))
     gold = MARKER + problem.answer
-    echoes = [problem.prompt, problem.answer, MARKER + problem.prompt, MARKER + "1 " + gold, gold + " " + gold,
-              gold + "\n" + MARKER, gold + "\0", gold + " or so", f"{gold}={problem.answer}", gold + " " * 300 + "x"]
     assert task.verify(problem, gold) == 1.0
-    for text in [MARKER + attack for attack in MARKED] + BARE + echoes:
+    for text in [MARKER + attack for attack in MARKED] + BARE + adversarial(problem):
         seconds = []
         for _ in range(3):              # the best of three: a pause of the machine is not the verifier's
             start = time.process_time()

@@ -1,0 +1,95 @@
+"""What must hold before anything is learned, held against the live model, task, sampler and objective, in a second or two.
+
+A broken rollout still trains: the reward just does not rise, or rises for the wrong reason. Each failure here is one
+sentence that says what was found and what was expected.
+"""
+
+from collections.abc import Callable
+from random import Random
+
+import torch
+from torch import Tensor
+
+from nanorl.ops import token_weights
+from nanorl.rollout import Experience
+from nanorl.run import uses_bfloat16
+from nanorl.tasks import Task, adversarial
+
+
+class SelfCheckFailed(RuntimeError):
+    """Something that must be true before training is not."""
+
+
+def expect(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise SelfCheckFailed(f"self-check: {sentence}")
+
+
+def tolerance(device: torch.device, dtype: str) -> float:
+    """How far a token's log-prob may be off, in nats, and a gradient, relative to its norm: bfloat16 keeps 8 bits of a
+    product's factors, TF32, which CUDA takes for float32, keeps 11."""
+    return 0.25 if uses_bfloat16(device, dtype) else 0.03 if device.type == "cuda" else 1e-4
+
+
+def check_verifier(task: Task) -> None:
+    """Gold answers pay and adversarial ones do not."""
+    for problem in task.examples()[:20]:
+        gold = task.direct(problem, Random(0))
+        expect(task.verify(problem, gold) == 1.0, f"the verifier refuses its own {gold[:60]!r} to {problem.prompt[:60]!r}")
+        for text in adversarial(problem):
+            expect(task.verify(problem, text) == 0.0, f"the verifier pays for {text[:60]!r} to {problem.prompt[:60]!r}")
+
+
+def selfcheck(experience: Experience, task: Task, stop_id: int, score: Callable, objective: Callable, parameters: list[Tensor],
+              aggregate: str, max_new_tokens: int, bound: float) -> str:
+    """Check the first rows of a rollout by the policy as it is now; a sentence with what was measured, or SelfCheckFailed.
+
+    score(tokens, mask) -> (logp, entropy) is the trainer's view of the policy, objective(logp, old_logp, adv, mask, weights,
+    ref_logp=, entropy=) -> (loss, metrics) what it minimises.
+
+    1. The verifier pays for gold answers and not for adversarial ones.
+    2. The stop token is inside the mask, and nothing behind it.
+    3. The sampler's log-probs are the scorer's.
+    4. At equal weights every ratio is 1, whatever rows share the batch.
+    5. The gradient of a batch is the sum of its parts' gradients.
+    """
+    check_verifier(task)
+    rollout = experience.rollout
+    rows = torch.arange(min(16, len(rollout.tokens)), device=rollout.tokens.device)
+    T = int(rollout.lengths[rows].max())
+    tokens, mask, finished = rollout.tokens[rows, :T], rollout.mask[rows, : T - 1], rollout.finished[rows]
+
+    last = rollout.lengths[rows] - 1
+    expect(bool((tokens[rows[finished], last[finished]] == stop_id).all()), "an answer is called finished without a stop token")
+    expect(bool(mask[rows, last - 1].all()), "an answer's last token, its stop token if it has one, is outside the mask")
+    expect(torch.equal(mask.sum(-1), rollout.lengths[rows] - rollout.prompt_lengths[rows]),
+           "the mask has more or fewer tokens than were sampled")
+
+    logp, entropy = score(tokens, mask)
+    parity = (rollout.logp[rows, : T - 1] - logp.detach()).masked_fill(~mask, 0.0).abs().max().item()
+    expect(parity <= bound, f"sampler and scorer differ by {parity:.2g} nats at a token, expected at most {bound:.2g}: "
+                                "is the same temperature, and are the same weights, used in both?")
+
+    adv = torch.where(rows % 2 == 0, 1.0, -1.0)[:, None]
+    weights = token_weights(mask, rollout.prompt_index[rows], aggregate, max_new_tokens)
+
+    def gradients(logp: Tensor, entropy: Tensor, part: Tensor, width: int) -> list[Tensor]:
+        old = logp.detach()
+        loss, _ = objective(logp, old, adv[part], mask[part, :width], weights[part, :width], ref_logp=old, entropy=entropy)
+        return torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+    whole, ratio = gradients(logp, entropy, rows, T - 1), 0.0
+    total = [torch.zeros_like(g) for g in whole]
+    for part in rows.split(-(-len(rows) // 3)):
+        width = int(rollout.lengths[part].max()) - 1
+        part_logp, part_entropy = score(tokens[part, : width + 1], mask[part, :width])
+        ratio = max(ratio, (part_logp - logp[part, :width]).detach().masked_fill(~mask[part, :width], 0.0).abs().max().item())
+        total = [t + g for t, g in zip(total, gradients(part_logp, part_entropy, part, width), strict=True)]
+    expect(ratio <= bound, f"the same weights give ratios as far from 1 as e^{ratio:.2g} in a batch of other rows, expected "
+                               f"at most e^{bound:.2g}: does something depend on padding, or is there dropout?")
+    norm = torch.stack([g.norm() for g in whole]).norm()
+    off = (torch.stack([(t - g).norm() for t, g in zip(total, whole, strict=True)]).norm() / norm).nan_to_num(0.0).item()
+    expect(off <= bound, f"the gradient of a batch and the sum of its parts' differ by {off:.2g} of the norm, expected at "
+                             f"most {bound:.2g}: is something averaged inside the objective?")
+    return (f"Self-check: sampler and scorer agree to {parity:.1g} nats, ratios are 1 to {ratio:.1g}, micro-batches add up to "
+            f"{off:.1g}; the verifier pays for gold answers only.")
