@@ -345,7 +345,7 @@ def main(cfg: Config) -> None:
 
         # 3. Collect: G answers to each of P prompts, by the policy as it is now. With --stale they wait for their turn.
         started = time.perf_counter()
-        with run.user_errors(NoContrast), run.autocast(device, cfg.dtype):
+        with run.user_errors(NoContrast), out.saved_on(NoContrast), run.autocast(device, cfg.dtype):
             experience = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
                                  seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample", **sampling)
         rollout, facts = experience.rollout, describe(experience)
@@ -355,8 +355,8 @@ def main(cfg: Config) -> None:
                                   list(policy.parameters()), cfg.aggregate, cfg.max_new_tokens, tolerance(device, cfg.dtype)))
             unchecked = False
         out.log({f"rollout/{name}": value for name, value in facts.items()})
-        out.log({"rollout/tokens": int(rollout.mask.sum()), "rollout/resampled": experience.resampled,
-                 "time/rollout_s": time.perf_counter() - started})
+        out.log({"rollout/tokens": int(rollout.mask.sum()) + experience.resampled_tokens,
+                 "rollout/resampled": experience.resampled, "time/rollout_s": time.perf_counter() - started})
         # Without an update in between, the log-probs of the update itself are the old ones.
         old_logp = score_all(policy, rollout) if off_policy else rollout.logp
         queue.append(vars(rollout) | {"rewards": experience.rewards, "old_logp": old_logp})

@@ -34,7 +34,8 @@ class Experience:
     problems: list[Problem]     # [P]
     texts: list[str]            # [B] the responses, decoded for the verifier and the reader; training uses the ids
     rewards: Tensor             # [P, G]
-    resampled: int = 0          # further groups that were sampled and not used
+    resampled: int = 0          # further groups that were sampled and not used ...
+    resampled_tokens: int = 0   # ... and the tokens of their answers
 
 
 
@@ -68,13 +69,15 @@ def collect(model: GPT, tokenizer: Tokenizer, task: Task, *, prompts: int, sampl
     experience = answer(model, tokenizer, task, problems, samples=samples, seed=seed, **how)
     if not resample:
         return experience
-    kept, seen, attempts, most = [], 0, 0, 20
+    kept, seen, tokens, attempts, most = [], 0, 0, 0, 20
     while True:
         index = contrast(experience.rewards).nonzero().squeeze(-1).tolist()
         kept += [(experience, p) for p in index]
-        seen, attempts = seen + len(experience.problems), attempts + 1
+        seen, tokens, attempts = seen + prompts, tokens + int(experience.rollout.mask.sum()), attempts + 1
         if len(kept) >= prompts:
-            return _join(kept[:prompts], resampled=seen - prompts)
+            joined = _join(kept[:prompts])
+            joined.resampled, joined.resampled_tokens = seen - prompts, tokens - int(joined.rollout.mask.sum())
+            return joined
         if attempts == most:
             raise NoContrast(f"only {len(kept)} of {seen} groups had contrast, {prompts} are wanted: the task is too easy or "
                              "too hard for this policy by now; go on with --groups all in a new run, --init this one")
@@ -82,7 +85,7 @@ def collect(model: GPT, tokenizer: Tokenizer, task: Task, *, prompts: int, sampl
         experience = answer(model, tokenizer, task, problems, samples=samples, seed=derive(seed, attempts), **how)
 
 
-def _join(groups: list[tuple[Experience, int]], resampled: int) -> Experience:
+def _join(groups: list[tuple[Experience, int]]) -> Experience:
     """One experience from chosen groups (experience, its p-th prompt) of several."""
     G = groups[0][0].rewards.shape[1]
     T = max(e.rollout.tokens.shape[1] for e, _ in groups)
@@ -98,7 +101,7 @@ def _join(groups: list[tuple[Experience, int]], resampled: int) -> Experience:
     rollout = Rollout(rows("tokens", T), rows("prompt_lengths"), rows("lengths"), rows("logp", T - 1), rows("finished"),
                       prompt_index)
     return Experience(rollout, [e.problems[p] for e, p in groups], [t for e, p in groups for t in e.texts[p * G : (p + 1) * G]],
-                      torch.stack([e.rewards[p] for e, p in groups]), resampled)
+                      torch.stack([e.rewards[p] for e, p in groups]))
 
 
 def describe(experience: Experience) -> dict[str, float]:

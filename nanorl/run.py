@@ -454,6 +454,15 @@ class Run:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
+    @contextlib.contextmanager
+    def saved_on(self, kind: type[Exception]) -> Iterator[None]:
+        """When an exception of this kind ends the run here, between two steps, the steps so far are not lost."""
+        try:
+            yield
+        except kind:
+            self.save()
+            raise
+
     def _stop_soon(self, signum: int, frame) -> None:
         """Finish the step first; a second signal is not waited for."""
         self._signal = signum

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorl.gpt import GPT, GPTConfig
-from nanorl.rollout import Experience, answer, check_room, collect, describe, evaluate, show_answers
+from nanorl.rollout import Experience, answer, check_room, collect, contrast, describe, evaluate, show_answers
 from nanorl.sample import Rollout, token_log_probs
 from nanorl.tasks import FileTask, Problem, Task, is_heldout, make_task
 from nanorl.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def test_an_answer_that_was_cut_scores_nothing():
 
 def test_contrast_is_a_difference_within_a_group():
     rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.4]])
-    assert Experience(None, [], [], rewards).contrast.tolist() == [False, False, True, True]
+    assert contrast(rewards).tolist() == [False, False, True, True]
 
 
 def test_room_is_checked_with_the_longest_prompt():
@@ -151,7 +151,7 @@ def test_collected_problems_are_training_problems_of_the_seed(seed, prompts, sam
 def test_resampling_returns_groups_with_contrast_only(seed, prompts, samples):
     """As many groups as were asked for, each with contrast, put together from several draws with no row gone astray."""
     experience = collect(MODEL, TOKENIZER, Parity(), prompts=prompts, samples=samples, seed=seed, resample=True, **HOW)
-    assert len(experience.problems) == prompts and experience.contrast.all()
+    assert len(experience.problems) == prompts and contrast(experience.rewards).all()
     assert not any(is_heldout(p.prompt) for p in experience.problems)
     assert_belongs_together(experience, Parity(), samples)
 
@@ -160,7 +160,7 @@ def test_resampling_keeps_what_the_first_draw_gave():
     """The groups with contrast of a plain collection come first, as they were; at least the others are counted."""
     plain = collect(MODEL, TOKENIZER, Parity(), prompts=12, samples=2, seed=3, **HOW)
     full = collect(MODEL, TOKENIZER, Parity(), prompts=12, samples=2, seed=3, resample=True, **HOW)
-    index = plain.contrast.nonzero().squeeze(-1).tolist()
+    index = contrast(plain.rewards).nonzero().squeeze(-1).tolist()
     assert 0 < len(index) < 12
     assert full.problems[: len(index)] == [plain.problems[p] for p in index]
     assert full.texts[: 2 * len(index)] == [plain.texts[2 * p + g] for p in index for g in range(2)]
@@ -193,13 +193,14 @@ def test_describe_is_what_one_counts_by_hand():
     experience = experience_of([[1.0, 1.0], [0.0, 0.5]], [2, 8, 5, 9], [True, True, True, False], texts)
     assert describe(experience) == {
         "reward": 2.5 / 4, "length": 24 / 4, "worked": 2 / 4, "truncated": 1 / 4, "length_correct": 10 / 2,
-        "length_wrong": 14 / 2, "reward_worked": 1.0 / 2, "reward_direct": 1.0 / 1}
+        "length_wrong": 14 / 2, "reward_worked": 1.0 / 2, "reward_direct": 1.0 / 1, "distinct": 4 / 2, "no_contrast": 1 / 2}
 
 
 def test_describe_leaves_out_the_mean_of_nothing():
     right = describe(experience_of([[1.0, 1.0]], [2, 3], [True, True], ["Answer: 1", "Answer: 1"]))
-    assert right == {"reward": 1, "length": 2.5, "worked": 0, "truncated": 0, "length_correct": 2.5, "reward_direct": 1}
-    wrong = describe(experience_of([[0.0, 0.0]], [2, 3], [False, True], ["1+1=2. Answer: 3"] * 2))
+    assert right == {"reward": 1, "length": 2.5, "worked": 0, "truncated": 0, "length_correct": 2.5, "reward_direct": 1,
+                     "distinct": 1, "no_contrast": 1}
+    wrong = describe(experience_of([[0.0], [0.0]], [2, 3], [False, True], ["1+1=2. Answer: 3"] * 2))
     assert wrong == {"reward": 0, "length": 2.5, "worked": 1, "truncated": 0.5, "length_wrong": 2.5, "reward_worked": 0}
 
 

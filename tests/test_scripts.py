@@ -24,7 +24,11 @@ SFT = "--steps 40 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + E
 GRPO = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --init sft" + EVAL + TINY
 SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO),
            "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
-                                            "--truncated mask --aggregate token_mean --advantage leave_one_out")}
+                                            "--truncated mask --aggregate token_mean --advantage leave_one_out"),
+           "stale": (train_grpo, GRPO + " --algo cispo --stale 1 --kl-coef 0.1 --kl k1 --kl-in weighted --refresh-reference 1 "
+                                        "--overlong 0.5 --no-selfcheck"),
+           "reinforce": (train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --likelihood-coef 0.1 "
+                                            "--demonstrations letters.jsonl --kl-coef 0.1 --kl k1 --kl-in reward")}
 
 
 def start(script, flags, out, *extra):
