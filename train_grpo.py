@@ -233,7 +233,8 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
     # With one ratio per answer, every token has moved as far as the answer's mean token.
     moved = old_logp + sequence_ratio(logp, old_logp, mask).log() if ratio == "sequence" else logp
     rho = importance_ratio(moved.detach(), old_logp)                                        # [B, T]
-    metrics = {"train/ratio_max": rho.masked_fill(~mask, 1.0).max(), "train/ratio_min": rho.masked_fill(~mask, 1.0).min()}
+    metrics = {"train/ratio_max": rho.masked_fill(~mask, 1.0).max().clamp(min=1),
+               "train/ratio_min": rho.masked_fill(~mask, 1.0).min().clamp(max=1)}
     if bound == "clip":
         surrogate = clipped_surrogate(moved, old_logp, adv, clip_low, clip_high)            # [B, T]
         metrics["train/clipped_low"] = masked_sum(((rho < 1 - clip_low) & (adv < 0)).float(), mask)

@@ -13,7 +13,7 @@ Values are in nats.
 import torch
 from torch import Tensor
 
-from nanorl.ops import kl_divergence, selective_log_softmax
+from nanorl.ops import kl_divergence, log_softmax, selective_log_softmax
 
 
 def num_prefixes(V: int, T: int) -> int:
@@ -75,3 +75,22 @@ def fixed_prefix_kl(sampler: Tensor, p: Tensor, q: Tensor) -> Tensor:
     V = p.shape[1]
     rows = prefix_rows(sequences(V, horizon(p)), V)                                         # [V^T, T]
     return expectation(sampler.detach(), kl_divergence(p, q)[rows].sum(-1))
+
+
+def reward_gradient(logits: Tensor, rewards: Tensor) -> Tensor:
+    """grad E_{y ~ pi}[r(y)], exact: what a policy gradient estimates.       [N, V], rewards [V^T] -> [N, V]"""
+    logits = logits.detach().requires_grad_()
+    return torch.autograd.grad(expectation(logits, rewards), logits)[0]
+
+
+def regularised_optimum(reference: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """pi*(y) = ref(y) e^{r(y) / beta} / Z: the maximum of E_pi[r] - beta KL(pi || ref).       [N, V], [V^T] -> [V^T]
+
+    For any pi, E_pi[r] - beta KL(pi || ref) = beta log Z - beta KL(pi || pi*).           (Rafailov et al. 2023, eq. 4)
+    """
+    return log_softmax(log_probs(reference).sum(-1) + rewards / beta).exp()
+
+
+def power_distribution(logits: Tensor, alpha: float) -> Tensor:
+    """pi(y)^alpha / Z over whole sequences, which tempering token by token is not.       [N, V] -> [V^T]"""
+    return log_softmax(alpha * log_probs(logits).sum(-1)).exp()

@@ -6,24 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import (
-    generators,
-    linear_problems,
-    logit_pairs,
-    logits,
-    masked_prompts,
-    masks,
-    policies,
-    randn,
-    rewards,
-    scales,
-    scored_logits,
-    scored_rewards,
-)
+from strategies import linear_problems, logit_pairs, logits, scales, scored_logits, scored_rewards
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanorl.checks import generators, leaf, masked_prompts, masks, policies, randn, rewards
 from nanorl.ops import (
     AGGREGATES,
     bradley_terry,
@@ -44,18 +32,23 @@ from nanorl.ops import (
     masked_mean,
     masked_sum,
     masked_surrogate,
+    overlong_penalty,
     selective_log_softmax,
     sequence_ratio,
     token_weights,
     truncated_surrogate,
     zscore,
+    zscore_batch,
 )
 from nanorl.tabular import (
     expectation,
     fixed_prefix_kl,
     log_probs,
     num_prefixes,
+    power_distribution,
     prefix_rows,
+    regularised_optimum,
+    reward_gradient,
     sequence_kl,
     sequence_probs,
     sequences,
@@ -71,10 +64,6 @@ chunks = st.integers(1, 12)
 
 def assert_close(actual, expected, tol=1e-11):
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
-
-
-def leaf(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_()
 
 
 def grad(y: Tensor, *xs: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -112,6 +101,46 @@ def test_the_chain_rule_of_the_divergence(pair):
     """KL(p || q) of sequences = E_{prefix ~ p}[sum_t KL(p_t || q_t)]."""
     p, q = pair
     assert_close(sequence_kl(p, q), fixed_prefix_kl(p, p, q))
+
+
+betas = st.sampled_from([0.1, 1.0, 10.0])
+
+
+@given(policies(), generators)
+def test_the_gradient_of_expected_reward_is_reinforces(pi, generator):
+    """grad E_pi[r] = E_pi[r grad log pi], and a reward that is the same for all answers has none."""
+    r = randn(generator, len(log_probs(pi)))
+    table = leaf(pi)
+    assert_close(grad(expectation(pi, r * log_probs(table).sum(-1)), table), reward_gradient(pi, r))
+    assert_close(reward_gradient(pi, torch.ones_like(r)), torch.zeros_like(pi))
+
+
+@given(policies(count=2), betas, generators)
+def test_the_leashed_objective_is_a_divergence_from_its_optimum(pair, beta, generator):
+    """E_pi[r] - beta KL(pi || ref) = beta log Z - beta KL(pi || pi*), so pi* is its maximum."""
+    pi, ref = pair
+    r = randn(generator, len(log_probs(pi)))
+    p, q = sequence_probs(pi), sequence_probs(ref)
+    best = regularised_optimum(ref, r, beta)
+    log_Z = (q.log() + r / beta).logsumexp(0)
+    assert_close(expectation(pi, r) - beta * sequence_kl(pi, ref), beta * log_Z - beta * (p * (p / best).log()).sum(), 1e-9)
+    assert_close(regularised_optimum(ref, r + 3.0, beta), best, 1e-9)
+    assert_close(best.sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+@given(policies(), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
+def test_a_power_keeps_the_order_and_sharpens_the_odds(pi, alpha):
+    """(p^alpha / Z)(y) / (p^alpha / Z)(y') = (p(y) / p(y'))^alpha; alpha = 1 is p itself."""
+    p, sharp = sequence_probs(pi), power_distribution(pi, alpha)
+    assert_close(sharp / sharp[0], (p / p[0]) ** alpha, 1e-9)
+    assert_close(sharp.sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_a_power_of_answers_is_not_a_temperature_of_tokens():
+    """Token by token, p(y_t)^alpha / Z_t does not see that one first token continues more surely: 1/2 against 0.62."""
+    pi = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5]], dtype=torch.float64).log()
+    assert sequence_probs(2.0 * pi)[:2].sum().item() == pytest.approx(0.5)
+    assert power_distribution(pi, 2.0)[:2].sum().item() == pytest.approx(0.82 / 1.32)
 
 
 # ---- Log-probabilities ----
@@ -619,6 +648,36 @@ def test_equal_rewards_give_exactly_zero(dtype, value, G, seed):
     for advantage in ADVANTAGES:
         for a in (advantage(r), advantage(r, valid=valid)):
             assert (a == 0).all() and a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@given(rewards(), generators, st.floats(-10, 10), st.sampled_from([0.5, 2.0]))
+def test_z_scores_of_a_batch_are_centred_per_group_and_scaled_as_one(r, generator, c, factor):
+    """A = (r - mean of the group) / std of all kept answers; shifts of a group and one factor for all change nothing."""
+    kept = torch.rand(r.shape, generator=generator) < 0.7
+    a = zscore_batch(r, kept=kept)
+    std = center(r)[kept].square().mean().sqrt() if kept.any() else torch.tensor(0.0)
+    assert_close(a, center(r) / (std + 1e-6))
+    assert_close(zscore_batch(r), zscore_batch(r, kept=torch.ones_like(kept)))
+    assert_close(zscore_batch(r + torch.arange(len(r))[:, None] * c, kept=kept), a, 1e-6)
+    if std > 0.01:
+        assert_close(zscore_batch(r * factor, kept=kept), a, 1e-3)
+
+
+def test_one_group_has_the_z_scores_of_a_batch_and_several_keep_their_weights():
+    """With one group both are the same. With several, the batch's keep the groups' proportions, the group's make them alike."""
+    one, two = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([[4.0, 0.0], [1.0, 0.0]])
+    assert_close(zscore_batch(one), zscore(one))
+    assert_close(zscore_batch(two)[0] / zscore_batch(two)[1], torch.tensor([4.0, 4.0]), 1e-5)
+    assert_close(zscore(two)[0] / zscore(two)[1], torch.tensor([1.0, 1.0]), 1e-5)
+
+
+@given(st.integers(1, 200), st.sampled_from([0.1, 0.2, 1.0]), st.integers(0, 300))
+def test_length_costs_nothing_then_linearly_then_one(limit, share, length):
+    """0 up to limit - buffer, then falling along a line to -1 at the limit, and no further."""
+    buffer = share * limit
+    found = overlong_penalty(torch.tensor([length]), limit, buffer).item()
+    expected = 0.0 if length <= limit - buffer else -1.0 if length >= limit else -(length - (limit - buffer)) / buffer
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 @given(rewards())

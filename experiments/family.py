@@ -1,0 +1,138 @@
+"""The rows of train_grpo.py's table, side by side: what each reaches from the same fine-tuned model, and at what price.
+
+    python train_sft.py                         the model that all of them start from, seed 0
+    python -m experiments.family                three seeds of each, two runs at a time; finished runs are kept
+    python -m experiments.family --draw         only the table and the figure, from the runs that are there
+
+Four updates per rollout, so that ratios leave 1 and bounds have something to do. Where a paper's bound never binds at this
+size, or binds always, the row appears twice: as printed, and with a bound that was measured here.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = "--minibatches 4 --lr 1e-4 --steps 20 --eval-every 1 --eval-problems 250 --save-every 1000 --quiet"
+# Label: the flags. Rows of one block are the same algorithm where all ratios are 1 (and no group is left out).
+BLOCKS = [
+    {"reinforce": "--algo reinforce", "reinforce, running mean off": "--algo reinforce --baseline-decay 0.9"},
+    {"rloo": "--algo rloo"},
+    {"grpo": "--algo grpo", "gspo": "--algo gspo", "gspo, clip .01/.01": "--algo gspo --clip-low 0.01 --clip-high 0.01"},
+    {"dr_grpo": "--algo dr_grpo"},
+    {"masked_is": "--algo masked_is", "masked_is [.8, 1.25]": "--algo masked_is --mask-low 0.8 --mask-high 1.25"},
+    {"dapo": "--algo dapo", "cispo": "--algo cispo", "cispo, cap 1.2": "--algo cispo --cap 1.2"},
+    {"scale_rl": "--algo scale_rl", "scale_rl, cap 1.2": "--algo scale_rl --cap 1.2"},
+    {"raft": "--algo raft"},
+]
+BOUNDED = ("train/clipped_low", "train/clipped_high", "train/capped", "train/masked")
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#8C564B")
+STYLES = ("-", "--", ":")
+
+
+def directory(out: Path, label: str, seed: int) -> Path:
+    return out / f"{''.join(c if c.isalnum() else '_' for c in label)}-{seed}"
+
+
+def train(out: Path, label: str, flags: str, seed: int, init: str, threads: int) -> None:
+    run = directory(out, label, seed)
+    if (run / "done").exists():
+        return
+    subprocess.run(["rm", "-rf", str(run)], check=True)
+    command = [sys.executable, str(ROOT / "train_grpo.py"), "--init", init, "--out", str(run), "--seed", str(seed),
+               *COMMON.split(), *flags.split()]
+    result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+    # A resampling run that has learned its task ends for want of contrast: that is a result.
+    if result.returncode and "had contrast" not in result.stderr:
+        raise SystemExit(f"{label}, seed {seed}: {result.stderr.strip()}")
+    (run / "done").write_text(result.stderr)
+
+
+def curve(run: Path) -> dict[str, list[float]]:
+    """Accuracy before each step, against the answer tokens sampled until then."""
+    tokens, points = 0.0, {"tokens": [], "accuracy": [], "entropy": [], "entropy_tokens": [], "bounded": []}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        if "eval/accuracy_sampled" in line:
+            points["tokens"].append(tokens / 1000)
+            points["accuracy"].append(line["eval/accuracy_sampled"])
+        tokens += line.get("rollout/tokens", 0.0)
+        if "train/entropy" in line:
+            points["entropy"].append(line["train/entropy"])
+            points["entropy_tokens"].append(tokens / 1000)
+            points["bounded"].append(sum(line.get(name, 0.0) for name in BOUNDED))
+    return points
+
+
+def tokens_to(curve: dict[str, list[float]], accuracy: float) -> float:
+    return next((t for t, a in zip(curve["tokens"], curve["accuracy"], strict=True) if a >= accuracy), float("inf"))
+
+
+def table(curves: dict[str, list[dict]]) -> str:
+    """One row per label: the mean over seeds, and the range where seeds differ visibly."""
+    def cell(values: list[float], digits: int) -> str:
+        low, high, mean = (f"{x:.{digits}f}" for x in (min(values), max(values), sum(values) / len(values)))
+        return mean if low == high else f"{mean} ({low} to {high})"
+
+    lines = ["| row | final accuracy, sampled | thousand tokens to 0.9 | entropy at the end | bounded, largest step |",
+             "|---|---|---|---|---|"]
+    for label, seeds in curves.items():
+        cells = (cell([c["accuracy"][-1] for c in seeds], 3), cell([tokens_to(c, 0.9) for c in seeds], 0),
+                 cell([c["entropy"][-1] for c in seeds], 4), cell([100 * max(c["bounded"]) for c in seeds], 1) + " %")
+        lines.append(f"| {' | '.join((label, *cells))} |")
+    return "\n".join(lines)
+
+
+def draw(curves: dict[str, list[dict]], path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for block, colour in zip(BLOCKS, COLOURS, strict=True):
+        for label, style in zip(block, STYLES, strict=False):
+            seeds = curves[label]
+            for axis, x, y in ((axes[0], "tokens", "accuracy"), (axes[1], "entropy_tokens", "entropy")):
+                steps = min(len(c[y]) for c in seeds)
+                mean = [[sum(c[key][i] for c in seeds) / len(seeds) for i in range(steps)] for key in (x, y)]
+                axis.plot(*mean, style, color=colour, label=label, linewidth=1.4)
+    axes[0].axhline(0.9, color="0.8", linewidth=0.8, zorder=0)
+    axes[0].set(title="held-out accuracy, sampled", xlabel="thousand answer tokens sampled", ylim=(0, 1.02))
+    axes[1].set(title="entropy of the policy, nats per token", xlabel="thousand answer tokens sampled", yscale="log")
+    for axis in axes:
+        axis.set_xlim(0, 120)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", default="runs/sft", help="the model to start from (default: runs/sft)")
+    parser.add_argument("--out", type=Path, default=Path("runs/family"), help="directory of the runs")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs/family.png", help="the PNG to write")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--draw", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    rows = [(label, flags) for block in BLOCKS for label, flags in block.items()]
+    if not args.draw:
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            runs = [pool.submit(train, args.out, label, flags, seed, args.init, threads)
+                    for seed in range(args.seeds) for label, flags in rows]
+            for run in tqdm(runs, desc="runs"):
+                run.result()
+    curves = {label: [curve(directory(args.out, label, seed)) for seed in range(args.seeds)] for label, _ in rows}
+    print(table(curves))
+    draw(curves, args.figure)
+    print(f"\nDrew {args.figure}.")
+
+
+if __name__ == "__main__":
+    main()
