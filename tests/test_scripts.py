@@ -1,5 +1,6 @@
 """Every script, run in-process from one tiny chain: it runs, resumes bit for bit, and refuses what it cannot do."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -178,6 +179,56 @@ def test_one_update_per_rollout_means_ratio_one_and_an_inert_clip():
         assert abs(line["train/mismatch_kl"]) < 1e-6
 
 
+@pytest.mark.parametrize("algo", train_grpo.ALGORITHMS)
+def test_every_row_of_the_table_trains(algo, tmp_path):
+    """Two steps of two updates each: the weights move, and what the row's bound counts is logged."""
+    start(train_grpo, GRPO + f" --algo {algo} --minibatches 2 --steps 2", tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert max(line.get("train/grad_norm_max", 0) for line in lines) > 0
+    row = train_grpo.ALGORITHMS[algo]
+    held = {"clip": {"clipped_low", "clipped_high"}, "truncate": {"capped"}, "mask": {"masked"}}.get(row.bound, set())
+    assert {name[6:] for name in lines[0] if name[6:] in {"clipped_low", "clipped_high", "capped", "masked"}} == held
+
+
+def test_a_row_is_the_flags_it_stands_for(tmp_path):
+    """--algo dapo is grpo with its five flags; an overridden axis is overridden."""
+    flags = "--groups resample --aggregate prompt_mean --clip-high 0.28 --overlong 0.2"
+    row, spelt = (run.parse(train_grpo.Config, x.split()) for x in ("--algo dapo", f"--algo grpo {flags}"))
+    assert dataclasses.replace(row, algo="grpo") == spelt
+    assert run.parse(train_grpo.Config, ["--algo", "dapo", "--groups", "all"]).groups == "all"
+
+
+def test_stale_rollouts_are_trained_on_that_many_steps_later(tmp_path):
+    """The first steps only collect; then ratios leave 1 although there is one update per rollout."""
+    start(train_grpo, GRPO + " --stale 2 --steps 4", tmp_path / "stale")
+    lines = metrics(tmp_path / "stale")
+    assert ["train/lr" in line for line in lines] == [False, False, True, True, False]
+    assert lines[2]["train/ratio_max"] < 1 + 1e-4 < lines[3]["train/ratio_max"]
+
+
+def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path):
+    start(train_grpo, GRPO + " --kl-coef 0.1 --refresh-reference 2 --steps 4", tmp_path / "refreshed")
+    kl = [line["train/kl"] for line in metrics(tmp_path / "refreshed")[:-1]]
+    assert max(abs(kl[0]), abs(kl[2])) < 1e-6 < min(kl[1], kl[3])
+
+
+def test_the_likelihood_term_holds_on_to_the_demonstrations(tmp_path):
+    """With a coefficient that drowns the reward, the loss on the demonstrations falls; with none it is not computed."""
+    flags = GRPO + " --steps 6 --lr 1e-3 --demonstrations letters.jsonl --likelihood-coef 100"
+    start(train_grpo, flags, tmp_path / "held")
+    losses = [line["train/demonstration_loss"] for line in metrics(tmp_path / "held")[:-1]]
+    assert losses[-1] < losses[0]
+    assert "train/demonstration_loss" not in metrics("grpo")[0]
+
+
+def test_the_running_mean_is_of_earlier_rewards(tmp_path):
+    """The first step subtracts nothing; with decay 0.5 the second subtracts the first step's mean."""
+    start(train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --steps 2", tmp_path / "run")
+    first, second, _ = (line.get("rollout/reward", 0) for line in metrics(tmp_path / "run"))
+    total, weight = run.load_checkpoint(tmp_path / "run")["state"]["baseline"]
+    assert weight == pytest.approx(0.75) and total == pytest.approx(0.25 * first + 0.5 * second, abs=1e-6)
+
+
 def test_the_kl_to_the_reference_starts_at_zero_and_leaves_it(tmp_path):
     start(train_grpo, GRPO + " --kl-coef 0.1", tmp_path / "leash")
     first, second, third, _ = metrics(tmp_path / "leash")
@@ -245,7 +296,18 @@ BAD = [
     (train_grpo, "--max-new-tokens 1000 --init sft", "--max-new-tokens 1000"),
     (train_grpo, "--advantage best", "--advantage"), (train_grpo, "--init sft --data bad.jsonl", "bad.jsonl, line 1"),
     (train_grpo, "--device tpu", "--device"), (train_grpo, "--out sft", "sft"),
-    (train_grpo, "--out nowhere --resume", "nowhere"),
+    (train_grpo, "--out nowhere --resume", "nowhere"), (train_grpo, "--stale 40 --init sft", "--stale 40"),
+    *((train_grpo, flags, named) for flags, named in [
+        ("--bound mask --clip-low 0.1", "--clip-low 0.1"), ("--algo cispo --clip-high 0.3", "--clip-high 0.3"),
+        ("--cap 5", "--cap 5"), ("--baseline-decay 0.9", "--baseline-decay 0.9"), ("--kl k2", "--kl-coef"),
+        ("--kl-in reward", "--kl-coef"), ("--refresh-reference 5", "--kl-coef"),
+        ("--kl-coef 0.1 --kl k1", "--kl k1 --kl-in loss"), ("--kl-coef 0.1 --kl k3 --kl-in reward", "follows no divergence"),
+        ("--ratio none", "--ratio none --bound clip"), ("--ratio sequence --aggregate token_mean", "--aggregate token_mean"),
+        ("--bound mask --mask-low 9", "--mask-low 9.0"), ("--mask-high inf --bound mask", "--mask-high inf"),
+        ("--advantage positive --kl-coef 0.1 --kl k1 --kl-in reward", "--advantage positive"),
+        ("--algo raft --group 1 --groups drop", "--group 1"), ("--demonstrations letters.jsonl", "--likelihood-coef"),
+        ("--overlong 2", "--overlong 2.0"), ("--init sft --likelihood-coef 0.1 --data wanted.jsonl", "no demonstrations"),
+        ("--init sft --likelihood-coef 0.1 --demonstrations long.jsonl", "long.jsonl, record 1")]),
 ]
 
 

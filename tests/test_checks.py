@@ -1,0 +1,183 @@
+"""The invariants themselves: sound objectives pass them, and each kind of fault is named, in words."""
+
+import contextlib
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_grpo
+from nanorl import checks
+from nanorl.checks import BrokenObjective, check_objective
+from nanorl.ops import center, clipped_surrogate, kl_k1, kl_k2, leave_one_out, masked_sum, zscore
+from train_grpo import ADVANTAGES, ALGORITHMS, TERMS, Config
+
+pytestmark = pytest.mark.math
+
+quick = functools.partial(check_objective, examples=10)
+
+
+def sound(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None):
+    """PPO's clip, as a user might write it."""
+    logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
+    surrogate = clipped_surrogate(logp, old_logp, adv, 0.2, 0.2)
+    return -(weights * surrogate).sum(), {"surrogate": masked_sum(surrogate.detach(), mask)}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_of_the_table_is_sound(name):
+    """With its own bound, numbers, advantage and weights."""
+    cfg = Config(algo=name)
+    f = functools.partial(train_grpo.objective, **{x: getattr(cfg, x) for x in TERMS if getattr(cfg, x) is not None})
+    compares = cfg.advantage not in ("reward", "positive")
+    report = quick(f, ADVANTAGES[cfg.advantage] if compares else None, ratio=cfg.ratio, aggregate=cfg.aggregate,
+                   clip=(cfg.clip_low, cfg.clip_high) if cfg.bound == "clip" else None, detached_weight=cfg.bound == "truncate")
+    expected = {"contract", "poison", "padding", "purity", "micro_batches", "permutation", "reinforce", "direction",
+                "no_advantage"}
+    expected |= {"clip": {"slope", "flat_region", "pessimism"}, "truncate": {"weighted_score"}}.get(cfg.bound, {"slope"})
+    expected |= {"same_rewards", "shifted_rewards", "scaled_rewards", "reordered_rewards"} if compares else set()
+    assert report.held.keys() == expected and not report.broken
+    assert report.held.keys() | report.skipped.keys() == {i.__name__ for i in checks.OBJECTIVE + checks.ADVANTAGE}
+    assert "lengths change its direction" in str(report) if cfg.aggregate == "sequence_mean" else True
+
+
+# ---- Faults ----
+
+
+def changed(**replace):
+    """`sound` with one of its steps replaced."""
+    def f(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None):
+        step = {"blank": lambda x: x.masked_fill(~mask, 0.0), "adv": lambda a: a, "weights": lambda w: w,
+                "surrogate": lambda l, o, a: clipped_surrogate(l, o, a, 0.2, 0.2), "sum": lambda x: x.sum(),
+                "metric": lambda x: masked_sum(x, mask), "more": lambda *_: 0.0} | replace
+        logp, old_logp = step["blank"](logp), step["blank"](old_logp)
+        surrogate = step["surrogate"](logp, old_logp, step["adv"](adv))
+        ref = None if ref_logp is None else ref_logp.masked_fill(~mask, 0.0)
+        loss = -step["sum"](step["weights"](weights) * surrogate) + step["more"](logp, ref, weights)
+        return loss, {"surrogate": step["metric"](surrogate.detach())}
+    return f
+
+
+def clipped_upside_down(logp, old_logp, adv):
+    ratio = (logp - old_logp).exp()
+    return torch.maximum(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
+
+
+def clipped_by_advantage_sign_alone(logp, old_logp, adv):
+    ratio = (logp - old_logp).exp()
+    return ratio.clamp(0.8, 1.2) * adv
+
+
+FAULTS = {
+    "the advantage's sign is flipped": (changed(adv=lambda a: -a), {"reinforce", "direction"}),
+    "max where min belongs": (changed(surrogate=clipped_upside_down), {"flat_region", "pessimism"}),
+    "clipped on both sides": (changed(surrogate=clipped_by_advantage_sign_alone), {"flat_region"}),
+    "log-probs multiplied by the mask, not blanked": (changed(blank=lambda x: x * 1.0), {"poison"}),
+    "its own mean over the micro-batch": (changed(sum=lambda x: x.mean()), {"micro_batches", "padding"}),
+    "a metric that is a mean": (changed(metric=lambda x: x.mean()), {"micro_batches"}),
+    "advantages whitened within the micro-batch": (changed(adv=lambda a: a - a.mean()), {"micro_batches", "reinforce"}),
+    "weights forgotten": (changed(weights=torch.ones_like), {"reinforce"}),
+    "written into the advantage": (changed(adv=lambda a: a.mul_(2.0)), {"purity"}),
+    "no gradient through the policy": (changed(surrogate=lambda l, o, a: 0.0 * l + (l.detach() - o).exp() * a), {"direction"}),
+    "shifted by one token": (changed(surrogate=lambda l, o, a: clipped_surrogate(l, o, a, 0.2, 0.2).roll(1, -1)),
+                             {"reinforce"}),
+    "only the first answer's advantage": (changed(adv=lambda a: a[:1].expand_as(a)), {"permutation", "micro_batches"}),
+    "k1 in the loss": (changed(more=lambda l, r, w: (w * kl_k1(l, r)).sum() if r is not None else 0.0), {"divergence"}),
+    "KL to the reference with its sign flipped": (
+        changed(more=lambda l, r, w: -(w * kl_k2(l, r)).sum() if r is not None else 0.0), {"divergence"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_objective_is_told_what_is_broken(fault):
+    f, named = FAULTS[fault]
+    with pytest.raises(BrokenObjective) as error:
+        check_objective(f, clip=(0.2, 0.2), examples=30)
+    broken = error.value.report.broken
+    assert named <= broken.keys(), error.value
+    assert all(f"BROKEN   {name}: " in str(error.value) and len(broken[name]) > 10 for name in named)
+
+
+def test_the_counterexample_is_small_and_in_words():
+    """A flipped sign shows in a single token."""
+    with pytest.raises(BrokenObjective) as error:
+        check_objective(FAULTS["the advantage's sign is flipped"][0])
+    assert "a token with A = " in error.value.report.broken["reinforce"]
+    assert "1 answer with 1 position" in error.value.report.broken["direction"]
+
+
+def without_contrast_in_float32(r):
+    """E[r^2] - E[r]^2, whose rounding is divided by its own root."""
+    mean, square = r.float().mean(-1, keepdim=True), (r.float() ** 2).mean(-1, keepdim=True)
+    return (r.float() - mean) / (square - mean**2 + 1e-12).abs().sqrt()
+
+
+@pytest.mark.parametrize("advantage, named", [
+    (without_contrast_in_float32, "same_rewards"), (lambda r: r, "shifted_rewards"),
+    (lambda r: center(r) / (center(r).abs().mean() + 1.0), "scaled_rewards"),
+    (lambda r: center(r) * torch.arange(r.shape[1]), "reordered_rewards")])
+def test_a_broken_advantage_is_told_what_is_broken(advantage, named):
+    with pytest.raises(BrokenObjective) as error:
+        quick(sound, advantage)
+    assert named in error.value.report.broken
+
+
+# ---- What is no fault is measured ----
+
+
+@pytest.mark.parametrize("advantage, says", [
+    (lambda r: r, "1.0000 of the true one, unbiased"), (leave_one_out, "1.0000 of the true one, unbiased"),
+    (center, "0.6667 of the true one = (G-1)/G at G = 3"), (zscore, "not proportional")])
+def test_the_bias_of_an_advantage_is_named_with_its_factor(advantage, says):
+    """REINFORCE and leave-one-out are unbiased, the group mean shrinks by (G-1)/G, z-scores change the direction."""
+    assert says in checks.advantage_bias(advantage)
+
+
+@pytest.mark.parametrize("how, says", [("sequence_sum", "1.000 of the true one at the first token and 1.000"),
+                                       ("constant", "0.500 of the true one at the first token and 0.500"),
+                                       ("sequence_mean", "0.750 of the true one at the first token and 0.500")])
+def test_the_bias_of_an_aggregation_is_named_with_its_factors(how, says):
+    assert says in checks.length_bias(sound, how)
+
+
+# ---- The command ----
+
+
+OBJECTIVE = '''
+def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None):
+    logp = logp.masked_fill(~mask, 0.0)
+    return {sign}(weights * adv * logp).sum(), {{}}
+
+def short(logp, adv):
+    return 0
+'''
+
+
+@pytest.mark.parametrize("sign, code, says", [("-", 0, "holds    reinforce"), ("", 1, "BROKEN   reinforce")])
+def test_the_command_reports_and_exits_with_1_when_something_is_broken(sign, code, says, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(OBJECTIVE.format(sign=sign))
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as exit:
+        checks.main([f"{tmp_path / 'mine.py'}:objective", "--examples", "5"])
+    assert says in capsys.readouterr().out
+    assert not code or exit.value.code == code
+
+
+@pytest.mark.parametrize("where, says", [
+    ("nowhere.py:f", "nowhere.py:f"), ("mine.py", "FILE.py:NAME"), ("mine.py:other", "no function other"),
+    ("mine.py:short", "no ref_logp and no entropy")])
+def test_the_command_says_what_it_cannot_check(where, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OBJECTIVE.format(sign="-"))
+    with pytest.raises(SystemExit) as exit:
+        checks.main([where])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and says in error and error.count("\n") == 1
+
+
+def test_without_hypothesis_there_is_one_sentence():
+    code = "import sys; sys.modules['hypothesis'] = None; import runpy; runpy.run_module('nanorl.checks', run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert result.returncode and result.stderr == 'nanorl.checks needs hypothesis; install it with: pip install -e ".[test]"\n'
