@@ -8,12 +8,12 @@ groups are trained on. A named algorithm is a row of the table below; any flag o
 
     python train_grpo.py                    from nothing: pretrains and fine-tunes first where those runs are missing
     python train_grpo.py --algo dapo --minibatches 4 --out runs/dapo
-    python train_grpo.py --algo rloo --kl-coef 0.04 --out runs/rloo
+    python train_grpo.py --algo rloo --kl-coef 0.03 --out runs/rloo
     python train_grpo.py --task sorting
 
 With one update per rollout, the default, every ratio is 1 and a bound has nothing to do: rows that differ only there are
-then the same algorithm. Where every answer weighs the same, the loss is then zero too, because the advantages of a group
-sum to zero. It says nothing about progress and is not logged. Watch the reward.
+then the same algorithm. GRPO's loss is then zero too, because the advantages of a group sum to zero and all its answers
+weigh the same. A loss says nothing about progress here and is not logged. Watch the reward.
 """
 
 import functools
@@ -75,24 +75,26 @@ ALGORITHMS = {
     "reinforce": Row("reward",        "none",     "none",     "sequence_sum",  "all",
                      "Williams 1992; --baseline-decay 0.9 takes a running mean of the reward off", {}),
     "rloo":      Row("leave_one_out", "none",     "none",     "sequence_sum",  "all",
-                     "Ahmadian et al. 2024; their KL in the reward: --kl-coef 0.04", {"kl": "k1", "kl_in": "reward"}),
+                     "Ahmadian et al. 2024; their KL in the reward: --kl-coef 0.03", {"kl": "k1", "kl_in": "reward"}),
     "grpo":      Row("zscore",        "token",    "clip",     "sequence_mean", "all",
-                     "Shao et al. 2024, eq. 3; their KL in the loss: --kl-coef 0.04", {}),
+                     "Shao et al. 2024, eq. 3, its clip not given; their KL in the loss: --kl-coef 0.04", {}),
     "dr_grpo":   Row("center",        "token",    "clip",     "constant",      "all",
                      "Liu et al. 2025", {}),
     "dapo":      Row("zscore",        "token",    "clip",     "prompt_mean",   "resample",
-                     "Yu et al. 2025, eq. 8 and 13; the released code: --aggregate token_mean",
+                     "Yu et al. 2025, eq. 8 and 13, whose rewards are -1 and 1; their code: --aggregate token_mean",
                      {"clip_high": 0.28, "overlong": 0.2}),
     "cispo":     Row("zscore",        "token",    "truncate", "prompt_mean",   "all",
-                     "MiniMax 2025, eq. 4, which leaves the cap open; the released code: --aggregate token_mean", {}),
+                     "MiniMax 2025, eq. 4 and 5, the cap not given; they add --groups resample --overlong; libraries use "
+                     "token_mean", {}),
     "gspo":      Row("zscore",        "sequence", "clip",     "sequence_mean", "all",
-                     "Zheng et al. 2025, eq. 5", {"clip_low": 3e-4, "clip_high": 4e-4}),
+                     "Zheng et al. 2025, eq. 5 to 7, at their --minibatches 4", {"clip_low": 3e-4, "clip_high": 4e-4}),
     "masked_is": Row("center",        "token",    "mask",     "token_mean",    "all",
-                     "the loss of Prime Intellect's verifiers; masked tokens keep their weight", {}),
+                     "verifiers-rl (Prime Intellect), whose ratio is to the sampler's log-probs; masked tokens count in N", {}),
     "scale_rl":  Row("zscore_batch",  "token",    "truncate", "prompt_mean",   "drop",
-                     "Khatri et al. 2025; absent: asynchrony, no-positive-resampling, interruptions", {}),
+                     "Khatri et al. 2025, section 4; absent: asynchrony, interruptions, no-positive-resampling, float32 logits",
+                     {}),
     "raft":      Row("positive",      "none",     "none",     "token_mean",    "all",
-                     "Dong et al. 2023, one update a round: maximum likelihood of the accepted answers", {}),
+                     "all accepted answers, as Xiong et al. 2025 read it; Dong et al. 2023 keep the best of each group", {}),
 }
 AXES = Row._fields[:5]
 __doc__ += "\n".join(["\n{:<11}{:<15}{:<10}{:<10}{:<15}{:<10}{}".format("--algo", *AXES, "and"), *(
@@ -113,8 +115,9 @@ ADVANTAGES = {"reward": lambda rewards: rewards, "center": center, "leave_one_ou
 TERMS = ("ratio", "bound", "clip_low", "clip_high", "cap", "mask_low", "mask_high", "kl_coef", "kl", "kl_in", "entropy_coef")
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 EXTREMES = {"_max": max, "_min": min}       # how such metrics add up; all others are sums
-# Which divergence the gradient of a KL term follows; a pair that is not here follows none. On samples of pi itself, that
-# is: samples of an older policy make `loss` an approximation, while `weighted` carries their ratio.
+# Which divergence the expected gradient of a KL term follows; a pair that is not here follows none. That is exact on samples
+# of pi itself (`weighted` carries the ratio of older ones), where a token's weight does not depend on its answer's length
+# (sequence_sum, constant), and, in the reward, where no z-score divides it.
 KL_FOLLOWS = {("k2", "loss"): "KL(pi || ref), each prefix held fixed",
               ("k3", "loss"): "KL(ref || pi), each prefix held fixed",
               ("k1", "weighted"): "KL(pi || ref), each prefix held fixed",

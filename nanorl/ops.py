@@ -166,7 +166,7 @@ def kl_k3(logp: Tensor, other: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Advantages: rewards [P, G] -> [P, G], each row compared with itself only. `valid` [P, G] is False for a sample that
+# Advantages: rewards [P, G] -> [P, G], each row compared with its own mean. `valid` [P, G] is False for a sample that
 # could not be scored; it enters no mean and gets advantage 0.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ def center(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def zscore(rewards: Tensor, eps: float = 1e-6, valid: Tensor | None = None) -> Tensor:
-    """A_i = (r_i - mean(r)) / (std(r) + eps), population std.       [P, G] -> [P, G]       (GRPO, Shao et al. 2024, 4.1)
+    """A_i = (r_i - mean(r)) / (std(r) + eps), population std.       [P, G] -> [P, G]     (GRPO, Shao et al. 2024, 4.1.2)
 
     Unchanged when rewards are shifted, and (up to eps) when they are scaled; |A_i| <= sqrt(G-1). For 0/1 rewards with
     pass rate p: +sqrt((1-p)/p) and -sqrt(p/(1-p)), so groups near p = 0 or 1 weigh more than the true gradient says.
@@ -212,7 +212,7 @@ def zscore_batch(rewards: Tensor, eps: float = 1e-6, kept: Tensor | None = None)
 
 
 def leave_one_out(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
-    """A_i = r_i - mean_{j != i} r_j = G/(G-1) (r_i - mean(r)).       [P, G] -> [P, G]       (RLOO, Kool et al. 2019)
+    """A_i = r_i - mean_{j != i} r_j = G/(G-1) (r_i - mean(r)).       [P, G] -> [P, G]       (Kool et al. 2019)
 
     The baseline does not contain r_i, so the expected policy gradient is the true one. A lone sample has nothing to be
     compared with and gets 0.
@@ -300,7 +300,7 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: flo
 
 
 def truncated_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, cap: float) -> Tensor:
-    """Truncated importance sampling with a detached weight.            (CISPO, MiniMax 2025, eq. 4; IMPALA's rho-bar)
+    """Truncated importance sampling with a detached weight.            (CISPO, MiniMax 2025, eq. 4-5; IMPALA's rho-bar)
 
         J = sg( min(rho, cap) ) A log pi
 

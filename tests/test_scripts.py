@@ -198,6 +198,15 @@ def test_a_row_is_the_flags_it_stands_for(tmp_path):
     assert run.parse(train_grpo.Config, ["--algo", "dapo", "--groups", "all"]).groups == "all"
 
 
+def test_weights_that_do_not_move_have_ratio_one_in_every_minibatch(tmp_path, monkeypatch):
+    """Whatever the shuffle and the micro-batches: a ratio other than 1 is a policy that moved, never a rounding or a pad."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    start(train_grpo, GRPO + " --minibatches 3 --epochs 2 --micro-batch 1 --steps 2 --kl-coef 0.1", tmp_path / "still")
+    for line in metrics(tmp_path / "still")[:-1]:
+        assert 1 - 1e-5 < line["train/ratio_min"] <= line["train/ratio_max"] < 1 + 1e-5
+        assert abs(line["train/kl"]) < 1e-9 and line["train/clipped_low"] == line["train/clipped_high"] == 0
+
+
 def test_stale_rollouts_are_trained_on_that_many_steps_later(tmp_path):
     """The first steps only collect; then ratios leave 1 although there is one update per rollout."""
     start(train_grpo, GRPO + " --stale 2 --steps 4", tmp_path / "stale")
