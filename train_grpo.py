@@ -1,6 +1,6 @@
 """Policy gradients without a critic: sample a group of answers to each prompt, and make the better ones more likely.
 
-    J = sum_bt w_bt [ bound(rho) A - kl_coef KL(pi || ref) + entropy_coef H ]          loss = -J
+    J = sum_bt w_bt [ bound(rho) A - kl_coef KL(pi || ref) + entropy_coef H ] + likelihood_coef E_demo[log pi]      loss = -J
 
 GRPO and its relatives differ in five choices: how an answer is compared (the advantage A), how far the policy has moved
 since it sampled (the ratio rho), what is done about it (the bound), how much each token counts (the weights w) and which
@@ -17,9 +17,9 @@ weigh the same. A loss says nothing about progress here and is not logged. Watch
 """
 
 import functools
+import inspect
 import operator
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -47,12 +47,11 @@ from nanorl.ops import (
     zscore,
     zscore_batch,
 )
-from nanorl.rollout import NoContrast, check_room, collect, contrast, describe, evaluate, show_answers
+from nanorl.rollout import NoContrast, before_and_after, check_room, collect, contrast, describe, evaluate, show_answers
 from nanorl.sample import Rollout, token_log_probs
 from nanorl.selfcheck import SelfCheckFailed, selfcheck, tolerance
 from nanorl.tasks import FileTask, make_task
 
-DEMONSTRATIONS = 20_000     # of the task, for --likelihood-coef: those of train_sft.py
 STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so that only forgetting is measured
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +74,7 @@ ALGORITHMS = {
     "reinforce": Row("reward",        "none",     "none",     "sequence_sum",  "all",
                      "Williams 1992; --baseline-decay 0.9 takes a running mean of the reward off", {}),
     "rloo":      Row("leave_one_out", "none",     "none",     "sequence_sum",  "all",
-                     "Ahmadian et al. 2024; their KL in the reward: --kl-coef 0.03", {"kl": "k1", "kl_in": "reward"}),
+                     "Ahmadian et al. 2024; their KL in the reward: --kl-coef 0.03", {"kl_in": "reward"}),
     "grpo":      Row("zscore",        "token",    "clip",     "sequence_mean", "all",
                      "Shao et al. 2024, eq. 3, its clip not given; their KL in the loss: --kl-coef 0.04", {}),
     "dr_grpo":   Row("center",        "token",    "clip",     "constant",      "all",
@@ -112,9 +111,7 @@ NUMBERS = {"clip_low": ("bound", "clip", 0.2), "clip_high": ("bound", "clip", 0.
 ADVANTAGES = {"reward": lambda rewards: rewards, "center": center, "leave_one_out": leave_one_out, "zscore": zscore,
               "zscore_batch": zscore_batch, "positive": torch.ones_like}
 
-TERMS = ("ratio", "bound", "clip_low", "clip_high", "cap", "mask_low", "mask_high", "kl_coef", "kl", "kl_in", "entropy_coef")
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
-EXTREMES = {"_max": max, "_min": min}       # how such metrics add up; all others are sums
 # Which divergence the expected gradient of a KL term follows; a pair that is not here follows none. That is exact on samples
 # of pi itself (`weighted` carries the ratio of older ones), where a token's weight does not depend on its answer's length
 # (sequence_sum, constant), and, in the reward, where no z-score divides it.
@@ -155,8 +152,8 @@ class Config(run.RunConfig):
     overlong: run.Share | None = None    # the last share of max_new_tokens, in which length costs up to 1 of reward
 
     kl_coef: run.NonNegative = 0.0    # weight of the KL divergence from the initial policy, the reference
-    kl: Literal[*KL] | None = None    # its estimator (the row's, else k3)
-    kl_in: Literal["loss", "weighted", "reward"] | None = None    # the loss, the loss weighted by the ratio, or the reward
+    kl_in: Literal["loss", "weighted", "reward"] | None = None    # where it acts: loss, loss times the ratio, or reward
+    kl: Literal[*KL] | None = None    # its estimator (k1 in the reward, else k3)
     refresh_reference: run.Count | None = None    # steps after which the policy becomes the reference
     entropy_coef: run.NonNegative = 0.0    # weight of the entropy bonus
     likelihood_coef: run.NonNegative = 0.0    # weight of the log-likelihood of demonstrations, against forgetting
@@ -178,6 +175,11 @@ class Config(run.RunConfig):
             if getattr(self, flag) is None:
                 object.__setattr__(self, flag, value)
 
+        def expect(holds, flags, sentence):
+            if not holds:
+                shown = " ".join(f"--{flag.replace('_', '-')} {getattr(self, flag)}" for flag in flags.split())
+                raise ValueError(f"{shown}: {sentence}")
+
         row = ALGORITHMS[self.algo]
         object.__setattr__(self, "out", self.out or run.stage_dir("grpo", self.task, self.difficulty))
         for axis in AXES:
@@ -185,36 +187,39 @@ class Config(run.RunConfig):
         for flag, (axis, choice, value) in NUMBERS.items():
             if getattr(self, axis) == choice:
                 default(flag, row.also.get(flag, value))
-            elif getattr(self, flag) is not None:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: only --{axis} {choice} looks at it, and "
-                                 f"--{axis} is {getattr(self, axis)}")
+            expect(getattr(self, axis) == choice or getattr(self, flag) is None, f"{axis} {flag}",
+                   f"only --{axis} {choice} looks at --{flag.replace('_', '-')}")
         default("overlong", row.also.get("overlong", 0.0))
         if self.kl_coef:
-            default("kl", row.also.get("kl", "k3"))
             default("kl_in", row.also.get("kl_in", "loss"))
-            if (self.kl, self.kl_in) not in KL_FOLLOWS:
-                sound = "; ".join(f"{' in '.join(pair)} ({what})" for pair, what in KL_FOLLOWS.items())
-                raise ValueError(f"--kl {self.kl} --kl-in {self.kl_in}: its gradient follows no divergence; expected {sound}")
-        else:
-            for flag in ("kl", "kl_in", "refresh_reference"):
-                if getattr(self, flag) is not None:
-                    raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected a --kl-coef beside it")
-        if self.demonstrations and not self.likelihood_coef:
-            raise ValueError(f"--demonstrations {self.demonstrations}: without --likelihood-coef nothing learns from them")
-        if self.ratio == "none" and self.bound != "none":
-            raise ValueError(f"--ratio none --bound {self.bound}: there is no ratio to bound, expected --bound none")
-        if self.ratio == "sequence" and self.aggregate != "sequence_mean":
-            raise ValueError(f"--ratio sequence --aggregate {self.aggregate}: answers have one ratio each and count alike, "
-                             "expected --aggregate sequence_mean")
-        if self.bound == "mask" and self.mask_low > self.mask_high:
-            raise ValueError(f"--mask-low {self.mask_low} is above --mask-high {self.mask_high}: every token would be left out")
-        if self.advantage == "positive" and self.kl_in == "reward":
-            raise ValueError("--advantage positive --kl-in reward: accepted answers count alike, whatever their reward; "
-                             "expected --kl-in loss or weighted")
-        compares = self.advantage not in ("reward", "positive") or self.groups != "all"
-        if self.group == 1 and compares:
-            raise ValueError(f"--group 1: --advantage {self.advantage} with --groups {self.groups} compares answers within a "
-                             "group, expected at least 2")
+            default("kl", "k1" if self.kl_in == "reward" else "k3")
+            sound = "; ".join(f"{' in '.join(pair)} ({what})" for pair, what in KL_FOLLOWS.items())
+            expect((self.kl, self.kl_in) in KL_FOLLOWS, "kl kl_in", f"its gradient follows no divergence; expected {sound}")
+        for flag in ("kl", "kl_in", "refresh_reference"):
+            expect(self.kl_coef or getattr(self, flag) is None, flag, "expected a --kl-coef beside it")
+
+        expect(self.likelihood_coef or not self.demonstrations, "demonstrations", "expected a --likelihood-coef beside it")
+        expect(self.ratio != "none" or self.bound == "none", "ratio bound", "there is no ratio to bound, expected --bound none")
+        expect(self.ratio != "sequence" or self.aggregate == "sequence_mean", "ratio aggregate",
+               "answers have one ratio each and count alike, expected --aggregate sequence_mean")
+        expect(self.bound != "mask" or self.mask_low <= 1 <= self.mask_high, "mask_low mask_high",
+               "a ratio of 1 would be left out, expected a band around 1")
+        expect(self.bound != "truncate" or self.cap >= 1, "cap", "a ratio of 1 would be cut, expected at least 1")
+        expect(self.baseline_decay != 1, "baseline_decay", "a mean that never learns is none, expected less than 1")
+        expect(self.advantage != "positive" or (self.kl_in != "reward" and not self.overlong), "advantage kl_in overlong",
+               "accepted answers count alike, whatever their reward; expected --kl-in loss or weighted, --overlong 0")
+        expect(self.kl_in != "reward" or "zscore" not in self.advantage, "kl_in advantage",
+               "a z-score would undo --kl-coef; expected --advantage reward, center or leave_one_out")
+        expect(self.group > 1 or (self.advantage in ("reward", "positive") and self.groups == "all"), "group advantage groups",
+               "answers are compared within a group, expected a --group of at least 2")
+        expect(self.minibatches <= self.prompts * self.group, "minibatches",
+               f"a rollout has only {self.prompts * self.group} answers")
+        expect(self.stale < self.steps, "stale", f"with --steps {self.steps}, no rollout would ever be old enough to train on")
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per rollout."""
+        return self.epochs * self.minibatches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,39 +238,99 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
     """
     # Padding may hold anything, even inf. Blank it before exp(): afterwards its gradient would be 0 * inf = nan.
     logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
-    # With one ratio per answer, every token has moved as far as the answer's mean token.
-    moved = old_logp + sequence_ratio(logp, old_logp, mask).log() if ratio == "sequence" else logp
-    rho = importance_ratio(moved.detach(), old_logp)                                        # [B, T]
-    metrics = {"train/ratio_max": rho.masked_fill(~mask, 1.0).max().clamp(min=1),
-               "train/ratio_min": rho.masked_fill(~mask, 1.0).min().clamp(max=1)}
+    new, old = logp, old_logp
+    if ratio == "sequence":         # every token has moved as far as the answer's mean token
+        new, old = sequence_ratio(logp, old_logp, mask).log().expand_as(logp), torch.zeros_like(logp)
+    rho = importance_ratio(new.detach(), old).masked_fill(~mask, 1.0)                       # [B, T]
+    metrics = {"train/ratio_max": rho.max().clamp(min=1), "train/ratio_min": rho.min().clamp(max=1)}
     if bound == "clip":
-        surrogate = clipped_surrogate(moved, old_logp, adv, clip_low, clip_high)            # [B, T]
+        surrogate = clipped_surrogate(new, old, adv, clip_low, clip_high)                   # [B, T]
         metrics["train/clipped_low"] = masked_sum(((rho < 1 - clip_low) & (adv < 0)).float(), mask)
         metrics["train/clipped_high"] = masked_sum(((rho > 1 + clip_high) & (adv > 0)).float(), mask)
     elif bound == "truncate":
-        surrogate = truncated_surrogate(moved, old_logp, adv, cap)
+        surrogate = truncated_surrogate(new, old, adv, cap)
         metrics["train/capped"] = masked_sum((rho > cap).float(), mask)
     elif bound == "mask":
-        surrogate = masked_surrogate(moved, old_logp, adv, mask_low, mask_high)
+        surrogate = masked_surrogate(new, old, adv, mask_low, mask_high)
         metrics["train/masked"] = masked_sum(((rho < mask_low) | (rho > mask_high)).float(), mask)
     else:
-        surrogate = adv * (logp if ratio == "none" else importance_ratio(moved, old_logp))
-    if kl_coef and kl_in != "reward":
-        divergence = KL[kl](logp, ref_logp.masked_fill(~mask, 0.0))
-        if kl_in == "weighted":
-            divergence = importance_ratio(logp, old_logp) * divergence
-        surrogate = surrogate - kl_coef * divergence
-    if kl_coef:     # its value is always k3's, whatever its gradient
-        metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp.masked_fill(~mask, 0.0)), mask)
+        surrogate = adv * (logp if ratio == "none" else importance_ratio(new, old))
+    if kl_coef:
+        ref_logp = ref_logp.masked_fill(~mask, 0.0)
+        metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp), mask)      # its value, whatever its gradient
+        if kl_in != "reward":
+            weight = importance_ratio(logp, old_logp) if kl_in == "weighted" else 1.0
+            surrogate = surrogate - kl_coef * weight * KL[kl](logp, ref_logp)
     if entropy_coef:
         surrogate = surrogate + entropy_coef * entropy.masked_fill(~mask, 0.0)
     return -(weights * surrogate).sum(), metrics
+
+
+def loss_of(cfg):
+    """`objective` with the flags of a run."""
+    flags = {name: getattr(cfg, name, None) for name in inspect.signature(objective).parameters}
+    return functools.partial(objective, **{name: value for name, value in flags.items() if value is not None})
+
+
+def compare(cfg, rollout, rewards, old_logp=None, ref_logp=None, baseline=0.0):
+    """How much better is each answer than others, and which tokens are trained on?
+
+    rewards [P, G] are the task's, on the CPU: contrast and acceptance are judged on them. The advantage sees what is left
+    when length and KL have been paid for, R = r + overlong penalty - kl_coef sum_t k1. An answer whose tokens are left out
+    still counts in its group's mean. Returns adv [B, 1], mask [B, T-1] and the mean of R.
+    """
+    mask, kept = rollout.mask, torch.ones_like(rewards, dtype=torch.bool)
+    if cfg.groups == "drop":
+        kept = kept & contrast(rewards)[:, None]
+    if cfg.truncated == "mask":
+        kept = kept & rollout.finished.cpu().view_as(rewards)
+    if cfg.advantage == "positive":
+        kept = kept & (rewards > 0)
+    R = rewards
+    if cfg.overlong:
+        lengths = (rollout.lengths - rollout.prompt_lengths).cpu().view_as(R)
+        R = R + overlong_penalty(lengths, cfg.max_new_tokens, cfg.overlong * cfg.max_new_tokens)
+    if cfg.kl_in == "reward":
+        R = R - cfg.kl_coef * kl_k1(old_logp, ref_logp).masked_fill(~mask, 0.0).sum(-1).cpu().view_as(R)
+    adv = zscore_batch(R, kept=kept) if cfg.advantage == "zscore_batch" else ADVANTAGES[cfg.advantage](R - baseline)
+    return adv.view(-1, 1).to(mask.device), mask & kept.view(-1, 1).to(mask.device), float(R.mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def minibatches(cfg, step, count):
+    """The rows of each optimizer step on one rollout: every epoch a fresh shuffle, cut into equal parts."""
+    for epoch in range(cfg.epochs):
+        shuffle = torch.randperm(count, generator=run.generator(cfg.seed, "minibatch", step, epoch))
+        yield from shuffle.tensor_split(cfg.minibatches)
 
 
 def micro_batches(rows, lengths, size):
     """`rows` in batches of `size`, rows of similar length together. Yields (rows, length of the longest)."""
     for part in rows[lengths[rows].argsort()].split(size):
         yield part, int(lengths[part].max())
+
+
+def add_up(totals, metrics):
+    """Metrics of micro-batches: sums, and extremes of those named _max and _min."""
+    for name, value in metrics.items():
+        join = {"_max": max, "_min": min}.get(name[-4:], operator.add)
+        totals[name] = join(totals[name], value) if name in totals else value
+
+
+def announce(cfg, task, device):
+    print(f"{cfg.algo} on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
+    print(", ".join(f"{flag} {getattr(cfg, flag)}" for flag in (*AXES, *NUMBERS, "overlong", "lr") if getattr(cfg, flag)) + ".")
+    if cfg.updates == 1 and not cfg.stale:
+        print("One update per rollout: all ratios are 1" + (", and the bound is inert." if cfg.bound != "none" else "."))
+    else:
+        print(f"{cfg.updates} updates per rollout" + (f", {cfg.stale} steps late" if cfg.stale else "")
+              + (". Without a ratio, all but the first treat old samples as their own." if cfg.ratio == "none" else "."))
+    if cfg.kl_coef:
+        print(f"The KL term, {cfg.kl} in the {cfg.kl_in} (weight {cfg.kl_coef}), follows {KL_FOLLOWS[cfg.kl, cfg.kl_in]}.")
 
 
 def main(cfg: Config) -> None:
@@ -278,47 +343,36 @@ def main(cfg: Config) -> None:
             task = FileTask([(record["prompt"], record["answer"]) for record in records], cfg.data)
         else:
             task = make_task(cfg.task, cfg.difficulty or None)
-        if cfg.minibatches > cfg.prompts * cfg.group:
-            raise ValueError(f"--minibatches {cfg.minibatches}: a rollout has only {cfg.prompts * cfg.group} answers")
-        if cfg.stale >= cfg.steps:
-            raise ValueError(f"--stale {cfg.stale}: with --steps {cfg.steps}, no rollout would ever be old enough to train on")
-        demonstrations = []
-        if cfg.likelihood_coef:
-            demonstrations = (read_records(cfg.demonstrations, ("prompt", "response")) if cfg.demonstrations
-                              else task.demonstrations(DEMONSTRATIONS))
+        demonstrations = train_sft.training_records(cfg.demonstrations, task) if cfg.likelihood_coef else []
         stories = read_text(DATA / "stories_heldout.txt")
+    refreshed = checkpoint["state"].get("reference") if checkpoint else None
     init = cfg.init
-    if not init and (not checkpoint or cfg.kl_coef):
+    if not init and (not checkpoint or (cfg.kl_coef and not refreshed)):
         init = run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
                                 **run.same(cfg, "task", "difficulty"))
     with run.user_errors():
         start = checkpoint or run.load_checkpoint(init)
         policy, tokenizer = run.model_from(start, device), run.tokenizer_from(start)
-        reference = run.model_from(run.load_checkpoint(init), device).requires_grad_(False) if cfg.kl_coef else None
+        reference = None
+        if cfg.kl_coef:
+            initial = start | {"model": refreshed} if refreshed else run.load_checkpoint(init)
+            reference = run.model_from(initial, device).requires_grad_(False)
         check_room(policy, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
         demonstrated = train_sft.render(demonstrations, tokenizer, policy.config.context, cfg.demonstrations or task.name)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
-    del start, checkpoint
-    if "reference" in out.state:
-        reference.load_state_dict(out.state["reference"])
-    queue = out.state.setdefault("queue", [])       # rollouts that wait to be trained on
+    del start, checkpoint, refreshed
     compiled = run.wants_compile(cfg, device)
     if compiled:
         for model in filter(None, (policy, reference)):
             run.compile_blocks(model)
     story_ids = torch.tensor(tokenizer.encode(stories))
     sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
-    loss_of = functools.partial(objective, **{name: getattr(cfg, name) for name in TERMS if getattr(cfg, name) is not None})
-    updates = cfg.epochs * cfg.minibatches
-    off_policy = updates > 1 or cfg.stale > 0
-    print(f"{cfg.algo} on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.\n"
-          + ", ".join(f"{name} {getattr(cfg, name)}" for name in (*AXES, *NUMBERS, "overlong", "lr") if getattr(cfg, name))
-          + f". Updates per rollout: {updates}." + ("" if off_policy else " Ratios are 1: a bound is inert."))
-    if cfg.kl_coef:
-        print(f"Leash: {cfg.kl} in the {cfg.kl_in.replace('weighted', 'loss, weighted')}; its gradient follows "
-              f"{KL_FOLLOWS[cfg.kl, cfg.kl_in]}.")
+    loss = loss_of(cfg)
+    on_policy = cfg.updates == 1 and not cfg.stale
+    unchecked = cfg.selfcheck
+    announce(cfg, task, device)
 
     def look() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
@@ -338,7 +392,17 @@ def main(cfg: Config) -> None:
             logp[rows, : T - 1] = score(model, rollout.tokens[rows, :T], rollout.mask[rows, : T - 1])[0]
         return logp
 
-    unchecked = cfg.selfcheck
+    def demonstrate(update):
+        """Add the gradient of the demonstrations' likelihood, P of them per update. Returns their loss, nats per token."""
+        picks = shuffled_batch(len(demonstrations), cfg.prompts, update, cfg.seed)
+        tokens, mask = (x.to(device) for x in train_sft.batch_of(*demonstrated, picks, tokenizer.pad))
+        weights, total = token_weights(mask, torch.arange(len(picks), device=device), "token_mean"), 0.0
+        for t, m, w in zip(*(x.split(cfg.micro_batch) for x in (tokens, mask, weights)), strict=True):
+            nll, _ = train_pretrain.objective(score(policy, t, m)[0], m, w)
+            (cfg.likelihood_coef * nll).backward()
+            total += nll.item()
+        return total
+
     for step in out.steps():
         # 2. Look: held-out problems, answered by sampling and greedily.
         if step % cfg.eval_every == 0:
@@ -347,102 +411,75 @@ def main(cfg: Config) -> None:
             reference.load_state_dict(policy.state_dict())
             out.state["reference"] = reference.state_dict()
 
-        # 3. Collect: G answers to each of P prompts, by the policy as it is now. With --stale they wait for their turn.
+        # 3. Collect: G answers to each of P prompts, by the policy as it is now.
         started = time.perf_counter()
         with run.user_errors(NoContrast), out.saved_on(NoContrast), run.autocast(device, cfg.dtype):
-            experience = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
-                                 seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample", **sampling)
-        rollout, facts = experience.rollout, describe(experience)
+            fresh = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
+                            seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample", **sampling)
+        facts = describe(fresh)
+        out.log({f"rollout/{name}": value for name, value in facts.items()})
+        out.log({"rollout/tokens": int(fresh.rollout.mask.sum()) + fresh.resampled_tokens,
+                 "rollout/resampled": fresh.resampled, "time/rollout_s": time.perf_counter() - started})
         if unchecked:
             with run.user_errors(SelfCheckFailed):
-                out.say(selfcheck(experience, task, tokenizer.end, functools.partial(score, policy), loss_of,
-                                  list(policy.parameters()), cfg.aggregate, cfg.max_new_tokens, tolerance(device, cfg.dtype)))
+                out.say(selfcheck(fresh, task, tokenizer.end, functools.partial(score, policy), loss, list(policy.parameters()),
+                                  cfg.aggregate, cfg.max_new_tokens, tolerance(device, cfg.dtype) / min(1.0, cfg.temperature)))
             unchecked = False
-        out.log({f"rollout/{name}": value for name, value in facts.items()})
-        out.log({"rollout/tokens": int(rollout.mask.sum()) + experience.resampled_tokens,
-                 "rollout/resampled": experience.resampled, "time/rollout_s": time.perf_counter() - started})
-        # Without an update in between, the log-probs of the update itself are the old ones.
-        old_logp = score_all(policy, rollout) if off_policy else rollout.logp
-        queue.append(vars(rollout) | {"rewards": experience.rewards, "old_logp": old_logp})
+
+        # 4. Wait: with --stale, train on a rollout of some steps ago, with the log-probs it had then.
+        started = time.perf_counter()
+        old_logp = fresh.rollout.logp if on_policy and cfg.kl_in != "reward" else score_all(policy, fresh.rollout)
+        queue = out.state.setdefault("queue", [])
+        queue.append({"rollout": vars(fresh.rollout), "rewards": fresh.rewards, "old_logp": old_logp})
         if len(queue) <= cfg.stale:
             continue
-        started = time.perf_counter()
-        waiting = {name: x.to(device) for name, x in queue.pop(0).items()}
-        rewards, old_logp = waiting.pop("rewards"), waiting.pop("old_logp")                 # [P, G], [B, T-1]
-        rollout = Rollout(**waiting)
+        ripe = queue.pop(0)
+        rollout = Rollout(**{name: x.to(device) for name, x in ripe["rollout"].items()})
+        old_logp = ripe["old_logp"].to(device)                                              # [B, T-1]
 
-        # 4. Compare: how much better is each answer than others? A mask says which tokens are trained on.
-        mask = rollout.mask                                                                 # [B, T-1]
-        if cfg.groups == "drop":
-            mask = mask & contrast(rewards)[rollout.prompt_index, None]
-        if cfg.truncated == "mask":
-            mask = mask & rollout.finished[:, None]
-        if cfg.advantage == "positive":
-            mask = mask & (rewards > 0).view(-1, 1)
+        # 5. Compare: how much better is each answer than others?
         ref_logp = score_all(reference, rollout) if reference else None
-        if cfg.overlong:
-            lengths = (rollout.lengths - rollout.prompt_lengths).view_as(rewards)
-            rewards = rewards + overlong_penalty(lengths, cfg.max_new_tokens, cfg.overlong * cfg.max_new_tokens)
-        if cfg.kl_in == "reward":
-            leash = kl_k1(old_logp, ref_logp).masked_fill(~rollout.mask, 0.0).sum(-1)
-            rewards = rewards - cfg.kl_coef * leash.view_as(rewards)
-        if cfg.baseline_decay:          # of earlier rewards only: no answer has a part in what it is compared with
-            total, weight = out.state.get("baseline", (0.0, 0.0))
-            out.state["baseline"] = tuple(cfg.baseline_decay * old + (1 - cfg.baseline_decay) * new
-                                          for old, new in ((total, float(rewards.mean())), (weight, 1.0)))
-            rewards = rewards - total / max(weight, 1e-9)
-        kept = {"kept": mask.any(-1).view_as(rewards)} if cfg.advantage == "zscore_batch" else {}
-        adv = ADVANTAGES[cfg.advantage](rewards, **kept).view(-1, 1)                        # [B, 1]
+        total, weight = out.state.get("baseline", (0.0, 0.0))
+        baseline = total / weight if weight else 0.0
+        adv, mask, mean = compare(cfg, rollout, ripe["rewards"], old_logp, ref_logp, baseline)
+        if d := cfg.baseline_decay:     # a mean of earlier rewards: no answer has a part in what it is compared with
+            out.state["baseline"] = (d * total + (1 - d) * mean, d * weight + (1 - d))
 
-        # 5. Update. Micro-batches only bound memory: the weights are the whole optimizer step's, so they add up exactly.
-        totals, tokens, demonstration_loss = defaultdict(float), 0, 0.0
+        # 6. Update. Micro-batches only bound memory: the weights are the whole optimizer step's, so they add up exactly.
+        totals, tokens, demonstration_loss = {}, 0, 0.0
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
-        for epoch in range(cfg.epochs):
-            shuffle = torch.randperm(len(mask), generator=run.generator(cfg.seed, "minibatch", step, epoch)).to(device)
-            for number, minibatch in enumerate(shuffle.tensor_split(cfg.minibatches), step * updates + epoch * cfg.minibatches):
-                weights = torch.zeros(mask.shape, device=device)
-                weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], cfg.aggregate,
-                                                   cfg.max_new_tokens)
-                for rows, T in micro_batches(minibatch, rollout.lengths, cfg.micro_batch):
-                    m, w = mask[rows, : T - 1], weights[rows, : T - 1]
-                    logp, entropy = score(policy, rollout.tokens[rows, :T], m)
-                    old = old_logp[rows, : T - 1] if off_policy else logp.detach()
-                    loss, metrics = loss_of(logp, old, adv[rows], m, w, entropy=entropy,
-                                            ref_logp=ref_logp[rows, : T - 1] if reference else None)
-                    loss.backward()
-                    metrics["train/entropy"] = masked_sum(entropy.detach(), m)
-                    metrics["train/mismatch_kl"] = masked_sum(kl_k3(rollout.logp[rows, : T - 1], old), m)
-                    for name, value in metrics.items():
-                        totals[name] = EXTREMES.get(name[-4:], operator.add)(totals[name], value) if name in totals else value
-                    tokens += int(m.sum())
-                if demonstrations:
-                    picks = shuffled_batch(len(demonstrations), cfg.prompts, number, cfg.seed)
-                    t, m = (x.to(device) for x in train_sft.batch_of(*demonstrated, picks, tokenizer.pad))
-                    w = token_weights(m, torch.arange(len(picks), device=device), "token_mean")
-                    loss, _ = train_pretrain.objective(score(policy, t, m)[0], m, w)
-                    (cfg.likelihood_coef * loss).backward()
-                    demonstration_loss += loss.item() / updates
-                grad_norm = optimizer.step(lr, cfg.grad_clip)
-                totals["train/grad_norm_max"] = max(totals["train/grad_norm_max"], grad_norm)
+        for update, minibatch in enumerate(minibatches(cfg, step, len(mask)), start=step * cfg.updates):
+            minibatch = minibatch.to(device)
+            weights = torch.zeros(mask.shape, device=device)
+            weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], cfg.aggregate,
+                                               cfg.max_new_tokens)
+            for rows, T in micro_batches(minibatch, rollout.lengths, cfg.micro_batch):
+                m = mask[rows, : T - 1]
+                logp, entropy = score(policy, rollout.tokens[rows, :T], m)
+                old = logp.detach() if on_policy else old_logp[rows, : T - 1]
+                micro_loss, metrics = loss(logp, old, adv[rows], m, weights[rows, : T - 1], entropy=entropy,
+                                           ref_logp=ref_logp[rows, : T - 1] if reference else None)
+                micro_loss.backward()
+                metrics["train/entropy"] = masked_sum(entropy.detach(), m)
+                metrics["train/mismatch_kl"] = masked_sum(kl_k3(rollout.logp[rows, : T - 1], old), m)
+                add_up(totals, metrics)
+                tokens += int(m.sum())
+            if demonstrations:
+                demonstration_loss += demonstrate(update) / cfg.updates
+            add_up(totals, {"train/grad_norm_max": optimizer.step(lr, cfg.grad_clip)})
 
-        # 6. Log: sums over tokens become means over tokens.
-        out.log({name: value if name[-4:] in EXTREMES else value / max(tokens, 1) for name, value in totals.items()})
-        out.log({"train/demonstration_loss": demonstration_loss} if demonstrations else {})
+        # 7. Log: sums over tokens become means over tokens.
+        out.log({name: value if name.endswith(("_max", "_min")) else value / max(tokens, 1) for name, value in totals.items()})
+        if demonstrations:
+            out.log({"train/demonstration_loss": demonstration_loss})
         out.log({"train/lr": lr, "time/update_s": time.perf_counter() - started},
                 show={"reward": f"{facts['reward']:.2f}", "worked": f"{facts['worked']:.2f}",
                       "length": f"{facts['length']:.1f}", "entropy": f"{totals['train/entropy'] / max(tokens, 1):.3f}"})
 
-    # 7. What it was good for: held-out problems before and after.
+    # 8. What it was good for: held-out problems before and after.
     final = look()
     out.finish(final)
-    before = out.metrics()[0]
-    print(f"\n{cfg.eval_problems} held-out problems      before    after")
-    for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
-                        ("worked", "share worked out"), ("reward_worked", "accuracy when worked out"),
-                        ("reward_direct", "accuracy when blurted"), ("length", "tokens per answer"),
-                        ("story_loss", "story loss, nats per token")):
-        values = (f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, final))
-        print(f"  {label:28s}", *values)
+    print(f"\n{cfg.eval_problems} held-out problems      before    after\n" + before_and_after(out.metrics()[0], final))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,16 @@ class Config(run.RunConfig):
         object.__setattr__(self, "out", self.out or run.stage_dir("sft", self.task, self.difficulty))
 
 
+def training_records(path, task, count=Config.demonstrations):
+    """Demonstrations to learn from: those of a JSONL file that are not held out, or `count` of the task's own."""
+    if not path:
+        return task.demonstrations(count)
+    records = [r for r in read_records(path, ("prompt", "response")) if not is_heldout(r["prompt"])]
+    if not records:
+        raise ValueError(f"{path}: no record to train on; one prompt in ten is held out, here all of them")
+    return records
+
+
 def render(records, tokenizer, context, source):
     """Token ids of each record's prompt and response. ValueError names a record that does not fit the model's context."""
     prompts = [tokenizer.render(record["prompt"]) for record in records]

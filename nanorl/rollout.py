@@ -40,7 +40,7 @@ class Experience:
 
 
 def contrast(rewards: Tensor) -> Tensor:
-    """True where the rewards of a group differ: the only groups that a comparison within learns from.       [P, G] -> [P]"""
+    """True where the rewards of a group differ: only there a comparison within the group can teach.       [P, G] -> [P]"""
     return rewards.amax(-1) > rewards.amin(-1)
 
 
@@ -135,6 +135,18 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, max
     metrics["eval/accuracy_sampled"] = metrics.pop("eval/reward")
     metrics["eval/accuracy_greedy"] = float(greedy.rewards.mean())
     return metrics, sampled
+
+
+def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:
+    """The lines of metrics.jsonl of a first and a last evaluation, as a table."""
+    lines = []
+    for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
+                        ("worked", "share worked out"), ("reward_worked", "accuracy when worked out"),
+                        ("reward_direct", "accuracy when blurted"), ("length", "tokens per answer"),
+                        ("story_loss", "story loss, nats per token")):
+        values = (f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after))
+        lines.append(f"  {label:28s} {' '.join(values)}")
+    return "\n".join(lines)
 
 
 def show_answers(out: Run, experience: Experience, count: int = 4) -> None:

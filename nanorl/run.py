@@ -68,15 +68,15 @@ class RunConfig:
     quiet: bool = False         # no progress bar and no samples on the screen
 
 
-MAY_DIFFER_ON_RESUME = {"resume", "quiet"}
+MAY_DIFFER_ON_RESUME = {"resume", "quiet", "selfcheck"}
 
 
 @contextlib.contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Inside, a ValueError, an OSError or one of `kinds` is the user's: a sentence on stderr, exit code 2, no traceback."""
+def user_errors(kinds: type[Exception] | tuple = (ValueError, OSError)) -> Iterator[None]:
+    """Inside, an exception of these kinds is the user's: a sentence on stderr, exit code 2, no traceback."""
     try:
         yield
-    except (ValueError, OSError, *kinds) as e:
+    except kinds as e:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -88,7 +88,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _not_none(hint: Any) -> Any:
     """X for `X | None`: None is what a flag has that nobody has set."""
-    return next((part for part in get_args(hint) if part is not types.NoneType), hint) if type(None) in get_args(hint) else hint
+    parts = get_args(hint)
+    return parts[0] if parts[1:] == (types.NoneType,) else hint
 
 
 def parse(config_class: type, argv: list[str] | None = None):
@@ -124,7 +125,7 @@ def parse(config_class: type, argv: list[str] | None = None):
                     raise ValueError(f"--{name.replace('_', '-')} {value}: expected {bound.says}")
         saved = {}
         if typed.get("resume"):
-            out = config_class(**defaults | typed).out      # its default may depend on other flags
+            out = typed.get("out") or config_class(**defaults | typed).out      # its default may depend on other flags
             saved = read_config(Path(out))
             for name, value in typed.items():
                 if name in saved and saved[name] != value and name not in MAY_DIFFER_ON_RESUME | {"out"}:
@@ -456,7 +457,7 @@ class Run:
 
     @contextlib.contextmanager
     def saved_on(self, kind: type[Exception]) -> Iterator[None]:
-        """When an exception of this kind ends the run here, between two steps, the steps so far are not lost."""
+        """When an exception of this kind ends the run before the step has changed anything, the steps so far are not lost."""
         try:
             yield
         except kind:

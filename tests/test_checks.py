@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_grpo
 from nanorl import checks
 from nanorl.checks import BrokenObjective, check_objective
 from nanorl.ops import center, clipped_surrogate, kl_k1, kl_k2, leave_one_out, masked_sum, zscore
-from train_grpo import ADVANTAGES, ALGORITHMS, TERMS, Config
+from train_grpo import ADVANTAGES, ALGORITHMS, Config, loss_of
 
 pytestmark = pytest.mark.math
 
@@ -31,9 +30,8 @@ def sound(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None):
 def test_every_row_of_the_table_is_sound(name):
     """With its own bound, numbers, advantage and weights."""
     cfg = Config(algo=name)
-    f = functools.partial(train_grpo.objective, **{x: getattr(cfg, x) for x in TERMS if getattr(cfg, x) is not None})
     compares = cfg.advantage not in ("reward", "positive")
-    report = quick(f, ADVANTAGES[cfg.advantage] if compares else None, ratio=cfg.ratio, aggregate=cfg.aggregate,
+    report = quick(loss_of(cfg), ADVANTAGES[cfg.advantage] if compares else None, ratio=cfg.ratio, aggregate=cfg.aggregate,
                    clip=(cfg.clip_low, cfg.clip_high) if cfg.bound == "clip" else None, detached_weight=cfg.bound == "truncate")
     expected = {"contract", "poison", "padding", "purity", "micro_batches", "permutation", "reinforce", "direction",
                 "no_advantage"}
@@ -85,6 +83,9 @@ FAULTS = {
     "shifted by one token": (changed(surrogate=lambda l, o, a: clipped_surrogate(l, o, a, 0.2, 0.2).roll(1, -1)),
                              {"reinforce"}),
     "only the first answer's advantage": (changed(adv=lambda a: a[:1].expand_as(a)), {"permutation", "micro_batches"}),
+    "a metric with a graph": (changed(metric=lambda x: x.sum().requires_grad_()), {"contract"}),
+    "a ratio without its gradient": (changed(surrogate=lambda l, o, a: (l - o).exp().detach() * a * l), {"slope"}),
+    "a pull on every token": (changed(more=lambda l, r, w: 0.01 * (w * l).sum()), {"no_advantage", "reinforce"}),
     "k1 in the loss": (changed(more=lambda l, r, w: (w * kl_k1(l, r)).sum() if r is not None else 0.0), {"divergence"}),
     "KL to the reference with its sign flipped": (
         changed(more=lambda l, r, w: -(w * kl_k2(l, r)).sum() if r is not None else 0.0), {"divergence"}),
@@ -99,6 +100,45 @@ def test_a_broken_objective_is_told_what_is_broken(fault):
     broken = error.value.report.broken
     assert named <= broken.keys(), error.value
     assert all(f"BROKEN   {name}: " in str(error.value) and len(broken[name]) > 10 for name in named)
+
+
+def with_entropy(term):
+    """`sound` with an entropy term."""
+    def f(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None):
+        loss, metrics = sound(logp, old_logp, adv, mask, weights)
+        return loss + term(entropy.masked_fill(~mask, 0.0), weights), metrics
+    return f
+
+
+def live_weight(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None):
+    """Truncated importance sampling that forgot to stop the gradient of its weight."""
+    logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
+    return -(weights * (logp - old_logp).exp().clamp(max=5.0) * adv * logp).sum(), {}
+
+
+@pytest.mark.parametrize("f, options, named", [
+    (with_entropy(lambda h, w: 0.1 * (w * h).sum()), {}, "entropy_term"),
+    (with_entropy(lambda h, w: -h.sum()), {}, "entropy_term"),
+    (live_weight, {"detached_weight": True}, "weighted_score"),
+    (lambda *args, **kwargs: (sound(*args, **kwargs)[0].float(), {}), {}, "contract"),
+    (lambda *args, **kwargs: (sound(*args, **kwargs)[0].detach(), {}), {}, "contract"),
+    (lambda *args, **kwargs: sound(*args, **kwargs)[0], {}, "contract")])
+def test_faults_of_an_option_are_named(f, options, named):
+    with pytest.raises(BrokenObjective) as error:
+        quick(f, **options)
+    assert named in error.value.report.broken
+
+
+def test_a_sound_objective_with_every_option_passes():
+    """Entropy bonus, float32 advantage with a large eps, KL: nothing sound is called broken."""
+    quick(with_entropy(lambda h, w: -0.1 * (w * h).sum()))
+    for advantage in (lambda r: zscore(r.float(), eps=1e-4), lambda r: r - r.mean(-1, keepdim=True)):
+        check_objective(sound, advantage, examples=200)
+
+
+def test_what_the_invariants_do_not_cover_is_refused():
+    with pytest.raises(ValueError, match="ratio='sequence'"):
+        check_objective(sound, detached_weight=True, ratio="sequence")
 
 
 def test_the_counterexample_is_small_and_in_words():

@@ -29,6 +29,7 @@ from nanorl.checks import (
 )
 from nanorl.data import response_mask
 from nanorl.ops import entropy_from_logits, kl_k1, leave_one_out, log_softmax, selective_log_softmax, token_weights
+from nanorl.sample import Rollout
 from nanorl.tabular import expectation, log_probs, reward_gradient, sequence_kl, sequences
 from train_grpo import ADVANTAGES, KL_FOLLOWS
 
@@ -160,13 +161,56 @@ def test_whatever_its_bound(invariant, batch, terms, generator):
     invariant(functools.partial(train_grpo.objective, **terms), batch, generator)
 
 
-@pytest.mark.parametrize("pair", KL_FOLLOWS, ids=" in ".join)
+@pytest.mark.parametrize("pair", [pair for pair in KL_FOLLOWS if pair[1] != "reward"], ids=" in ".join)
 def test_a_kl_term_follows_the_divergence_that_the_table_names(pair):
     """By enumeration over two tokens, where a fixed prefix and a whole answer are different things."""
-    if pair == ("k1", "reward"):
-        return                          # not a term of the loss: see the next test
     terms = {"kl_coef": 0.3, "kl": pair[0], "kl_in": pair[1]}
     assert checks.divergence(functools.partial(train_grpo.objective, **terms)).endswith(f"0.3 times that of {KL_FOLLOWS[pair]}")
+
+
+@st.composite
+def rollouts(draw):
+    """A made-up rollout of P groups of G answers, their rewards, and log-probs of the policy and the reference."""
+    r, g = draw(rewards(min_group=2)), draw(generators)
+    B, T = r.numel(), 7
+    prompts, answers = torch.randint(1, 3, (B,), generator=g), torch.randint(1, 5, (B,), generator=g)
+    logp, ref_logp = -randn(g, 2, B, T - 1).abs()
+    rollout = Rollout(torch.zeros(B, T, dtype=torch.int64), prompts, prompts + answers, logp,
+                      torch.rand(B, generator=g) < 0.7, torch.arange(B) // r.shape[1])
+    return rollout, r, logp, ref_logp
+
+
+@given(rollouts(), st.sampled_from(["all", "drop"]), st.sampled_from(["train", "mask"]), st.sampled_from([*ADVANTAGES]),
+       st.sampled_from([0.0, 0.5]), st.sampled_from([0.0, 0.3]))
+def test_answers_are_compared_by_what_is_left_of_their_reward(case, groups, truncated, advantage, overlong, baseline):
+    """A of r + overlong penalty - kl_coef sum k1; left out: groups without contrast, cut answers, rejected answers."""
+    rollout, r, logp, ref_logp = case
+    overlong = 0.0 if advantage == "positive" else overlong
+    leash = {} if "zscore" in advantage or advantage == "positive" else {"kl_coef": 0.3, "kl_in": "reward"}
+    cfg = train_grpo.Config(groups=groups, truncated=truncated, advantage=advantage, overlong=overlong, max_new_tokens=4,
+                            **leash)
+    adv, mask, mean = train_grpo.compare(cfg, rollout, r, logp, ref_logp, baseline)
+    P, G = r.shape
+    R, kept = r.clone(), torch.zeros(P, G, dtype=torch.bool)
+    for p in range(P):
+        for i in range(G):
+            b = p * G + i
+            L = int(rollout.lengths[b] - rollout.prompt_lengths[b])
+            R[p, i] -= max(0.0, (L - 2) / 2) if overlong else 0.0                   # limit 4, buffer 2
+            if leash:
+                R[p, i] -= 0.3 * (logp[b] - ref_logp[b])[rollout.mask[b]].sum()
+            contrast = len(set(r[p].tolist())) > 1
+            kept[p, i] = ((groups == "all" or contrast) and (truncated == "train" or bool(rollout.finished[b]))
+                          and (advantage != "positive" or bool(r[p, i] > 0)))
+    assert torch.equal(mask, rollout.mask & kept.view(-1, 1))
+    assert mean == pytest.approx(R.mean().item(), abs=1e-6)
+    others = (R.sum(-1, keepdim=True) - R) / (G - 1)
+    centred = R - R.mean(-1, keepdim=True)
+    std = centred[kept].square().mean().sqrt() if kept.any() else 0.0
+    expected = {"reward": R - baseline, "center": centred, "leave_one_out": R - others, "positive": torch.ones_like(R),
+                "zscore": centred / (centred.square().mean(-1, keepdim=True).sqrt() + 1e-6),
+                "zscore_batch": centred / (std + 1e-6)}[advantage]
+    assert_close(adv, expected.view(-1, 1), 1e-5)
 
 
 @given(policies(count=2), st.sampled_from([0.1, 1.0]), generators)

@@ -16,6 +16,7 @@ import train_pretrain
 import train_sft
 from nanorl import run
 from nanorl.data import DATA
+from nanorl.tasks import is_heldout
 
 ROOT = Path(__file__).parent.parent
 TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
@@ -28,6 +29,7 @@ SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grp
                                             "--truncated mask --aggregate token_mean --advantage leave_one_out"),
            "stale": (train_grpo, GRPO + " --algo cispo --stale 1 --kl-coef 0.1 --kl k1 --kl-in weighted --refresh-reference 1 "
                                         "--overlong 0.5 --no-selfcheck"),
+           "masked": (train_grpo, GRPO + " --algo masked_is"),
            "reinforce": (train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --likelihood-coef 0.1 "
                                             "--demonstrations letters.jsonl --kl-coef 0.1 --kl k1 --kl-in reward")}
 
@@ -190,12 +192,26 @@ def test_every_row_of_the_table_trains(algo, tmp_path):
     assert {name[6:] for name in lines[0] if name[6:] in {"clipped_low", "clipped_high", "capped", "masked"}} == held
 
 
-def test_a_row_is_the_flags_it_stands_for(tmp_path):
-    """--algo dapo is grpo with its five flags; an overridden axis is overridden."""
-    flags = "--groups resample --aggregate prompt_mean --clip-high 0.28 --overlong 0.2"
-    row, spelt = (run.parse(train_grpo.Config, x.split()) for x in ("--algo dapo", f"--algo grpo {flags}"))
-    assert dataclasses.replace(row, algo="grpo") == spelt
-    assert run.parse(train_grpo.Config, ["--algo", "dapo", "--groups", "all"]).groups == "all"
+@pytest.mark.parametrize("algo", train_grpo.ALGORITHMS)
+def test_a_row_is_the_flags_it_stands_for(algo):
+    """--algo NAME is --algo grpo with the axes and further flags of its row typed out, and nothing else."""
+    row = train_grpo.ALGORITHMS[algo]
+    flags = dict(zip(train_grpo.AXES, row, strict=False)) | {"overlong": 0.0} | row.also
+    leash = ["--kl-coef", "0.1"] if "kl_in" in row.also else []
+    typed = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+    short, spelt = (run.parse(train_grpo.Config, [*argv, *leash]) for argv in (["--algo", algo], ["--algo", "grpo", *typed]))
+    assert dataclasses.replace(short, algo="grpo") == spelt
+
+
+def test_a_typed_flag_overrides_its_row_and_takes_what_belongs_to_it_along():
+    def parse(line):
+        return run.parse(train_grpo.Config, line.split())
+
+    assert parse("--algo dapo --groups all").groups == "all"
+    masked = parse("--algo dapo --bound mask")
+    assert masked.clip_high is None and (masked.mask_low, masked.mask_high) == (1 / 8, 8.0)
+    assert parse("--algo rloo --kl-coef 0.1").kl == "k1" and parse("--algo rloo --kl-coef 0.1 --kl-in loss").kl == "k3"
+    assert parse("--kl-coef 0.1").kl_in == "loss" and parse("--advantage center --kl-coef 0.1 --kl-in reward").kl == "k1"
 
 
 def test_weights_that_do_not_move_have_ratio_one_in_every_minibatch(tmp_path, monkeypatch):
@@ -228,6 +244,46 @@ def test_the_likelihood_term_holds_on_to_the_demonstrations(tmp_path):
     losses = [line["train/demonstration_loss"] for line in metrics(tmp_path / "held")[:-1]]
     assert losses[-1] < losses[0]
     assert "train/demonstration_loss" not in metrics("grpo")[0]
+
+
+def test_a_self_check_that_fails_ends_the_run_with_one_sentence(tmp_path, monkeypatch, capsys):
+    """... before anything is trained; --no-selfcheck goes on."""
+    monkeypatch.setattr(train_grpo, "tolerance", lambda *_: 0.0)
+    with pytest.raises(SystemExit) as exit:
+        start(train_grpo, GRPO, tmp_path / "checked")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and "self-check: " in error and "--no-selfcheck" in error
+    start(train_grpo, GRPO + " --steps 1 --no-selfcheck", tmp_path / "unchecked")
+
+
+def test_a_run_that_finds_no_contrast_is_saved_before_it_gives_up(tmp_path, monkeypatch, capsys):
+    """Its checkpoint holds the steps that were done, and it goes on where contrast is found again."""
+    def collect(*args, **kwargs):
+        if kwargs["seed"] == run.derive(0, "rollout", 2):
+            raise train_grpo.NoContrast("only 0 of 60 groups had contrast")
+        return real(*args, **kwargs)
+
+    real = train_grpo.collect
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(train_grpo, "collect", collect)
+        start(train_grpo, GRPO + " --save-every 100", tmp_path / "run")
+    assert exit.value.code == 2 and "had contrast" in capsys.readouterr().err
+    assert run.load_checkpoint(tmp_path / "run")["step"] == 2
+    start(train_grpo, "--resume", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics("grpo")
+
+
+def test_a_refreshed_reference_needs_no_file_to_resume(tmp_path):
+    """The checkpoint has it: the run goes on without the model it started from."""
+    shutil.copytree("sft", tmp_path / "sft")
+    flags = GRPO.replace("--init sft", f"--init {tmp_path / 'sft'}") + " --kl-coef 0.1 --refresh-reference 1"
+    start(train_grpo, flags, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    with open(tmp_path / "cut/metrics.jsonl", "r+b") as f:              # as if killed before the final line
+        f.truncate(f.read().rstrip().rindex(b"\n") + 1)
+    shutil.rmtree(tmp_path / "sft")
+    start(train_grpo, "--resume --quiet", tmp_path / "cut")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
 def test_the_running_mean_is_of_earlier_rewards(tmp_path):
@@ -308,11 +364,15 @@ BAD = [
     (train_grpo, "--out nowhere --resume", "nowhere"), (train_grpo, "--stale 40 --init sft", "--stale 40"),
     *((train_grpo, flags, named) for flags, named in [
         ("--bound mask --clip-low 0.1", "--clip-low 0.1"), ("--algo cispo --clip-high 0.3", "--clip-high 0.3"),
-        ("--cap 5", "--cap 5"), ("--baseline-decay 0.9", "--baseline-decay 0.9"), ("--kl k2", "--kl-coef"),
+        ("--cap 5", "--cap 5.0"), ("--baseline-decay 0.9", "--baseline-decay 0.9"), ("--kl k2", "--kl-coef"),
         ("--kl-in reward", "--kl-coef"), ("--refresh-reference 5", "--kl-coef"),
         ("--kl-coef 0.1 --kl k1", "--kl k1 --kl-in loss"), ("--kl-coef 0.1 --kl k3 --kl-in reward", "follows no divergence"),
         ("--ratio none", "--ratio none --bound clip"), ("--ratio sequence --aggregate token_mean", "--aggregate token_mean"),
-        ("--bound mask --mask-low 9", "--mask-low 9.0"), ("--mask-high inf --bound mask", "--mask-high inf"),
+        ("--bound mask --mask-low 9", "--mask-low 9.0"), ("--bound mask --mask-high 0.5", "--mask-high 0.5"),
+        ("--bound truncate --cap 0.5", "--cap 0.5"), ("--algo reinforce --baseline-decay 1", "--baseline-decay 1.0"),
+        ("--algo raft --overlong 0.2", "--overlong 0.2"), ("--kl-coef 0.1 --kl-in reward", "--advantage zscore"),
+        ("--init sft --likelihood-coef 0.1 --demonstrations heldout.jsonl", "heldout.jsonl"),
+        ("--mask-high inf --bound mask", "--mask-high inf"),
         ("--advantage positive --kl-coef 0.1 --kl k1 --kl-in reward", "--advantage positive"),
         ("--algo raft --group 1 --groups drop", "--group 1"), ("--demonstrations letters.jsonl", "--likelihood-coef"),
         ("--overlong 2", "--overlong 2.0"), ("--init sft --likelihood-coef 0.1 --data wanted.jsonl", "no demonstrations"),
@@ -326,6 +386,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_loses_nothing(script, fla
     Path("tiny.txt").write_text("a b")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     Path("bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
+    heldout = [f"Say {i}." for i in range(99) if is_heldout(f"Say {i}.")]
+    write_records(Path("heldout.jsonl"), ({"prompt": prompt, "response": "x"} for prompt in heldout))
     Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
     files = {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}

@@ -8,35 +8,39 @@ import torch
 from test_rollout import HOW, MODEL, TOKENIZER, Parity
 
 import train_grpo
+from nanorl.data import response_mask
 from nanorl.rollout import answer
-from nanorl.sample import token_log_probs
+from nanorl.sample import Rollout, token_log_probs
 from nanorl.selfcheck import SelfCheckFailed, check_verifier, selfcheck, tolerance
 from nanorl.tasks import TASKS, FileTask, Task, make_task
 
 
-class Quiet(Parity):
-    """Its own answers pay and nothing else does."""
-
-    def verify(self, problem, response):
-        return float(response == self.direct(problem, None) + "right")
-
-    def direct(self, problem, rng):
-        return "right" if rng else ""
-
-    def examples(self):
-        return []
-
-
-def check(rollout=lambda r: r, score=token_log_probs, objective=train_grpo.objective, task=None):
-    task, problems = task or Quiet(), [Parity().draw(Random(seed)) for seed in range(4)]
-    experience = answer(MODEL, TOKENIZER, Parity(), problems, samples=4, seed=3, **HOW)
+def check(rollout=lambda r: r, score=token_log_probs, objective=train_grpo.objective, samples=4):
+    problems = [Parity().draw(Random(seed)) for seed in range(16 // samples)]
+    experience = answer(MODEL, TOKENIZER, Parity(), problems, samples=samples, seed=3, **HOW)
     experience.rollout = rollout(experience.rollout)
-    return selfcheck(experience, task, TOKENIZER.end, functools.partial(score, MODEL), objective, list(MODEL.parameters()),
-                     "sequence_mean", 4, 1e-4)
+    return selfcheck(experience, make_task("addition"), TOKENIZER.end, functools.partial(score, MODEL), objective,
+                     list(MODEL.parameters()), "sequence_mean", 4, 1e-4)
 
 
 def test_a_sound_setup_is_told_how_sound_it_is():
     assert check().startswith("Self-check: sampler and scorer agree to ")
+
+
+@pytest.mark.parametrize("samples", [1, 2, 16])
+def test_groups_of_any_size_pass(samples):
+    check(samples=samples)
+
+
+def test_answers_that_are_all_alike_pass():
+    """A policy that is sure of itself gives every answer twice and has hardly a gradient: nothing is wrong with it."""
+    def alike(rollout):
+        for name in ("tokens", "prompt_lengths", "lengths", "logp", "finished", "prompt_index"):
+            x = getattr(rollout, name)
+            x[:] = x[:1].clone()
+        return rollout
+
+    check(rollout=alike)
 
 
 def test_it_leaves_no_gradient_behind():
@@ -63,16 +67,27 @@ def unstopped(rollout):
     return rollout
 
 
-def short(rollout):
-    """The stop token is outside the mask."""
-    rollout.lengths = rollout.lengths - rollout.finished.long()
-    return rollout
+class Short(Rollout):
+    """The last token of each answer, its stop token, is outside the mask."""
+
+    @property
+    def mask(self):
+        return response_mask(self.prompt_lengths, self.lengths - 1, self.tokens.shape[1])
+
+
+class Long(Rollout):
+    """One token more than was sampled is inside the mask."""
+
+    @property
+    def mask(self):
+        return response_mask(self.prompt_lengths - 1, self.lengths, self.tokens.shape[1])
 
 
 @pytest.mark.parametrize("fault, says", [
     (dict(score=colder), "sampler and scorer differ"), (dict(score=padded), "the same weights give ratios"),
     (dict(objective=averaged), "the sum of its parts'"), (dict(rollout=unstopped), "without a stop token"),
-    (dict(rollout=short), "without a stop token")])
+    (dict(rollout=lambda r: Short(**vars(r))), "its stop token if it has one, is outside the mask"),
+    (dict(rollout=lambda r: Long(**vars(r))), "more or fewer tokens than were sampled")])
 def test_what_is_broken_is_named_in_one_sentence(fault, says):
     with pytest.raises(SelfCheckFailed, match=says) as error:
         check(**fault)
