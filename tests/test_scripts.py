@@ -237,12 +237,16 @@ def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path):
     assert max(abs(kl[0]), abs(kl[2])) < 1e-6 < min(kl[1], kl[3])
 
 
-def test_the_likelihood_term_holds_on_to_the_demonstrations(tmp_path):
-    """With a coefficient that drowns the reward, the loss on the demonstrations falls; with none it is not computed."""
-    flags = GRPO + " --steps 6 --lr 1e-3 --demonstrations letters.jsonl --likelihood-coef 100"
-    start(train_grpo, flags, tmp_path / "held")
-    losses = [line["train/demonstration_loss"] for line in metrics(tmp_path / "held")[:-1]]
-    assert losses[-1] < losses[0]
+def test_the_likelihood_term_learns_its_demonstrations(tmp_path):
+    """With a coefficient that drowns the reward, the loss on new ones falls, whatever the micro-batches."""
+    write_records(tmp_path / "new.jsonl", ({"prompt": f"Tell {i}.", "response": "So it is."} for i in range(20)))
+    flags = GRPO + f" --steps 6 --lr 1e-3 --demonstrations {tmp_path / 'new.jsonl'} --likelihood-coef 100"
+    losses = {}
+    for size in (64, 1):
+        start(train_grpo, flags, tmp_path / f"held{size}", "--micro-batch", str(size))
+        losses[size] = [line["train/demonstration_loss"] for line in metrics(tmp_path / f"held{size}")[:-1]]
+    assert losses[64][-1] < 0.8 * losses[64][0]
+    assert losses[1] == pytest.approx(losses[64], rel=1e-3)
     assert "train/demonstration_loss" not in metrics("grpo")[0]
 
 
