@@ -4,13 +4,15 @@
     python -m experiments.family                three seeds of each, two runs at a time; finished runs are kept
     python -m experiments.family --draw         only the table and the figure, from the runs that are there
 
-Four updates per rollout, so that ratios leave 1 and bounds have something to do. Where a paper's bound never binds at this
-size, or binds always, the row appears twice: as printed, and with a bound that was measured here.
+Four updates per rollout, so that ratios leave 1 and bounds have something to do; reinforce, rloo and raft have no ratio and
+take the last three as if on-policy. Where a paper's bound never binds at this size, or nearly always, the row appears twice:
+as printed, and with a bound that was measured here.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -44,18 +46,19 @@ def train(out: Path, label: str, flags: str, seed: int, init: str, threads: int)
     run = directory(out, label, seed)
     if (run / "done").exists():
         return
-    subprocess.run(["rm", "-rf", str(run)], check=True)
+    shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, str(ROOT / "train_grpo.py"), "--init", init, "--out", str(run), "--seed", str(seed),
                *COMMON.split(), *flags.split()]
     result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
     # A resampling run that has learned its task ends for want of contrast: that is a result.
     if result.returncode and "had contrast" not in result.stderr:
-        raise SystemExit(f"{label}, seed {seed}: {result.stderr.strip()}")
+        raise RuntimeError(f"{label}, seed {seed}: {result.stderr.strip()}")
     (run / "done").write_text(result.stderr)
 
 
 def curve(run: Path) -> dict[str, list[float]]:
-    """Accuracy before each step, against the answer tokens sampled until then."""
+    """Accuracy before each step and at the end, and entropy in it, each against the thousands of answer tokens sampled by
+    then. A run that ended early has fewer points."""
     tokens, points = 0.0, {"tokens": [], "accuracy": [], "entropy": [], "entropy_tokens": [], "bounded": []}
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         if "eval/accuracy_sampled" in line:
@@ -70,6 +73,7 @@ def curve(run: Path) -> dict[str, list[float]]:
 
 
 def tokens_to(curve: dict[str, list[float]], accuracy: float) -> float:
+    """Thousands of answer tokens sampled before an evaluation first reached this accuracy."""
     return next((t for t, a in zip(curve["tokens"], curve["accuracy"], strict=True) if a >= accuracy), float("inf"))
 
 
@@ -98,7 +102,7 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
         for label, style in zip(block, STYLES, strict=False):
             seeds = curves[label]
             for axis, x, y in ((axes[0], "tokens", "accuracy"), (axes[1], "entropy_tokens", "entropy")):
-                steps = min(len(c[y]) for c in seeds)
+                steps = min(len(c[y]) for c in seeds)           # as far as all seeds got
                 mean = [[sum(c[key][i] for c in seeds) / len(seeds) for i in range(steps)] for key in (x, y)]
                 axis.plot(*mean, style, color=colour, label=label, linewidth=1.4)
     axes[0].axhline(0.9, color="0.8", linewidth=0.8, zorder=0)
@@ -126,8 +130,12 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             runs = [pool.submit(train, args.out, label, flags, seed, args.init, threads)
                     for seed in range(args.seeds) for label, flags in rows]
-            for run in tqdm(runs, desc="runs"):
-                run.result()
+            try:
+                for run in tqdm(runs, desc="runs"):
+                    run.result()
+            except RuntimeError as e:
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit(str(e)) from None
     curves = {label: [curve(directory(args.out, label, seed)) for seed in range(args.seeds)] for label, _ in rows}
     print(table(curves))
     draw(curves, args.figure)

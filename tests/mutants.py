@@ -1,0 +1,501 @@
+"""A mutation run: faults are put into the equations one at a time, and the math tests must notice each.
+
+    python -m tests.mutants                     every fault, as many at a time as there are CPUs
+    python -m tests.mutants --only clip         those whose name contains "clip"
+    python -m tests.mutants --table FILE        write the table to FILE, too
+
+That tests pass says little as long as nobody has seen them fail. Each fault below, of a kind that people really make,
+is put into a copy of the working tree, and `pytest -m math -x` runs there. A fault is killed when a test fails; one that
+survives is behaviour that no theorem pins down.
+
+To add a fault, append a Mutant to its group: what is wrong in plain words, the file, a piece of source that stands in it
+exactly once, best part of one line, and what to put in its place. The faulty code should run: whatever stops at once
+proves nothing. What changes no behaviour, such as blanking a value that is never looked at, is no fault.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS, GRPO, PRETRAIN, DATA = "nanorl/ops.py", "train_grpo.py", "train_pretrain.py", "nanorl/data.py"
+DETACHED = 'assert not adv.requires_grad, "advantages are constants: detach them"\n    '
+OLD_DETACHED = 'assert not old_logp.requires_grad, "old log-probs are constants: detach them"\n    '
+
+
+class Mutant(NamedTuple):
+    fault: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    # ---- Signs ----
+    Mutant("GRPO's loss is maximised", GRPO, "return -(weights * surrogate)", "return (weights * surrogate)"),
+    Mutant("the KL divergence is a bonus", GRPO, "surrogate - kl_coef *", "surrogate + kl_coef *"),
+    Mutant("cross-entropy is maximised", PRETRAIN, "loss = -masked_sum", "loss = masked_sum"),
+    Mutant("advantage's sign flipped in the clipped surrogate", OPS,
+           "return torch.minimum(ratio * adv, ", "adv = -adv\n    return torch.minimum(ratio * adv, "),
+    Mutant("advantage's sign flipped in the truncated surrogate", OPS, ".clamp(max=cap) * adv", ".clamp(max=cap) * -adv"),
+    Mutant("advantage's sign flipped in the masked surrogate", OPS,
+           ".masked_fill(outside, 0.0) * adv", ".masked_fill(outside, 0.0) * -adv"),
+    Mutant("advantage's sign flipped where there is no bound", GRPO, "surrogate = adv * (", "surrogate = -adv * ("),
+    Mutant("advantages compare the mean with the reward", OPS, "return (r - mean).masked", "return (mean - r).masked"),
+    Mutant("the importance ratio is upside down", OPS, "return (_at_least_float32(logp) - _at_least_float32(old_logp))",
+           "return (_at_least_float32(old_logp) - _at_least_float32(logp))"),
+    Mutant("log-softmax adds the normaliser", OPS,
+           "return z - z.exp().sum(dim, keepdim=True).log()", "return z + z.exp().sum(dim, keepdim=True).log()"),
+    Mutant("the log-prob of a token adds the normaliser", OPS, ".squeeze(-1) - z.exp().sum(-1).log()",
+           ".squeeze(-1) + z.exp().sum(-1).log()"),
+    Mutant("the scorer's backward pass climbs down", OPS, "grad_z = -log_p.exp() * (", "grad_z = log_p.exp() * ("),
+    Mutant("overlong answers are paid for their length", OPS,
+           "((limit - buffer - lengths) / buffer).clamp(-1.0, 0.0)", "((lengths - limit + buffer) / buffer).clamp(0.0, 1.0)"),
+
+    # ---- Min and max ----
+    Mutant("the clipped surrogate is optimistic", OPS, "torch.minimum(ratio * adv", "torch.maximum(ratio * adv"),
+    Mutant("the truncated weight is at least the cap", OPS, ".clamp(max=cap)", ".clamp(min=cap)"),
+    Mutant("the smallest logit is subtracted instead of the largest", OPS,
+           "x.detach().amax(dim, keepdim=True)", "x.detach().amin(dim, keepdim=True)"),
+    Mutant("short answers are paid for what they leave unused", OPS, ".clamp(-1.0, 0.0)", ".clamp(-1.0, 1.0)"),
+    Mutant("the overlong penalty has no floor", OPS, ".clamp(-1.0, 0.0)", ".clamp(max=0.0)"),
+    Mutant("ratio_max is the smallest ratio", GRPO, ".max().clamp(min=1)", ".min().clamp(min=1)"),
+    Mutant("ratio_min is the largest ratio", GRPO, ".min().clamp(max=1)", ".max().clamp(max=1)"),
+    Mutant("ratio_max depends on whether there is padding", GRPO, ".max().clamp(min=1)", ".max()"),
+
+    # ---- Shifts: off by one ----
+    Mutant("stop token dropped from the mask", DATA, "(target < lengths[:, None])", "(target < lengths[:, None] - 1)"),
+    Mutant("first token of the response dropped from the mask", DATA,
+           "(prompt_lengths[:, None] <= target)", "(prompt_lengths[:, None] < target)"),
+    Mutant("the mask belongs to inputs instead of targets", DATA, "torch.arange(1, width,", "torch.arange(width - 1,"),
+    Mutant("the scorer skips the last row of a chunk, forward", OPS,
+           "slice(start, start + chunk_size)", "slice(start, start + chunk_size - 1)"),
+    Mutant("the scorer skips the last row of a chunk, backward", OPS,
+           "slice(start, start + ctx.chunk_size)", "slice(start, start + ctx.chunk_size - 1)"),
+    Mutant("leave-one-out divides by all samples", OPS, "* count / (count - 1).clamp(min=1)", "* count / count.clamp(min=1)"),
+    Mutant("z-scores divide by the sample std", OPS, "keepdim=True) / count).sqrt()", "keepdim=True) / (count - 1)).sqrt()"),
+    Mutant("the overlong penalty starts at the limit", OPS, "(limit - buffer - lengths)", "(limit - lengths)"),
+
+    # ---- Masks ----
+    Mutant("masked sums multiply by the mask", OPS, "return x.masked_fill(~mask, 0.0).sum()", "return (x * mask).sum()"),
+    Mutant("masked sums sum what is masked", OPS,
+           "return x.masked_fill(~mask, 0.0).sum()", "return x.masked_fill(mask, 0.0).sum()"),
+    Mutant("masked means divide by all elements", OPS, "/ mask.sum().clamp(min=1)", "/ mask.numel()"),
+    Mutant("log-probs of padding reach GRPO's ratio", GRPO,
+           "logp, old_logp = logp.masked_fill(~mask, 0.0),", "logp, old_logp = logp,"),
+    Mutant("old log-probs of padding reach GRPO's ratio", GRPO, "0.0), old_logp.masked_fill(~mask, 0.0)", "0.0), old_logp"),
+    Mutant("reference log-probs of padding reach GRPO's loss", GRPO,
+           "ref_logp = ref_logp.masked_fill(~mask, 0.0)", "ref_logp = ref_logp"),
+    Mutant("entropies of padding reach GRPO's loss", GRPO,
+           "entropy_coef * entropy.masked_fill(~mask, 0.0)", "entropy_coef * entropy"),
+    Mutant("cross-entropy does not look at the mask", PRETRAIN, "-masked_sum(weights * logp, mask)", "-(weights * logp).sum()"),
+    Mutant("a weight for masked tokens", OPS, "return mask / count", "return torch.ones_like(mask) / count"),
+    Mutant("samples without a score enter the mean", OPS,
+           "r = rewards.double().masked_fill(~valid, 0.0)", "r = rewards.double()"),
+    Mutant("samples without a score count in the mean", OPS,
+           "r.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True)", "r.sum(-1, keepdim=True) / valid.numel() * len(valid)"),
+    Mutant("samples without a score have an advantage", OPS,
+           ".masked_fill(~valid | (highest <= lowest), 0.0)", ".masked_fill(highest <= lowest, 0.0)"),
+    Mutant("samples without a score count in the z-score's std", OPS,
+           "count = rewards.shape[-1] if valid is None else valid.sum(-1, keepdim=True).clamp(min=1)",
+           "count = rewards.shape[-1]"),
+    Mutant("dropped answers enter the step's std", OPS,
+           "torch.ones_like(a, dtype=torch.bool) if kept is None else kept", "torch.ones_like(a, dtype=torch.bool)"),
+    Mutant("the masked surrogate masks after exp()", OPS,
+           "importance_ratio(logp.masked_fill(outside, 0.0), old_logp.masked_fill(outside, 0.0))",
+           "importance_ratio(logp, old_logp)"),
+
+    # ---- Weights and aggregation ----
+    Mutant("GRPO forgets the weights", GRPO, "return -(weights * surrogate).sum()", "return -(mask * surrogate).sum()"),
+    Mutant("GRPO divides by the weights of its micro-batch", GRPO,
+           "-(weights * surrogate).sum()", "-(weights * surrogate).sum() / weights.sum().clamp(min=1e-9)"),
+    Mutant("cross-entropy forgets the weights", PRETRAIN, "masked_sum(weights * logp, mask)", "masked_sum(logp, mask)"),
+    Mutant("token_mean counts padding", OPS, "count = length.sum()", "count = length.new_tensor(mask.numel())"),
+    Mutant("sequence_mean counts empty rows", OPS, "count = rows * length", "count = len(mask) * length"),
+    Mutant("sequence_mean forgets the length", OPS, "count = rows * length", "count = rows * torch.ones_like(length)"),
+    Mutant("prompt_mean counts prompts without a token", OPS, "count = (tokens > 0).sum() *", "count = len(prompts) *"),
+    Mutant("sequence_sum does not divide by the rows", OPS,
+           '"sequence_sum":\n        count = rows', '"sequence_sum":\n        count = torch.ones_like(rows)'),
+    Mutant("constant divides by the longest row at hand", OPS, "count = rows * max_new_tokens", "count = rows * mask.shape[1]"),
+
+    # ---- Means of means ----
+    Mutant("GRPO's loss is a mean over its micro-batch", GRPO, "-(weights * surrogate).sum()", "-(weights * surrogate).mean()"),
+    Mutant("cross-entropy is a mean over its micro-batch", PRETRAIN,
+           "masked_sum(weights * logp, mask)", "masked_sum(weights * logp, mask) / mask.sum().clamp(min=1)"),
+    Mutant("the KL metric is a mean over its micro-batch", GRPO,
+           "logp.detach(), ref_logp), mask)", "logp.detach(), ref_logp), mask) / mask.sum().clamp(min=1)"),
+    Mutant("the count of clipped tokens is a share", GRPO,
+           "& (adv > 0)).float(), mask)", "& (adv > 0)).float(), mask) / mask.numel()"),
+    Mutant("prompt_mean averages answers, not tokens", OPS, "tokens[index, None]", "length"),
+    Mutant("token_mean averages within a row", OPS, "count = length.sum()", "count = len(mask) * length"),
+    Mutant("the std of the step is one of each group", OPS,
+           "masked_mean(a.square(), torch.ones_like(a, dtype=torch.bool) if kept is None else kept)",
+           "a.square().mean(-1, keepdim=True)"),
+    Mutant("the std of the step is about the step's mean", OPS,
+           "masked_mean(a.square()", "masked_mean((rewards - rewards.mean()).double().square()"),
+    Mutant("z-scores take the std of all groups", OPS,
+           "(a.square().sum(-1, keepdim=True) / count).sqrt()", "(a.square().sum() / (count * len(a))).sqrt()"),
+
+    # ---- Detach: what may carry a gradient ----
+    Mutant("a gradient flows through the truncated weight", OPS,
+           "importance_ratio(logp.detach(), old_logp).clamp", "importance_ratio(logp, old_logp).clamp"),
+    Mutant("no gradient flows through a truncated token", OPS,
+           "* adv * _at_least_float32(logp)", "* adv * _at_least_float32(logp).detach()"),
+    Mutant("importance_ratio takes old log-probs with a gradient", OPS,
+           OLD_DETACHED + "return (_at_least", "return (_at_least"),
+    Mutant("sequence_ratio takes old log-probs with a gradient", OPS, OLD_DETACHED + "log_ratio", "log_ratio"),
+    Mutant("clipped_surrogate takes advantages with a gradient", OPS,
+           DETACHED + "ratio = importance_ratio(logp, old_logp)", "ratio = importance_ratio(logp, old_logp)"),
+    Mutant("truncated_surrogate takes advantages with a gradient", OPS, DETACHED + "return importance", "return importance"),
+    Mutant("masked_surrogate takes advantages with a gradient", OPS,
+           DETACHED + "ratio = importance_ratio(logp.detach()", "ratio = importance_ratio(logp.detach()"),
+    Mutant("gae takes a bootstrap with a gradient", OPS, "for x in inputs), ", "for x in inputs[:2]), "),
+    Mutant("gae takes values with a gradient", OPS, "for x in inputs), ", "for x in inputs[::2]), "),
+    Mutant("GRPO's ratio metrics carry a graph", GRPO,
+           "importance_ratio(new.detach(), old)", "importance_ratio(new, old)"),
+    Mutant("GRPO's KL metric carries a graph", GRPO, "masked_sum(kl_k3(logp.detach(),", "masked_sum(kl_k3(logp,"),
+    Mutant("the cross-entropy metric carries a graph", PRETRAIN, '{"train/loss": loss.detach()}', '{"train/loss": loss}'),
+    Mutant("the ratio that weighs a KL is a constant", GRPO,
+           "weight = importance_ratio(logp, old_logp)", "weight = importance_ratio(logp.detach(), old_logp)"),
+
+    # ---- Kullback-Leibler divergence ----
+    Mutant("kl_divergence measures the wrong direction", OPS,
+           "log_softmax(p_logits), log_softmax(q_logits)", "log_softmax(q_logits), log_softmax(p_logits)"),
+    Mutant("k1 measures the wrong direction", OPS, "return _at_least_float32(logp) - _at_least_float32(other)",
+           "return _at_least_float32(other) - _at_least_float32(logp)"),
+    Mutant("k2 without its half", OPS, "return kl_k1(logp, other).square() / 2", "return kl_k1(logp, other).square()"),
+    Mutant("k2 takes the size of r for its square", OPS, "kl_k1(logp, other).square() / 2", "kl_k1(logp, other).abs() / 2"),
+    Mutant("k3 measures the wrong direction", OPS, "r = -kl_k1(logp, other)", "r = kl_k1(logp, other)"),
+    Mutant("k3 adds its control variate", OPS, "return torch.expm1(r) - r", "return torch.expm1(r) + r"),
+    Mutant("k3 without its control variate", OPS, "return torch.expm1(r) - r", "return torch.expm1(r)"),
+    Mutant("GRPO's penalty measures the wrong direction", GRPO, "KL[kl](logp, ref_logp)", "KL[kl](ref_logp, logp)"),
+    Mutant("GRPO's KL metric measures the wrong direction", GRPO,
+           "kl_k3(logp.detach(), ref_logp)", "kl_k3(ref_logp, logp.detach())"),
+    Mutant("GRPO's KL is measured from the sampling policy", GRPO, "KL[kl](logp, ref_logp)", "KL[kl](logp, old_logp)"),
+    Mutant("--kl k3 is k2", GRPO, '"k3": kl_k3}', '"k3": kl_k2}'),
+    Mutant("--kl k2 is k3", GRPO, '"k2": kl_k2,', '"k2": kl_k3,'),
+    Mutant("--kl k1 is k3", GRPO, 'KL = {"k1": kl_k1', 'KL = {"k1": kl_k3'),
+    Mutant("a KL in the reward is in the loss, too", GRPO, 'if kl_in != "reward":', "if True:"),
+    Mutant("a weighted KL forgets the ratio", GRPO, 'if kl_in == "weighted" else 1.0', "if False else 1.0"),
+    Mutant("every KL in the loss is weighted by the ratio", GRPO, 'if kl_in == "weighted" else 1.0', "if True else 1.0"),
+    Mutant("a KL is weighted by the ratio that is bounded", GRPO,
+           "weight = importance_ratio(logp, old_logp)", "weight = importance_ratio(new, old)"),
+    Mutant("the KL metric is that of the estimator in the loss", GRPO,
+           "masked_sum(kl_k3(logp.detach(),", "masked_sum(KL[kl](logp.detach(),"),
+
+    # ---- Ratios and their bounds ----
+    Mutant("clip inverted for A < 0", OPS, "torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)",
+           "torch.minimum(ratio, ratio.clamp(1 - clip_low, 1 + clip_high)) * adv"),
+    Mutant("the clip has no minimum around it", OPS,
+           "torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)",
+           "ratio.clamp(1 - clip_low, 1 + clip_high) * adv"),
+    Mutant("the ends of the clip are exchanged", OPS,
+           "clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)"),
+    Mutant("the clip has no lower end", OPS, "clamp(1 - clip_low, 1 + clip_high)", "clamp(max=1 + clip_high)"),
+    Mutant("the clip's lower end is that of the log-ratio", OPS, "clamp(1 - clip_low,", "clamp(1 / (1 + clip_low),"),
+    Mutant("GRPO exchanges the ends of the clip", GRPO, "adv, clip_low, clip_high)", "adv, clip_high, clip_low)"),
+    Mutant("GRPO's ratio is always 1", GRPO, "clipped_surrogate(new, old,", "clipped_surrogate(new, new.detach(),"),
+    Mutant("the mask keeps what is outside the band", OPS,
+           "outside = (ratio < low) | (ratio > high)", "outside = (ratio >= low) & (ratio <= high)"),
+    Mutant("the mask has no upper end", OPS, "outside = (ratio < low) | (ratio > high)", "outside = ratio < low"),
+    Mutant("the mask leaves A < 0 alone", OPS,
+           "(ratio < low) | (ratio > high)", "((ratio < low) | (ratio > high)) & (adv > 0)"),
+    Mutant("--bound truncate clips at its cap", GRPO,
+           "truncated_surrogate(new, old, adv, cap)", "clipped_surrogate(new, old, adv, 1.0, cap - 1)"),
+    Mutant("--bound truncate does not look at its cap", GRPO,
+           "truncated_surrogate(new, old, adv, cap)", "truncated_surrogate(new, old, adv, 5.0)"),
+    Mutant("--bound mask clips at the ends of its band", GRPO,
+           "masked_surrogate(new, old, adv, mask_low, mask_high)",
+           "clipped_surrogate(new, old, adv, 1 - mask_low, mask_high - 1)"),
+    Mutant("--bound mask looks at the flags of clip", GRPO,
+           "masked_surrogate(new, old, adv, mask_low, mask_high)",
+           "masked_surrogate(new, old, adv, 1 - clip_low, 1 + clip_high)"),
+    Mutant("--ratio none has a ratio", GRPO,
+           'logp if ratio == "none" else importance_ratio(new, old)', "importance_ratio(new, old)"),
+    Mutant("--ratio token without a bound has no ratio", GRPO,
+           'logp if ratio == "none" else importance_ratio(new, old)',
+           'importance_ratio(new, old) if ratio == "sequence" else logp'),
+    Mutant("--ratio sequence without a bound is that of tokens", GRPO,
+           "else importance_ratio(new, old)", "else importance_ratio(logp, old_logp)"),
+
+    # ---- The ratio of whole answers ----
+    Mutant("the sequence ratio is a product", OPS,
+           "(log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()",
+           "log_ratio.sum(-1, keepdim=True).exp()"),
+    Mutant("the sequence ratio is an arithmetic mean", OPS,
+           "(log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()",
+           "1 + (log_ratio.expm1().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1))"),
+    Mutant("the sequence ratio counts padding", OPS,
+           "log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)",
+           "log_ratio.sum(-1, keepdim=True) / (mask | True).sum(-1, keepdim=True)"),
+    Mutant("log-ratios of padding enter the sequence ratio", OPS,
+           "- _at_least_float32(old_logp)).masked_fill(~mask, 0.0)", "- _at_least_float32(old_logp))"),
+    Mutant("the sequence ratio multiplies by the mask", OPS,
+           "- _at_least_float32(old_logp)).masked_fill(~mask, 0.0)", "- _at_least_float32(old_logp)) * mask"),
+    Mutant("--ratio sequence is --ratio token", GRPO, 'if ratio == "sequence":', "if False:"),
+    Mutant("--ratio token is --ratio sequence", GRPO, 'if ratio == "sequence":', "if True:"),
+    Mutant("--ratio sequence forgets the log", GRPO,
+           "sequence_ratio(logp, old_logp, mask).log()", "sequence_ratio(logp, old_logp, mask)"),
+    Mutant("--ratio sequence counts padding", GRPO,
+           "sequence_ratio(logp, old_logp, mask)", "sequence_ratio(logp, old_logp, mask | True)"),
+    Mutant("--ratio sequence has no gradient", GRPO,
+           "sequence_ratio(logp, old_logp, mask)", "sequence_ratio(logp.detach(), old_logp, mask)"),
+
+    # ---- What answers are compared by, and which are left out ----
+    Mutant("--groups drop keeps groups without contrast", GRPO, "kept & contrast(rewards)[:, None]", "kept"),
+    Mutant("finished answers are left out instead of truncated ones", GRPO,
+           "kept & rollout.finished.cpu()", "kept & ~rollout.finished.cpu()"),
+    Mutant("answers without a reward count as accepted", GRPO, "kept & (rewards > 0)", "kept & (rewards >= 0)"),
+    Mutant("what is left out keeps its tokens", GRPO, "mask & kept.view(-1, 1).to(mask.device)", "mask"),
+    Mutant("dropped answers enter the std of --advantage zscore_batch", GRPO, "zscore_batch(R, kept=kept)", "zscore_batch(R)"),
+    Mutant("the prompt counts for the overlong penalty", GRPO,
+           "lengths = (rollout.lengths - rollout.prompt_lengths)", "lengths = rollout.lengths"),
+    Mutant("the overlong penalty is subtracted", GRPO, "R + overlong_penalty(", "R - overlong_penalty("),
+    Mutant("the KL in the reward is a bonus", GRPO, "R - cfg.kl_coef * kl_k1(", "R + cfg.kl_coef * kl_k1("),
+    Mutant("the KL in the reward counts padding", GRPO,
+           "kl_k1(old_logp, ref_logp).masked_fill(~mask, 0.0)", "kl_k1(old_logp, ref_logp)"),
+    Mutant("the KL in the reward is a mean over tokens", GRPO, "masked_fill(~mask, 0.0).sum(-1).cpu()",
+           "masked_fill(~mask, 0.0).mean(-1).cpu()"),
+    Mutant("the baseline is added to the reward", GRPO, "(R - baseline)", "(R + baseline)"),
+
+    # ---- Temperature ----
+    Mutant("temperature forgotten in the scorer's forward pass", OPS, ".to(dtype) / temperature)", ".to(dtype))"),
+    Mutant("logits multiplied by the temperature", OPS, ".to(dtype) / temperature)", ".to(dtype) * temperature)"),
+    Mutant("temperature forgotten in the scorer's backward pass", OPS,
+           ".to(entropy.dtype) / ctx.temperature)", ".to(entropy.dtype))"),
+    Mutant("temperature forgotten in the scorer's chain rule", OPS, "(grad_z / ctx.temperature).to(", "grad_z.to("),
+
+    # ---- Entropy and the scorer ----
+    Mutant("entropy is negative", OPS, "return -(p * log_p.masked_fill", "return (p * log_p.masked_fill"),
+    Mutant("entropy is a mean over tokens", OPS,
+           "log_p.masked_fill(p == 0, 0.0)).sum(-1)", "log_p.masked_fill(p == 0, 0.0)).mean(-1)"),
+    Mutant("entropy is in bits", OPS,
+           "log_p.masked_fill(p == 0, 0.0)).sum(-1)", "log_p.masked_fill(p == 0, 0.0)).sum(-1) * 1.4427"),
+    Mutant("the scorer's entropy is negative", OPS, "entropy[rows] = -(", "entropy[rows] = ("),
+    Mutant("the scorer's entropy has no gradient", OPS,
+           "(g_logp + g_entropy * (log_p + entropy[rows, None]))", "(g_logp + torch.zeros_like(log_p))"),
+    Mutant("the gradient of entropy forgets H", OPS, "g_entropy * (log_p + entropy[rows, None])", "g_entropy * log_p"),
+    Mutant("the gradient of entropy subtracts H", OPS,
+           "g_entropy * (log_p + entropy[rows, None])", "g_entropy * (log_p - entropy[rows, None])"),
+    Mutant("the gradient of a log-prob forgets the token itself", OPS,
+           "grad_z.scatter_add_(-1, ids[rows, None], g_logp)", "pass"),
+    Mutant("the head's gradient is that of the last chunk", OPS, "grad_weight += grad_z.T @", "grad_weight = grad_z.T @"),
+    Mutant("the scorer does not cut into chunks", OPS,
+           "weight.to(hidden.dtype), ids, temperature, chunk_size)",
+           "weight.to(hidden.dtype), ids, temperature, max(len(ids), 1))"),
+    Mutant("entropy does not cut into chunks", OPS, ".split(chunk_size)", ".split(max(1, logits.shape[:-1].numel()))"),
+    Mutant("entropy is punished", GRPO, "surrogate + entropy_coef * entropy", "surrogate - entropy_coef * entropy"),
+    Mutant("GRPO forgets the entropy bonus", GRPO, "if entropy_coef:", "if False:"),
+
+    # ---- Numerics ----
+    Mutant("k3 without expm1", OPS, "torch.expm1(r) - r", "r.exp() - 1 - r"),
+    Mutant("softmax without subtracting the maximum", OPS,
+           "m = x.detach().amax(dim, keepdim=True)", "m = torch.zeros_like(x.detach().amax(dim, keepdim=True))"),
+    Mutant("the maximum of a row of only -inf is subtracted", OPS, "m = m.masked_fill(m == -torch.inf, 0.0)", "m = m + 0.0"),
+    Mutant("logsumexp forgets to add the maximum again", OPS, "return (m + x.exp()", "return (x.exp()"),
+    Mutant("log-softmax adds the maximum and takes it off again", OPS,
+           "return z - z.exp().sum(dim, keepdim=True).log()", "return logits - logsumexp(logits, dim).unsqueeze(dim)"),
+    Mutant("the log-prob of a token adds the maximum and takes it off again", OPS,
+           "return z.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - z.exp().sum(-1).log()",
+           "return _at_least_float32(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logsumexp(logits)"),
+    Mutant("0 log 0 is nan in the entropy", OPS, "(p * log_p.masked_fill(p == 0, 0.0))", "(p * log_p)"),
+    Mutant("0 log 0 is nan in kl_divergence", OPS, "(log_p - log_q).masked_fill(p == 0, 0.0)", "(log_p - log_q)"),
+    Mutant("kl_divergence is finite where the second has no probability", OPS,
+           "(log_p - log_q).masked_fill(p == 0, 0.0)", "(log_p - log_q).masked_fill((p == 0) | log_q.isinf(), 0.0)"),
+    Mutant("half precision is not widened", OPS,
+           "return x if x.dtype in (torch.float32, torch.float64) else x.float()", "return x"),
+    Mutant("float64 is rounded to float32", OPS,
+           "return x if x.dtype in (torch.float32, torch.float64) else x.float()", "return x.float()"),
+    Mutant("log-ratios are taken in half precision", OPS,
+           "return _at_least_float32(logp) - _at_least_float32(other)", "return _at_least_float32(logp - other)"),
+    Mutant("half-precision logits are divided before they are widened, forward", OPS,
+           ".to(dtype) / temperature)", "/ temperature)"),
+    Mutant("half-precision logits are divided before they are widened, backward", OPS,
+           ".to(entropy.dtype) / ctx.temperature)", "/ ctx.temperature)"),
+    Mutant("the head's gradient is summed in half precision", OPS,
+           "torch.zeros_like(weight, dtype=entropy.dtype)", "torch.zeros_like(weight)"),
+    Mutant("the scorer ignores autocast", OPS, "if torch.is_autocast_enabled(device):", "if False:"),
+    Mutant("rewards are averaged in float32", OPS,
+           "r = rewards.double().masked_fill", "r = _at_least_float32(rewards).masked_fill"),
+    Mutant("the z-score's std is taken in float32", OPS, "a = center(rewards.double(), valid)", "a = center(rewards, valid)"),
+    Mutant("leave-one-out rounds twice", OPS, "(center(rewards.double(), valid) * count", "(center(rewards, valid) * count"),
+    Mutant("the step's std is taken in float32", OPS,
+           "a = center(rewards.double())\n", "a = center(_at_least_float32(rewards))\n"),
+    Mutant("the z-score's eps stands inside the root", OPS,
+           "(a.square().sum(-1, keepdim=True) / count).sqrt()", "(a.square().sum(-1, keepdim=True) / count + eps**2).sqrt()"),
+    Mutant("log_sigmoid overflows", OPS, "log_softmax(torch.stack((x, torch.zeros_like(x)), dim=-1))[..., 0]",
+           "-torch.log1p((-_at_least_float32(x)).exp())"),
+
+    # ---- Boundaries ----
+    Mutant("the lower end of a mask's band is outside", OPS, "outside = (ratio < low)", "outside = (ratio <= low)"),
+    Mutant("the upper end of a mask's band is outside", OPS, "| (ratio > high)", "| (ratio >= high)"),
+    Mutant("equal rewards have advantages of a rounding error", OPS, "(highest <= lowest), 0.0)", "(highest < lowest), 0.0)"),
+    Mutant("a lone sample is divided by zero", OPS, "(count - 1).clamp(min=1)", "(count - 1)"),
+    Mutant("z-scores of nothing valid are nan", OPS,
+           "else valid.sum(-1, keepdim=True).clamp(min=1)", "else valid.sum(-1, keepdim=True)"),
+    Mutant("masked means of nothing are nan", OPS, "/ mask.sum().clamp(min=1)", "/ mask.sum()"),
+    Mutant("the sequence ratio of an empty row is nan", OPS,
+           "mask.sum(-1, keepdim=True).clamp(min=1)).exp()", "mask.sum(-1, keepdim=True)).exp()"),
+    Mutant("weights of an empty step are nan", OPS, "return mask / count.clamp(min=1)", "return mask / count"),
+    Mutant("a row of one token counts as empty", OPS, "rows = (length > 0).sum()", "rows = (length > 1).sum()"),
+    Mutant("an empty row counts as a row", OPS, "rows = (length > 0).sum()", "rows = (length >= 0).sum()"),
+    Mutant("A = 0 counts as clipped below", GRPO, "(rho < 1 - clip_low) & (adv < 0)", "(rho < 1 - clip_low) & (adv <= 0)"),
+    Mutant("A = 0 counts as clipped above", GRPO, "(rho > 1 + clip_high) & (adv > 0)", "(rho > 1 + clip_high) & (adv >= 0)"),
+    Mutant("what clipping lets through counts as clipped", GRPO,
+           "(rho < 1 - clip_low) & (adv < 0)", "(rho < 1 - clip_low)"),
+    Mutant("clipped_high counts at clip_low", GRPO, "(rho > 1 + clip_high) & (adv > 0)", "(rho > 1 + clip_low) & (adv > 0)"),
+    Mutant("tokens below the cap count as capped", GRPO, "(rho > cap)", "(rho < cap)"),
+    Mutant("tokens above the band do not count as masked", GRPO,
+           "((rho < mask_low) | (rho > mask_high)).float()", "(rho < mask_low).float()"),
+
+    # ---- Generalised advantage estimation ----
+    Mutant("gae runs forward in time", OPS, "for t in reversed(range(values.shape[1])):", "for t in range(values.shape[1]):"),
+    Mutant("gae adds the value of the state it leaves", OPS,
+           "gamma * next_value - values[:, t]", "gamma * next_value + values[:, t]"),
+    Mutant("gae takes the reward of the token before", OPS, "delta = rewards[:, t] +", "delta = rewards[:, t - 1] +"),
+    Mutant("gae does not discount the next value", OPS, "+ gamma * next_value", "+ next_value"),
+    Mutant("gae forgets lambda", OPS, "delta + gamma * lam * next_advantage", "delta + gamma * next_advantage"),
+    Mutant("gae forgets gamma in the recursion", OPS, "delta + gamma * lam * next_advantage", "delta + lam * next_advantage"),
+    Mutant("gae takes what follows the run for its next value", OPS,
+           "next_value = torch.where(mask[:, t], values[:, t], next_value)", "next_value = values[:, t]"),
+    Mutant("gae takes advantages of padding along", OPS,
+           "next_advantage = torch.where(mask[:, t], advantage, next_advantage)", "next_advantage = advantage"),
+    Mutant("gae gives padding an advantage", OPS, "advantage.masked_fill(~mask[:, t], 0.0)", "advantage"),
+    Mutant("values of padding reach gae's returns", OPS, "0.0), values.masked_fill(~mask, 0.0)", "0.0), values"),
+    Mutant("an answer that has ended is bootstrapped", OPS,
+           "bootstrap = values.new_zeros(len(values)) if", "bootstrap = values[:, -1] if"),
+    Mutant("gae's returns are advantages less values", OPS,
+           "return advantages, advantages + values", "return advantages, advantages - values"),
+
+    # ---- Preferences ----
+    Mutant("the loss of a preference is its log-probability", OPS, "return -log_sigmoid(margin)", "return log_sigmoid(margin)"),
+    Mutant("the loser is preferred", OPS, "return -log_sigmoid(margin)", "return -log_sigmoid(-margin)"),
+    Mutant("log_sigmoid is of -x", OPS, "dim=-1))[..., 0]", "dim=-1))[..., 1]"),
+    Mutant("log_sigmoid has the wrong slope at 0", OPS, "log_softmax(torch.stack((x, torch.zeros_like(x)), dim=-1))[..., 0]",
+           "(lambda x: x.clamp(max=0.0) - torch.log1p((-x.abs()).exp()))(_at_least_float32(x))"),
+    Mutant("the loss of a preference is a hinge", OPS,
+           "return -log_sigmoid(margin)", "return (1 - _at_least_float32(margin)).clamp(min=0.0)"),
+
+    # ---- What an answer is compared by ----
+    Mutant("the KL in the reward is a bonus", GRPO, "R = R - cfg.kl_coef", "R = R + cfg.kl_coef"),
+    Mutant("the KL in the reward counts prompts and padding", GRPO,
+           "kl_k1(old_logp, ref_logp).masked_fill(~mask, 0.0)", "kl_k1(old_logp, ref_logp)"),
+    Mutant("prompts count as length", GRPO, "(rollout.lengths - rollout.prompt_lengths)", "rollout.lengths"),
+    Mutant("the overlong buffer is in tokens, not a share", GRPO, "cfg.overlong * cfg.max_new_tokens)", "cfg.overlong)"),
+    Mutant("groups with contrast are dropped", GRPO, "kept & contrast(rewards)", "kept & ~contrast(rewards)"),
+    Mutant("--truncated mask trains on cut answers alone", GRPO, "kept & rollout.finished", "kept & ~rollout.finished"),
+    Mutant("rejected answers of reward 0 are accepted", GRPO, "kept & (rewards > 0)", "kept & (rewards >= 0)"),
+    Mutant("the baseline is added", GRPO, "(R - baseline)", "(R + baseline)"),
+    Mutant("--advantage zscore_batch does not say what is kept", GRPO, "zscore_batch(R, kept=kept)", "zscore_batch(R)"),
+    Mutant("the running mean is of what the task pays", GRPO, "float(R.mean())", "float(rewards.mean())"),
+    Mutant("nothing is left out", GRPO, "mask & kept.view(-1, 1)", "mask | kept.view(-1, 1)"),
+
+    # ---- Writing into an argument ----
+    Mutant("masked_sum blanks its argument", OPS, "return x.masked_fill(~mask, 0.0).sum()",
+           "x.detach().masked_fill_(~mask, 0.0)\n    return x.masked_fill(~mask, 0.0).sum()"),
+    Mutant("advantages blank the rewards of samples without a score", OPS,
+           "rewards.double().masked_fill(~valid", "rewards.double().masked_fill_(~valid"),
+    Mutant("gae blanks the values of padding", OPS,
+           "0.0), values.masked_fill(~mask, 0.0)", "0.0), values.masked_fill_(~mask, 0.0)"),
+    Mutant("the truncated surrogate scales the advantages", OPS,
+           ".clamp(max=cap) * adv *", ".clamp(max=cap) * adv.mul_(1.0) *"),
+    Mutant("GRPO blanks the sampler's log-probs", GRPO,
+           "0.0), old_logp.masked_fill(~mask, 0.0)", "0.0), old_logp.masked_fill_(~mask, 0.0)"),
+    Mutant("GRPO blanks the reference's log-probs", GRPO,
+           "ref_logp = ref_logp.masked_fill(~mask, 0.0)", "ref_logp = ref_logp.masked_fill_(~mask, 0.0)"),
+    Mutant("cross-entropy scales the weights", PRETRAIN,
+           "masked_sum(weights * logp, mask)", "masked_sum(weights.mul_(logp), mask)"),
+]
+
+PYTEST = [sys.executable, "-m", "pytest", "-m", "math", "-x", "-q", "-p", "no:cacheprovider"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "ci"}
+# The likeliest killer of a fault runs first.
+FIRST = {OPS: "test_ops.py", GRPO: "test_objectives.py", PRETRAIN: "test_objectives.py", DATA: "test_objectives.py"}
+
+
+def line_of(mutant: Mutant) -> int:
+    """Where the fault goes; a sentence and an end if the source has moved on."""
+    source = (ROOT / mutant.file).read_text(encoding="utf-8")
+    if (times := source.count(mutant.old)) != 1:
+        sys.exit(f"{mutant.fault!r}: {mutant.old!r} stands {times} times in {mutant.file}; expected exactly once")
+    return source[: source.index(mutant.old)].count("\n") + 1
+
+
+def run_tests(mutant: Mutant | None, limit: float | None = None) -> tuple[str, float]:
+    """Run the math tests on a copy of the tree, with the fault: the first test that failed ("" for none) and the seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for part in ("nanorl", "tests"):
+            shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in (ROOT / "pyproject.toml", *ROOT.glob("train_*.py")):
+            shutil.copy(file, tree)
+        if mutant:
+            file = tree / mutant.file
+            file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+        files = [file.name for file in tree.glob("tests/test_*.py") if "mark.math" in file.read_text(encoding="utf-8")]
+        files.sort(key=lambda name: (mutant is None or name != FIRST[mutant.file], name))
+
+        start = time.perf_counter()
+        try:
+            result = subprocess.run([*PYTEST, *(f"tests/{name}" for name in files)], cwd=tree, env=ENVIRONMENT, timeout=limit,
+                                    capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            return "(time ran out)", time.perf_counter() - start
+        seconds = time.perf_counter() - start
+    if result.returncode == 0:
+        return "", seconds
+    failed = re.search(r"^FAILED \S+?::(\w+)", result.stdout, re.M)
+    if not failed:
+        sys.exit(f"{mutant.fault if mutant else 'Without any fault'}: the tests could not run.\n{result.stdout}{result.stderr}")
+    return failed[1], seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="the faults whose name contains it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="faults at a time (default: the CPUs)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="where to write the table, too")
+    args = parser.parse_args(argv)
+    mutants = [mutant for mutant in MUTANTS if args.only in mutant.fault]
+    if not mutants:
+        parser.error(f"argument --only: no fault's name contains {args.only!r}")
+    if args.jobs < 1:
+        parser.error(f"argument --jobs: {args.jobs} is not a number of at least 1")
+    if args.table and not args.table.parent.is_dir():
+        parser.error(f"argument --table: {args.table.parent} is no directory")
+
+    lines = [line_of(mutant) for mutant in mutants]
+    failed, usual = run_tests(None)
+    if failed:
+        sys.exit(f"Without any fault, {failed} fails; expected tests that pass.")
+
+    table, killed = ["| fault | where | killed by | seconds |", "|---|---|---|--:|"], 0
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(mutants), unit="fault") as bar:
+        # Slow beyond measure is noticed as well.
+        verdicts = pool.map(partial(run_tests, limit=60 + 10 * usual), mutants)
+        for mutant, line, (killer, seconds) in zip(mutants, lines, verdicts, strict=True):
+            killed += bool(killer)
+            table.append(f"| {mutant.fault} | {mutant.file}:{line} | {killer or '**survived**'} | {seconds:.0f} |")
+            bar.update()
+            bar.set_postfix(killed=killed, survived=bar.n - killed)
+    print(*table, sep="\n")
+    print(f"\n{killed} of {len(mutants)} killed")
+    if args.table:
+        args.table.write_text("\n".join(table) + "\n", encoding="utf-8")
+    sys.exit(killed < len(mutants))
+
+
+if __name__ == "__main__":
+    main()
