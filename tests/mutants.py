@@ -115,6 +115,7 @@ MUTANTS = [
     Mutant("the masked surrogate masks after exp()", OPS,
            "importance_ratio(logp.masked_fill(outside, 0.0), old_logp.masked_fill(outside, 0.0))",
            "importance_ratio(logp, old_logp)"),
+    Mutant("nothing is left out of the mask", GRPO, "mask & kept.view(-1, 1)", "mask | kept.view(-1, 1)"),
 
     # ---- Weights and aggregation ----
     Mutant("GRPO forgets the weights", GRPO, "return -(weights * surrogate).sum()", "return -(mask * surrogate).sum()"),
@@ -254,6 +255,7 @@ MUTANTS = [
 
     # ---- What answers are compared by, and which are left out ----
     Mutant("--groups drop keeps groups without contrast", GRPO, "kept & contrast(rewards)[:, None]", "kept"),
+    Mutant("--groups drop leaves out groups with contrast", GRPO, "kept & contrast(rewards)", "kept & ~contrast(rewards)"),
     Mutant("finished answers are left out instead of truncated ones", GRPO,
            "kept & rollout.finished.cpu()", "kept & ~rollout.finished.cpu()"),
     Mutant("answers without a reward count as accepted", GRPO, "kept & (rewards > 0)", "kept & (rewards >= 0)"),
@@ -261,6 +263,7 @@ MUTANTS = [
     Mutant("dropped answers enter the std of --advantage zscore_batch", GRPO, "zscore_batch(R, kept=kept)", "zscore_batch(R)"),
     Mutant("the prompt counts for the overlong penalty", GRPO,
            "lengths = (rollout.lengths - rollout.prompt_lengths)", "lengths = rollout.lengths"),
+    Mutant("the overlong buffer is in tokens, not a share", GRPO, "cfg.overlong * cfg.max_new_tokens)", "cfg.overlong)"),
     Mutant("the overlong penalty is subtracted", GRPO, "R + overlong_penalty(", "R - overlong_penalty("),
     Mutant("the KL in the reward is a bonus", GRPO, "R - cfg.kl_coef * kl_k1(", "R + cfg.kl_coef * kl_k1("),
     Mutant("the KL in the reward counts padding", GRPO,
@@ -268,6 +271,7 @@ MUTANTS = [
     Mutant("the KL in the reward is a mean over tokens", GRPO, "masked_fill(~mask, 0.0).sum(-1).cpu()",
            "masked_fill(~mask, 0.0).mean(-1).cpu()"),
     Mutant("the baseline is added to the reward", GRPO, "(R - baseline)", "(R + baseline)"),
+    Mutant("the running mean is of what the task pays", GRPO, "float(R.mean())", "float(rewards.mean())"),
 
     # ---- Temperature ----
     Mutant("temperature forgotten in the scorer's forward pass", OPS, ".to(dtype) / temperature)", ".to(dtype))"),
@@ -386,20 +390,6 @@ MUTANTS = [
            "(lambda x: x.clamp(max=0.0) - torch.log1p((-x.abs()).exp()))(_at_least_float32(x))"),
     Mutant("the loss of a preference is a hinge", OPS,
            "return -log_sigmoid(margin)", "return (1 - _at_least_float32(margin)).clamp(min=0.0)"),
-
-    # ---- What an answer is compared by ----
-    Mutant("the KL in the reward is a bonus", GRPO, "R = R - cfg.kl_coef", "R = R + cfg.kl_coef"),
-    Mutant("the KL in the reward counts prompts and padding", GRPO,
-           "kl_k1(old_logp, ref_logp).masked_fill(~mask, 0.0)", "kl_k1(old_logp, ref_logp)"),
-    Mutant("prompts count as length", GRPO, "(rollout.lengths - rollout.prompt_lengths)", "rollout.lengths"),
-    Mutant("the overlong buffer is in tokens, not a share", GRPO, "cfg.overlong * cfg.max_new_tokens)", "cfg.overlong)"),
-    Mutant("groups with contrast are dropped", GRPO, "kept & contrast(rewards)", "kept & ~contrast(rewards)"),
-    Mutant("--truncated mask trains on cut answers alone", GRPO, "kept & rollout.finished", "kept & ~rollout.finished"),
-    Mutant("rejected answers of reward 0 are accepted", GRPO, "kept & (rewards > 0)", "kept & (rewards >= 0)"),
-    Mutant("the baseline is added", GRPO, "(R - baseline)", "(R + baseline)"),
-    Mutant("--advantage zscore_batch does not say what is kept", GRPO, "zscore_batch(R, kept=kept)", "zscore_batch(R)"),
-    Mutant("the running mean is of what the task pays", GRPO, "float(R.mean())", "float(rewards.mean())"),
-    Mutant("nothing is left out", GRPO, "mask & kept.view(-1, 1)", "mask | kept.view(-1, 1)"),
 
     # ---- Writing into an argument ----
     Mutant("masked_sum blanks its argument", OPS, "return x.masked_fill(~mask, 0.0).sum()",

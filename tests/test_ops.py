@@ -410,6 +410,31 @@ def test_bfloat16_costs_linear_log_probs_one_rounding_of_the_logits(problem, chu
     assert (dw - exact_dw).abs().max() <= len(ids) * hidden.abs().max() * (math.expm1(2 * delta) + 6 * u) + slack
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@given(logits(), st.floats(0.3, 3.0), generators)
+def test_half_precision_logits_are_widened_before_they_are_divided(dtype, z, temperature, generator):
+    """weight = I, so that hidden = z: logp and H are those of z.float() / T bit for bit, and the gradient is rounded once."""
+    z, ids = leaf(z.to(dtype)), torch.randint(z.shape[1], (len(z),), generator=generator)
+    wide = leaf(z.float())
+    log_p = log_softmax(wide / temperature)
+    logp, entropy = linear_log_probs(z, torch.eye(z.shape[1], dtype=dtype), ids, temperature)
+    assert torch.equal(logp, log_p.gather(-1, ids[:, None]).squeeze(-1))
+    assert torch.equal(entropy, -(log_p.exp() * log_p).sum(-1))
+    for ours, exact in ((logp, log_p.gather(-1, ids[:, None])), (entropy, -(log_p.exp() * log_p).sum(-1))):
+        (g,), (wide_g,) = (torch.autograd.grad(y.sum(), x, retain_graph=True) for y, x in ((ours, z), (exact, wide)))
+        torch.testing.assert_close(g.float(), wide_g, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_small_gradients_of_the_head_add_up(dtype):
+    """N equal rows have N times the gradient of one, to one rounding, though 2048 + 1 is 2048 in float16."""
+    hidden, weight, N = torch.ones(1, 1, dtype=dtype), leaf(torch.zeros(2, 1, dtype=dtype)), 3000
+    (once,) = torch.autograd.grad(linear_log_probs(hidden, weight, torch.tensor([0]))[0].sum(), weight)
+    rows = linear_log_probs(hidden.expand(N, 1), weight, torch.zeros(N, dtype=torch.int64), chunk_size=1)[0]
+    (many,) = torch.autograd.grad(rows.sum(), weight)
+    torch.testing.assert_close(many, N * once, rtol=torch.finfo(dtype).eps, atol=0.0)
+
+
 def test_autocast_rounds_the_head_and_nothing_after_it():
     """Under autocast, float32 hidden and weight are treated as if given in bfloat16; gradients are float32 again."""
     hidden, weight = torch.randn(16, 5, generator=torch.Generator().manual_seed(0)).split((9, 7))
@@ -678,6 +703,14 @@ def test_length_costs_nothing_then_linearly_then_one(limit, share, length):
     found = overlong_penalty(torch.tensor([length]), limit, buffer).item()
     expected = 0.0 if length <= limit - buffer else -1.0 if length >= limit else -(length - (limit - buffer)) / buffer
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("advantage", [*ADVANTAGES, zscore_batch])
+@given(rewards(), st.sampled_from([0.0, 1e3, 1e6]))
+def test_advantages_of_float32_are_float64s_rounded_once(advantage, r, offset):
+    """A(r) = A(r.double()).float(), bit for bit: 10^6 + 0.1 has few digits to lose, and means and stds lose none."""
+    r = (r + offset).float()
+    assert torch.equal(advantage(r), advantage(r.double()).float())
 
 
 @given(rewards())
@@ -1426,8 +1459,11 @@ def test_whole_number_rewards_are_numbers_like_others(f):
     assert f(r).dtype == torch.float32
 
 
-@given(logits(), st.integers(-10_000, 10_000))
-def test_large_logits_lose_no_digits(z, shift):
-    """log softmax(z + c) = log softmax(z) in float32 as well as z + c itself can be written down."""
-    z = z.float() + shift
-    assert_close(log_softmax(z).double(), torch.log_softmax(z.double(), -1), tol=2e-6 * (1 + float(log_softmax(z).abs().max())))
+@given(scored_logits(), st.integers(-10_000, 10_000))
+def test_large_logits_lose_no_digits(case, shift):
+    """log softmax(z + c) = log softmax(z) in float32 as well as z + c itself can be written down; that of one token, too."""
+    z, ids = case[0].float() + shift, case[1]
+    exact = torch.log_softmax(z.double(), -1)
+    tol = 2e-6 * (1 + float(exact.abs().max()))
+    assert_close(log_softmax(z).double(), exact, tol)
+    assert_close(selective_log_softmax(z, ids).double(), exact.gather(-1, ids[:, None]).squeeze(-1), tol)
