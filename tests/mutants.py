@@ -2,7 +2,7 @@
 
     python -m tests.mutants                     every fault, as many at a time as there are CPUs
     python -m tests.mutants --only clip         those whose name contains "clip"
-    python -m tests.mutants --table FILE        write the table to FILE, too
+    python -m tests.mutants --table docs/mutants.md         write the table to a file, too
 
 That tests pass says little as long as nobody has seen them fail. Each fault below, of a kind that people really make,
 is put into a copy of the working tree, and `pytest -m math -x` runs there. A fault is killed when a test fails; one that
@@ -410,6 +410,9 @@ MUTANTS = [
 
 PYTEST = [sys.executable, "-m", "pytest", "-m", "math", "-x", "-q", "-p", "no:cacheprovider"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "ci"}
+TITLE = ["# Faults that the tests notice", "",
+         "Each line is a fault that was put into the code, where it went, the first test that failed, and after how many",
+         "seconds. Made by `python -m tests.mutants --table docs/mutants.md`.", ""]
 # The likeliest killer of a fault runs first.
 FIRST = {OPS: "test_ops.py", GRPO: "test_objectives.py", PRETRAIN: "test_objectives.py", DATA: "test_objectives.py"}
 
@@ -480,10 +483,10 @@ def main(argv: list[str] | None = None) -> None:
             table.append(f"| {mutant.fault} | {mutant.file}:{line} | {killer or '**survived**'} | {seconds:.0f} |")
             bar.update()
             bar.set_postfix(killed=killed, survived=bar.n - killed)
+    table += ["", f"{killed} of {len(mutants)} killed"]
     print(*table, sep="\n")
-    print(f"\n{killed} of {len(mutants)} killed")
     if args.table:
-        args.table.write_text("\n".join(table) + "\n", encoding="utf-8")
+        args.table.write_text("\n".join([*TITLE, *table]) + "\n", encoding="utf-8")
     sys.exit(killed < len(mutants))
 
 
