@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanorl.run import read_lines, user_errors
 
-# A panel: what its y axis shows, and the metrics drawn in it. One that no run has logged is left out.
+# A panel: what its y axis shows, and the metrics drawn in it. One in which all is 0, or nothing is logged, is left out.
 PANELS = [
     ("accuracy", {"rollout/reward": "training, sampled", "eval/accuracy_sampled": "held out, sampled",
                   "eval/accuracy_greedy": "held out, greedy"}),
@@ -18,6 +18,9 @@ PANELS = [
     ("loss, nats per token", {"train/loss": "training"}),
     ("held-out text, nats per token", {"eval/text_loss": "text", "eval/story_loss": "stories"}),
     ("groups without contrast", {"rollout/no_contrast": "share"}),
+    ("share of tokens that the bound holds", {"train/clipped_low": "clipped, A < 0", "train/clipped_high": "clipped, A > 0",
+                                              "train/capped": "capped", "train/masked": "masked"}),
+    ("KL to the reference, nats per token", {"train/kl": "k3"}),
     ("gradient norm", {"train/grad_norm": "before clipping", "train/grad_norm_max": "largest of a step"}),
 ]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")    # Okabe and Ito: safe for all eyes
@@ -36,9 +39,10 @@ def draw(runs: list[Path], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     logs = {str(run): read_metrics(run) for run in runs}
-    logged = {name for lines in logs.values() for line in lines for name in line}
+    every_line = [line for lines in logs.values() for line in lines]
+    logged = {name for line in every_line for name in line}
     panels = [(title, {name: label for name, label in metrics.items() if name in logged}) for title, metrics in PANELS]
-    panels = [panel for panel in panels if panel[1]]
+    panels = [panel for panel in panels if any(line.get(name) for name in panel[1] for line in every_line)]
     if not panels:
         raise ValueError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
 

@@ -462,6 +462,7 @@ class Run:
             yield
         except kind:
             self.save()
+            print(f"Saved {self.out} after {self.step} of {self.cfg.steps} steps.")
             raise
 
     def _stop_soon(self, signum: int, frame) -> None:

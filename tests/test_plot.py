@@ -34,6 +34,13 @@ def test_the_curves_are_the_logged_points_and_a_torn_line_is_not_one(tmp_path, m
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_panel_of_nothing_but_zeros_is_left_out(tmp_path, monkeypatch):
+    """An inert clip draws nothing; one that holds a single token is drawn, its other side too."""
+    for high, titles in ((0.0, {"accuracy"}), (0.1, {"accuracy", "share of tokens that the bound holds"})):
+        lines = [{"step": 0, "rollout/reward": 0.5, "train/clipped_low": 0.0, "train/clipped_high": high}]
+        assert drawn(monkeypatch, [write_run(tmp_path / f"{high}", lines)], tmp_path / "curves.png").keys() == titles
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [write_run(Path(folder, "grpo"), [{"step": 0, "train/entropy": x}]) for folder, x in (("a", 1.0), ("b", 2.0))]
