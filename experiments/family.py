@@ -20,6 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import train_grpo
+from nanorl import run
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = "--minibatches 4 --lr 1e-4 --steps 20 --eval-every 1 --eval-problems 250 --save-every 1000 --quiet"
 # Label: the flags. Rows of one block are the same algorithm where all ratios are 1 (and no group is left out).
@@ -43,24 +46,24 @@ def directory(out: Path, label: str, seed: int) -> Path:
 
 
 def train(out: Path, label: str, flags: str, seed: int, init: str, threads: int) -> None:
-    run = directory(out, label, seed)
-    if (run / "done").exists():
+    folder = directory(out, label, seed)
+    if (folder / "done").exists():
         return
-    shutil.rmtree(run, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "train_grpo.py"), "--init", init, "--out", str(run), "--seed", str(seed),
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, str(ROOT / "train_grpo.py"), "--init", init, "--out", str(folder), "--seed", str(seed),
                *COMMON.split(), *flags.split()]
     result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
     # A resampling run that has learned its task ends for want of contrast: that is a result.
     if result.returncode and "had contrast" not in result.stderr:
         raise RuntimeError(f"{label}, seed {seed}: {result.stderr.strip()}")
-    (run / "done").write_text(result.stderr)
+    (folder / "done").write_text(result.stderr)
 
 
-def curve(run: Path) -> dict[str, list[float]]:
+def curve(folder: Path) -> dict[str, list[float]]:
     """Accuracy before each step and at the end, and entropy in it, each against the thousands of answer tokens sampled by
     then. A run that ended early has fewer points."""
     tokens, points = 0.0, {"tokens": [], "accuracy": [], "entropy": [], "entropy_tokens": [], "bounded": []}
-    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if "eval/accuracy_sampled" in line:
             points["tokens"].append(tokens / 1000)
             points["accuracy"].append(line["eval/accuracy_sampled"])
@@ -77,18 +80,26 @@ def tokens_to(curve: dict[str, list[float]], accuracy: float) -> float:
     return next((t for t, a in zip(curve["tokens"], curve["accuracy"], strict=True) if a >= accuracy), float("inf"))
 
 
+def bound_of(flags: str) -> str:
+    """The bound of a row, with its numbers."""
+    cfg = run.parse(train_grpo.Config, flags.split())
+    numbers = {"clip": (cfg.clip_low, cfg.clip_high), "truncate": (cfg.cap,), "mask": (cfg.mask_low, cfg.mask_high)}
+    return " ".join([cfg.bound, *(f"{x:g}" for x in numbers.get(cfg.bound, ()))])
+
+
 def table(curves: dict[str, list[dict]]) -> str:
     """One row per label: the mean over seeds, and the range where seeds differ visibly."""
     def cell(values: list[float], digits: int) -> str:
         low, high, mean = (f"{x:.{digits}f}" for x in (min(values), max(values), sum(values) / len(values)))
         return mean if low == high else f"{mean} ({low} to {high})"
 
-    lines = ["| row | final accuracy, sampled | thousand tokens to 0.9 | entropy at the end | bounded, largest step |",
-             "|---|---|---|---|---|"]
+    lines = ["| row | bound | final accuracy, sampled | thousand tokens to 0.9 | entropy at the end | bounded, largest step |",
+             "|---|---|---|---|---|---|"]
+    flags = {label: flags for block in BLOCKS for label, flags in block.items()}
     for label, seeds in curves.items():
         cells = (cell([c["accuracy"][-1] for c in seeds], 3), cell([tokens_to(c, 0.9) for c in seeds], 0),
                  cell([c["entropy"][-1] for c in seeds], 4), cell([100 * max(c["bounded"]) for c in seeds], 1) + " %")
-        lines.append(f"| {' | '.join((label, *cells))} |")
+        lines.append(f"| {' | '.join((label, bound_of(flags[label]), *cells))} |")
     return "\n".join(lines)
 
 
@@ -131,8 +142,8 @@ def main() -> None:
             runs = [pool.submit(train, args.out, label, flags, seed, args.init, threads)
                     for seed in range(args.seeds) for label, flags in rows]
             try:
-                for run in tqdm(runs, desc="runs"):
-                    run.result()
+                for finished in tqdm(runs, desc="runs"):
+                    finished.result()
             except RuntimeError as e:
                 pool.shutdown(cancel_futures=True)
                 raise SystemExit(str(e)) from None

@@ -192,6 +192,16 @@ def test_every_row_of_the_table_trains(algo, tmp_path):
     assert {name[6:] for name in lines[0] if name[6:] in {"clipped_low", "clipped_high", "capped", "masked"}} == held
 
 
+def test_help_prints_the_table_with_its_sources(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run.parse(train_grpo.Config, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert exit.value.code == 0
+    for name, row in train_grpo.ALGORITHMS.items():
+        at = next(i for i, line in enumerate(lines) if line.split()[:6] == [name, *row[:5]])
+        assert lines[at + 1].strip() == row.note
+
+
 @pytest.mark.parametrize("algo", train_grpo.ALGORITHMS)
 def test_a_row_is_the_flags_it_stands_for(algo):
     """--algo NAME is --algo grpo with the axes and further flags of its row typed out, and nothing else."""
