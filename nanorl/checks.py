@@ -566,9 +566,8 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
 
     Returns the report when everything holds; raises BrokenObjective, an AssertionError with the report, when not.
     """
-    if detached_weight and (ratio == "sequence" or clip):
-        raise ValueError(f"check_objective: detached_weight with ratio={ratio!r}, clip={clip}; a detached weight is checked "
-                         "token by token and without a clip")
+    if detached_weight and ratio == "sequence":
+        raise ValueError("check_objective: detached_weight with ratio='sequence'; a detached weight is checked token by token")
     report = Report()
 
     def hold(invariant: Callable, case: st.SearchStrategy, subject: Callable, **options) -> None:
@@ -584,7 +583,8 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     uses_reference, uses_entropy = (depends_on(f, name) for name in ("ref_logp", "entropy"))
     why = {slope.__name__: "a detached weight has no slope; see weighted_score" if detached_weight else "",
            weighted_score.__name__: "" if detached_weight else "no detached_weight",
-           flat_region.__name__: "" if clip else "no clip", pessimism.__name__: "" if clip else "no clip",
+           **dict.fromkeys(("flat_region", "pessimism"), "a detached weight leaves every token its gradient" if detached_weight
+                           else "" if clip else "no clip"),
            entropy_term.__name__: "" if uses_entropy else "the loss does not look at entropy"}
     if uses_reference:
         kl_off = "the loss has a KL term; hold it against this without one"

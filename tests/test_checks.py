@@ -136,6 +136,12 @@ def test_a_sound_objective_with_every_option_passes():
         check_objective(sound, advantage, examples=50)
 
 
+def test_a_detached_weight_is_not_held_against_a_clip():
+    """CISPO's cap is no clip: whoever gives both is told what was skipped and why."""
+    report = quick(loss_of(Config(algo="cispo")), clip=(0.2, 4.0), detached_weight=True)
+    assert "every token its gradient" in report.skipped["flat_region"] and "weighted_score" in report.held
+
+
 def test_what_the_invariants_do_not_cover_is_refused():
     with pytest.raises(ValueError, match="ratio='sequence'"):
         check_objective(sound, detached_weight=True, ratio="sequence")
