@@ -346,23 +346,24 @@ def main(cfg: Config) -> None:
         demonstrations = train_sft.training_records(cfg.demonstrations, task) if cfg.likelihood_coef else []
         stories = read_text(DATA / "stories_heldout.txt")
     refreshed = checkpoint["state"].get("reference") if checkpoint else None
+    initial = checkpoint | {"model": refreshed} if refreshed else None
+    needs_init = not checkpoint or (cfg.kl_coef and not refreshed)
     init = cfg.init
-    if not init and (not checkpoint or (cfg.kl_coef and not refreshed)):
+    if needs_init and not init:
         init = run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
                                 **run.same(cfg, "task", "difficulty"))
     with run.user_errors():
-        start = checkpoint or run.load_checkpoint(init)
+        if needs_init:
+            initial = run.load_checkpoint(init)
+        start = checkpoint or initial
         policy, tokenizer = run.model_from(start, device), run.tokenizer_from(start)
-        reference = None
-        if cfg.kl_coef:
-            initial = start | {"model": refreshed} if refreshed else run.load_checkpoint(init)
-            reference = run.model_from(initial, device).requires_grad_(False)
+        reference = run.model_from(initial, device).requires_grad_(False) if cfg.kl_coef else None
         check_room(policy, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
         demonstrated = train_sft.render(demonstrations, tokenizer, policy.config.context, cfg.demonstrations or task.name)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
-    del start, checkpoint, refreshed
+    del start, initial, checkpoint, refreshed
     compiled = run.wants_compile(cfg, device)
     if compiled:
         for model in filter(None, (policy, reference)):
@@ -387,9 +388,9 @@ def main(cfg: Config) -> None:
 
     @torch.no_grad()
     def score_all(model, rollout):
-        logp = torch.zeros_like(rollout.logp)
+        logp, mask = torch.zeros_like(rollout.logp), rollout.mask
         for rows, T in micro_batches(torch.arange(len(logp), device=device), rollout.lengths, cfg.micro_batch):
-            logp[rows, : T - 1] = score(model, rollout.tokens[rows, :T], rollout.mask[rows, : T - 1])[0]
+            logp[rows, : T - 1] = score(model, rollout.tokens[rows, :T], mask[rows, : T - 1])[0]
         return logp
 
     def demonstrate(update):

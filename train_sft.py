@@ -45,14 +45,23 @@ class Config(run.RunConfig):
         object.__setattr__(self, "out", self.out or run.stage_dir("sft", self.task, self.difficulty))
 
 
+def split(records, source):
+    """Which records to train on, and which are held out by the hash of their prompt."""
+    training, heldout = [], []
+    for i, record in enumerate(records):
+        (heldout if is_heldout(record["prompt"]) else training).append(i)
+    if not training:
+        raise ValueError(f"{source}: no record to train on; one prompt in ten is held out, here all of them")
+    return training, heldout
+
+
 def training_records(path, task, count=Config.demonstrations):
     """Demonstrations to learn from: those of a JSONL file that are not held out, or `count` of the task's own."""
     if not path:
         return task.demonstrations(count)
-    records = [r for r in read_records(path, ("prompt", "response")) if not is_heldout(r["prompt"])]
-    if not records:
-        raise ValueError(f"{path}: no record to train on; one prompt in ten is held out, here all of them")
-    return records
+    records = read_records(path, ("prompt", "response"))
+    training, _ = split(records, path)
+    return [records[i] for i in training]
 
 
 def render(records, tokenizer, context, source):
@@ -88,11 +97,7 @@ def main(cfg: Config) -> None:
         checkpoint = run.Run.check(cfg)
         task = make_task(cfg.task, cfg.difficulty or None)
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
-        heldout, training = [], []
-        for i, record in enumerate(records):
-            (heldout if is_heldout(record["prompt"]) else training).append(i)
-        if not training:
-            raise ValueError(f"{cfg.data}: no record to train on; one prompt in ten is held out, here all of them")
+        training, heldout = split(records, cfg.data)
     init = "" if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
     with run.user_errors():
         start = checkpoint or run.load_checkpoint(init)

@@ -10,7 +10,6 @@ as printed, and with a bound that was measured here.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 import train_grpo
 from nanorl import run
+from nanorl.plot import PALETTE, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = "--minibatches 4 --lr 1e-4 --steps 20 --eval-every 1 --eval-problems 250 --save-every 1000 --quiet"
@@ -37,7 +37,7 @@ BLOCKS = [
     {"raft": "--algo raft"},
 ]
 BOUNDED = ("train/clipped_low", "train/clipped_high", "train/capped", "train/masked")
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#8C564B")
+COLOURS = (*PALETTE, "#8C564B")
 STYLES = ("-", "--", ":")
 
 
@@ -63,7 +63,7 @@ def curve(folder: Path) -> dict[str, list[float]]:
     """Accuracy before each step and at the end, and entropy in it, each against the thousands of answer tokens sampled by
     then. A run that ended early has fewer points."""
     tokens, points = 0.0, {"tokens": [], "accuracy": [], "entropy": [], "entropy_tokens": [], "bounded": []}
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    for line in read_metrics(folder):
         if "eval/accuracy_sampled" in line:
             points["tokens"].append(tokens / 1000)
             points["accuracy"].append(line["eval/accuracy_sampled"])

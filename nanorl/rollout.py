@@ -38,7 +38,6 @@ class Experience:
     resampled_tokens: int = 0   # ... and the tokens of their answers
 
 
-
 def contrast(rewards: Tensor) -> Tensor:
     """True where the rewards of a group differ: only there a comparison within the group can teach.       [P, G] -> [P]"""
     return rewards.amax(-1) > rewards.amin(-1)

@@ -170,14 +170,14 @@ def test_a_coefficient_of_zero_removes_its_term_bit_for_bit(batch, options, pois
                                        checks.permutation], ids=lambda f: f.__name__)
 @given(batches(), options, generators)
 def test_whatever_its_terms(invariant, batch, options, generator):
-    """Padding, poison, micro-batches, order and memory: for every choice on every axis."""
+    """Padding, poison, micro-batches, order and memory, for every choice on every axis; Broken is raised where one fails."""
     invariant(functools.partial(train_grpo.objective, **options), batch, generator)
 
 
 @pytest.mark.parametrize("invariant", [checks.reinforce, checks.direction, checks.no_advantage], ids=lambda f: f.__name__)
 @given(batches(), policy_terms, generators)
 def test_whatever_its_bound(invariant, batch, terms, generator):
-    """At ratio 1 all of them are REINFORCE, make good answers likelier, and leave answers with A = 0 alone."""
+    """At ratio 1 all are REINFORCE, make good answers likelier, and leave answers with A = 0 alone; or Broken is raised."""
     invariant(functools.partial(train_grpo.objective, **terms), batch, generator)
 
 
