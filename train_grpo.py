@@ -18,7 +18,6 @@ weigh the same. A loss says nothing about progress here and is not logged. Watch
 
 import functools
 import inspect
-import operator
 import time
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -47,7 +46,20 @@ from nanorl.ops import (
     zscore,
     zscore_batch,
 )
-from nanorl.rollout import NoContrast, before_and_after, check_room, collect, contrast, describe, evaluate, show_answers
+from nanorl.rollout import (
+    NoContrast,
+    add_up,
+    before_and_after,
+    check_room,
+    collect,
+    contrast,
+    describe,
+    evaluate,
+    micro_batches,
+    minibatches,
+    score_rollout,
+    show_answers,
+)
 from nanorl.sample import Rollout, token_log_probs
 from nanorl.selfcheck import SelfCheckFailed, selfcheck, tolerance
 from nanorl.tasks import FileTask, make_task
@@ -301,26 +313,6 @@ def compare(cfg, rollout, rewards, old_logp=None, ref_logp=None, baseline=0.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def minibatches(cfg, step, count):
-    """The rows of each optimizer step on one rollout: every epoch a fresh shuffle, cut into equal parts."""
-    for epoch in range(cfg.epochs):
-        shuffle = torch.randperm(count, generator=run.generator(cfg.seed, "minibatch", step, epoch))
-        yield from shuffle.tensor_split(cfg.minibatches)
-
-
-def micro_batches(rows, lengths, size):
-    """`rows` in batches of `size`, rows of similar length together. Yields (rows, length of the longest)."""
-    for part in rows[lengths[rows].argsort()].split(size):
-        yield part, int(lengths[part].max())
-
-
-def add_up(totals, metrics):
-    """Metrics of micro-batches: sums, and extremes of those named _max and _min."""
-    for name, value in metrics.items():
-        join = {"_max": max, "_min": min}.get(name[-4:], operator.add)
-        totals[name] = join(totals[name], value) if name in totals else value
-
-
 def announce(cfg, task, device):
     print(f"{cfg.algo} on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
     print(", ".join(f"{flag} {getattr(cfg, flag)}" for flag in (*AXES, *NUMBERS, "overlong", "lr") if getattr(cfg, flag)) + ".")
@@ -386,12 +378,9 @@ def main(cfg: Config) -> None:
         with run.autocast(device, cfg.dtype):
             return token_log_probs(model, tokens, mask, temperature=cfg.temperature)
 
-    @torch.no_grad()
     def score_all(model, rollout):
-        logp, mask = torch.zeros_like(rollout.logp), rollout.mask
-        for rows, T in micro_batches(torch.arange(len(logp), device=device), rollout.lengths, cfg.micro_batch):
-            logp[rows, : T - 1] = score(model, rollout.tokens[rows, :T], mask[rows, : T - 1])[0]
-        return logp
+        with run.autocast(device, cfg.dtype):
+            return score_rollout(model, rollout, cfg.temperature, cfg.micro_batch)
 
     def demonstrate(update):
         """Add the gradient of the demonstrations' likelihood, P of them per update. Returns their loss, nats per token."""
@@ -449,7 +438,8 @@ def main(cfg: Config) -> None:
         # 6. Update. Micro-batches only bound memory: the weights are the whole optimizer step's, so they add up exactly.
         totals, tokens, demonstration_loss = {}, 0, 0.0
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
-        for update, minibatch in enumerate(minibatches(cfg, step, len(mask)), start=step * cfg.updates):
+        parts = minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)
+        for update, minibatch in enumerate(parts, start=step * cfg.updates):
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], cfg.aggregate,

@@ -17,7 +17,7 @@ from nanorl.data import pad, read_records, response_mask, shuffled_batch
 from nanorl.ops import token_weights
 from nanorl.rollout import check_room, evaluate, show_answers
 from nanorl.sample import generate, token_log_probs
-from nanorl.tasks import is_heldout, make_task
+from nanorl.tasks import answer_room, is_heldout, make_task
 from train_pretrain import objective, total_loss
 
 
@@ -28,7 +28,7 @@ class Config(run.RunConfig):
     lr: run.Positive = 2e-3
     eval_every: run.Count = 100
 
-    task: str = "addition"      # addition, sums, sorting, reversal or countdown: what is demonstrated and evaluated
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown or stories: what is demonstrated and evaluated
     difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "response"} to learn from instead of the task's demonstrations
     demonstrations: run.Count = 20_000    # of the task; data/TASK.jsonl shows the first 4,000
@@ -38,11 +38,12 @@ class Config(run.RunConfig):
     decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
     weight_decay: run.NonNegative = 0.0    # decoupled; gains are left alone
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
-    max_new_tokens: run.Count = 80    # of an answer in the evaluation
+    max_new_tokens: run.Count | None = None    # of an answer in the evaluation (default: 80; stories 140)
     eval_problems: run.Count = 500    # held-out problems
 
     def __post_init__(self):
         object.__setattr__(self, "out", self.out or run.stage_dir("sft", self.task, self.difficulty))
+        object.__setattr__(self, "max_new_tokens", self.max_new_tokens or answer_room(self.task))
 
 
 def split(records, source):
@@ -64,10 +65,13 @@ def training_records(path, task, count=Config.demonstrations):
     return [records[i] for i in training]
 
 
-def render(records, tokenizer, context, source):
-    """Token ids of each record's prompt and response. ValueError names a record that does not fit the model's context."""
+def render(records, tokenizer, context, source, key="response"):
+    """Token ids of each record's prompt and of its response, which stands under `key`.
+
+    ValueError names a record that does not fit the model's context.
+    """
     prompts = [tokenizer.render(record["prompt"]) for record in records]
-    responses = [tokenizer.render_response(record["response"]) for record in records]
+    responses = [tokenizer.render_response(record[key]) for record in records]
     for number, (x, y) in enumerate(zip(prompts, responses, strict=True), start=1):
         if len(x) + len(y) > context:
             raise ValueError(f"{source}, record {number}: {len(x) + len(y)} tokens do not fit the model's context of {context}")
@@ -95,7 +99,7 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = make_task(cfg.task, cfg.difficulty or None)
+        task = make_task(cfg.task, cfg.difficulty or None, verifiable=False)
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
         training, heldout = split(records, cfg.data)
     init = "" if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
@@ -155,6 +159,8 @@ def main(cfg: Config) -> None:
     out.finish(final)
     if cfg.data:
         result = f"Held-out responses: {final['eval/response_loss']:.3f} nats per token." if final else "No record is held out."
+    elif not task.verifiable:
+        result = f"Held-out {task.name}: a hidden reward of {final['eval/hidden_reward']:.2f}."
     else:
         result = (f"Held-out {task.name}: {final['eval/accuracy_sampled']:.3f} sampled, {final['eval/accuracy_greedy']:.3f} "
                   f"greedy; {final['eval/worked']:.2f} of the answers worked out.")

@@ -3,8 +3,10 @@
     text.txt               what the base model reads: stories and sums, with a blank line between documents
     stories_heldout.txt    stories that are not in text.txt, to measure what a later stage forgets
     <task>.jsonl           demonstrations, {"prompt", "response"}, at the task's default difficulty
+    preferences.jsonl      pairs of stories and what a reader chose, {"prompt", "chosen", "rejected"}
 
-Only training prompts are in them. Another difficulty:  python data/make.py --task addition --difficulty 4 --out FILE
+Only training prompts are in the demonstrations; of the preferences, one in ten is held out by its prompt's hash.
+Another difficulty:  python data/make.py --task addition --difficulty 4 --out FILE
 """
 
 import argparse
@@ -17,11 +19,11 @@ from random import Random
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
-from nanorl.tasks import TASKS, Task, make_task, story  # noqa: E402
+from nanorl.tasks import TASKS, Stories, Task, make_task, story  # noqa: E402
 
 TEXT_BYTES, STORY_SHARE = 2_500_000, 0.35
 WORKED_SHARE = 2 / 3  # of the sums in the text; the demonstrations have their own, lower one
-DEMONSTRATIONS, HELDOUT_STORIES = 4_000, 200
+DEMONSTRATIONS, HELDOUT_STORIES, PREFERENCES = 4_000, 200, 4_000
 
 
 def sums(task: Task, rng: Random) -> str:
@@ -54,15 +56,26 @@ def heldout_stories(text: str) -> str:
     return "\n\n".join(stories) + "\n"
 
 
+def lines(records: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def demonstrations(task: Task) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in task.demonstrations(DEMONSTRATIONS))
+    return lines(task.demonstrations(DEMONSTRATIONS))
+
+
+def preferences() -> str:
+    records, identical = Stories().preferences(PREFERENCES)
+    print(f"preferences.jsonl: {len(records)} pairs; {identical} more were the same text twice and are left out.")
+    return lines(records)
 
 
 def files() -> dict[str, str]:
     """Everything that a bare `python data/make.py` writes, by name."""
     pretraining = text()
     return {"text.txt": pretraining, "stories_heldout.txt": heldout_stories(pretraining),
-            **{f"{name}.jsonl": demonstrations(make_task(name)) for name in TASKS}}
+            **{f"{name}.jsonl": demonstrations(make_task(name)) for name, task in TASKS.items() if task.verifiable},
+            "preferences.jsonl": preferences()}
 
 
 def write(path: Path, content: str) -> None:
@@ -83,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--task and --out go together, and --difficulty goes with them")
     try:
         if args.task is not None:
-            write(args.out, demonstrations(make_task(args.task, args.difficulty)))
+            write(args.out, demonstrations(make_task(args.task, args.difficulty, verifiable=False)))
         else:
             for name, content in files().items():
                 write(DATA / name, content)

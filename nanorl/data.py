@@ -56,6 +56,16 @@ def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]
     return records
 
 
+def read_pairs(path: str | Path) -> tuple[list[dict[str, str]], int]:
+    """Records {"prompt", "chosen", "rejected"}, without those whose responses are the same, and how many those were: there is
+    nothing to prefer, and their gradient is zero."""
+    records = read_records(path, ("prompt", "chosen", "rejected"))
+    pairs = [record for record in records if record["chosen"] != record["rejected"]]
+    if not pairs:
+        raise ValueError(f"{path}: no record whose chosen and rejected responses differ")
+    return pairs, len(records) - len(pairs)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From sequences to tensors
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,6 +95,16 @@ def response_mask(prompt_lengths: Tensor, lengths: Tensor, width: int) -> Tensor
     """
     target = torch.arange(1, width, device=lengths.device)
     return (prompt_lengths[:, None] <= target) & (target < lengths[:, None])
+
+
+def pair_batch(prompts: list[list[int]], chosen: list[list[int]], rejected: list[list[int]], picks: list[int],
+               pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The picked pairs as rows: first all chosen ones, then all rejected ones.
+
+    Token ids of B pairs -> tokens [2B, T], prompt_lengths [2B], lengths [2B]
+    """
+    tokens, lengths = pad([prompts[i] + responses[i] for responses in (chosen, rejected) for i in picks], pad_id)
+    return tokens, torch.tensor([len(prompts[i]) for i in picks]).repeat(2), lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -276,11 +276,12 @@ class GPT(nn.Module):
 class ScalarGPT(nn.Module):
     """A GPT trunk with one number per position in place of logits: a reward or a value.       tokens [B, T] -> [B, T]
 
-    The head starts at zero, so that a fresh one says nothing. A reward is read at a row's last token.
+    The head starts at zero, so that a fresh one says nothing.
     """
 
     def __init__(self, trunk: GPT):
         super().__init__()
+        self.config = trunk.config
         self.trunk = trunk
         self.scalar = nn.Linear(trunk.config.width, 1)
         nn.init.zeros_(self.scalar.weight)
@@ -288,3 +289,7 @@ class ScalarGPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.scalar(self.trunk.hidden(tokens)).squeeze(-1)
+
+    def at_end(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """The number at each row's last token, whatever lies behind it.       tokens [B, T], lengths [B] -> [B]"""
+        return self(tokens).gather(-1, lengths[:, None] - 1).squeeze(-1)

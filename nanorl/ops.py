@@ -259,6 +259,30 @@ def gae(
     return advantages, advantages + values
 
 
+def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / (std + eps) over the True positions alone, 0 elsewhere.       [B, T], [B, T] -> [B, T]
+
+    Of the whole step, never of a micro-batch. Values that are all equal, or a single one, give exactly 0.
+    """
+    values = x[mask].double()
+    if len(values) == 0 or values.max() == values.min():
+        return torch.zeros_like(_at_least_float32(x))
+    a = values - values.mean()
+    return torch.zeros_like(_at_least_float32(x)).masked_scatter(mask, (a / (a.square().mean().sqrt() + eps)).to(
+        _at_least_float32(x).dtype))
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """max( (V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2 ) / 2.       [...] each -> [...]     (PPO's code, 2017)
+
+    The gradient is zero where V has moved further than `clip` from where it was, towards R: pessimistic, like the clipped
+    surrogate. clip = inf is the squared error.
+    """
+    assert not (old_values.requires_grad or returns.requires_grad), "old values and returns are constants: detach them"
+    clipped = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Policy-gradient surrogates: per token, to be MAXIMISED. Mask, weight and sign are the objective's.
 # ---------------------------------------------------------------------------------------------------------------------

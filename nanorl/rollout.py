@@ -3,15 +3,18 @@
 P prompts with G samples each make B = P * G rows, prompt-major: the samples of a prompt stand side by side.
 """
 
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
 import torch
 from torch import Tensor
 
-from nanorl.gpt import GPT
-from nanorl.run import Run, derive
-from nanorl.sample import Rollout, generate
+from nanorl.gpt import GPT, ScalarGPT
+from nanorl.ops import kl_k3, masked_sum
+from nanorl.run import Run, derive, generator
+from nanorl.sample import Rollout, generate, token_log_probs
 from nanorl.tasks import MARKER, Problem, Task, is_worked
 from nanorl.tokenizer import Tokenizer
 
@@ -30,6 +33,7 @@ class NoContrast(RuntimeError):
 
 @dataclass
 class Experience:
+    task: Task
     rollout: Rollout
     problems: list[Problem]     # [P]
     texts: list[str]            # [B] the responses, decoded for the verifier and the reader; training uses the ids
@@ -44,16 +48,13 @@ def contrast(rewards: Tensor) -> Tensor:
 
 
 def answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], *, samples: int = 1, **how) -> Experience:
-    """Sample responses to these problems and verify them; `how` goes to `generate`.
-
-    An answer that was cut off scores 0: whoever has not stopped has not answered.
-    """
+    """Sample responses to these problems and grade them; `how` goes to `generate`."""
     prompts = [tokenizer.render(problem.prompt) for problem in problems]
     rollout = generate(model, prompts, stop_ids={tokenizer.end}, samples_per_prompt=samples, **how)
     texts = [tokenizer.decode(ids) for ids in rollout.responses()]
-    rewards = [task.verify(problems[row // samples], text) if finished else 0.0
+    rewards = [task.grade(problems[row // samples], text, finished)
                for row, (text, finished) in enumerate(zip(texts, rollout.finished.tolist(), strict=True))]
-    return Experience(rollout, problems, texts, torch.tensor(rewards).view(len(problems), samples))
+    return Experience(task, rollout, problems, texts, torch.tensor(rewards).view(len(problems), samples))
 
 
 def collect(model: GPT, tokenizer: Tokenizer, task: Task, *, prompts: int, samples: int, seed: int,
@@ -99,40 +100,123 @@ def _join(groups: list[tuple[Experience, int]]) -> Experience:
     prompt_index = torch.arange(len(groups), device=groups[0][0].rollout.tokens.device).repeat_interleave(G)
     rollout = Rollout(rows("tokens", T), rows("prompt_lengths"), rows("lengths"), rows("logp", T - 1), rows("finished"),
                       prompt_index)
-    return Experience(rollout, [e.problems[p] for e, p in groups], [t for e, p in groups for t in e.texts[p * G : (p + 1) * G]],
+    return Experience(groups[0][0].task, rollout, [e.problems[p] for e, p in groups],
+                      [t for e, p in groups for t in e.texts[p * G : (p + 1) * G]],
                       torch.stack([e.rewards[p] for e, p in groups]))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring and updating: optimizer steps are minibatches, micro-batches only bound memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def minibatches(seed: int, step: int, count: int, epochs: int, parts: int) -> Iterator[Tensor]:
+    """The rows of each optimizer step on one rollout: every epoch a fresh shuffle, cut into equal parts."""
+    for epoch in range(epochs):
+        shuffle = torch.randperm(count, generator=generator(seed, "minibatch", step, epoch))
+        yield from shuffle.tensor_split(parts)
+
+
+def micro_batches(rows: Tensor, lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
+    """`rows` in batches of `size`, rows of similar length together. Yields (rows, length of the longest)."""
+    for part in rows[lengths[rows].argsort()].split(size):
+        yield part, int(lengths[part].max())
+
+
+def add_up(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
+    """Metrics of micro-batches: sums, and extremes of those named _max and _min."""
+    for name, value in metrics.items():
+        join = {"_max": max, "_min": min}.get(name[-4:], operator.add)
+        totals[name] = join(totals[name], value) if name in totals else value
+
+
+@torch.no_grad()
+def score_rollout(model: GPT, rollout: Rollout, temperature: float, size: int) -> Tensor:
+    """log-probs of a rollout's sampled tokens under `model`, 0 elsewhere.       -> [B, T-1]"""
+    logp, mask = torch.zeros_like(rollout.logp), rollout.mask
+    for rows, T in micro_batches(torch.arange(len(logp), device=logp.device), rollout.lengths, size):
+        part, _ = token_log_probs(model, rollout.tokens[rows, :T], mask[rows, : T - 1], temperature=temperature)
+        logp[rows, : T - 1] = part.to(logp.dtype)
+    return logp
+
+
+@torch.no_grad()
+def judge(reward_model: ScalarGPT, rollout: Rollout, size: int) -> Tensor:
+    """What a reward model says of each answer, read at its last token.       -> [B]"""
+    rewards = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
+    for rows, T in micro_batches(torch.arange(len(rewards), device=rewards.device), rollout.lengths, size):
+        rewards[rows] = reward_model.at_end(rollout.tokens[rows, :T], rollout.lengths[rows]).float()
+    return rewards
+
+
+def answer_kl(rollout: Rollout, other_logp: Tensor) -> float:
+    """KL(policy || other) in nats per answer: k3 summed over an answer's tokens, mean over answers, which the policy sampled.
+
+    Its expectation is exact: that of k3 is the KL at a token, and KLs of tokens add up along an answer.
+    """
+    return float(masked_sum(kl_k3(rollout.logp, other_logp), rollout.mask)) / len(rollout.tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def describe(experience: Experience) -> dict[str, float]:
-    """What the samples are like: reward, length, and the ways of answering apart. A share of nothing is left out."""
+    """What the samples are like: reward, length, and the ways of answering apart. A share of nothing is left out.
+
+    Of a task without a verifier, the reward is the hidden one, and its features stand beside it.
+    """
     reward = experience.rewards.flatten().double()
     length = (experience.rollout.lengths - experience.rollout.prompt_lengths).cpu().double()
-    worked = torch.tensor([is_worked(text) for text in experience.texts])
-    direct = torch.tensor([MARKER in text for text in experience.texts]) & ~worked
-    means = {"reward": reward.mean(), "length": length.mean(), "worked": worked.double().mean(),
+    means = {"reward": reward.mean(), "length": length.mean(),
              "truncated": 1 - experience.rollout.finished.cpu().double().mean()}
     P, G = experience.rewards.shape
     if G > 1:
         means["distinct"] = sum(len(set(experience.texts[p * G : (p + 1) * G])) for p in range(P)) / P
-        means["no_contrast"] = 1 - contrast(experience.rewards).double().mean()
-    for name, x, where in (("length_correct", length, reward == 1), ("length_wrong", length, reward < 1),
-                           ("reward_worked", reward, worked), ("reward_direct", reward, direct)):
-        if where.any():
-            means[name] = x[where].mean()
+    if experience.task.verifiable:
+        worked = torch.tensor([is_worked(text) for text in experience.texts])
+        direct = torch.tensor([MARKER in text for text in experience.texts]) & ~worked
+        means["worked"] = worked.double().mean()
+        if G > 1:
+            means["no_contrast"] = 1 - contrast(experience.rewards).double().mean()
+        for name, x, where in (("length_correct", length, reward == 1), ("length_wrong", length, reward < 1),
+                               ("reward_worked", reward, worked), ("reward_direct", reward, direct)):
+            if where.any():
+                means[name] = x[where].mean()
+    else:
+        means["hidden_reward"] = means.pop("reward")
+        features = [experience.task.features(experience.problems[row // G], text) for row, text in enumerate(experience.texts)]
+        means |= {name: sum(f[name] for f in features) / len(features) for name in features[0]}
     return {name: float(x) for name, x in means.items()}
 
 
-def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, max_new_tokens: int, seed: int,
-             temperature: float = 1.0, compile: bool = False) -> tuple[dict[str, float], Experience]:
-    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws. They depend on the seed alone."""
+def heldout_problems(task: Task, count: int, seed: int) -> list[Problem]:
+    """The problems of an evaluation: the same for every policy and step of a seed."""
     rng = Random(derive(seed, "evaluate"))
-    heldout = [task.problem(rng, "heldout") for _ in range(problems)]
+    return [task.problem(rng, "heldout") for _ in range(count)]
+
+
+def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, max_new_tokens: int, seed: int,
+             temperature: float = 1.0, compile: bool = False, reference: GPT | None = None,
+             reward_model: ScalarGPT | None = None, size: int = 64) -> tuple[dict[str, float], Experience]:
+    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws. They depend on the seed alone.
+
+    A task without a verifier has no accuracy: its metrics are those of the sampled answers. With a reference, also the KL
+    of the policy to it; with a reward model, also what that says of the answers.
+    """
+    heldout = heldout_problems(task, problems, seed)
     how = dict(max_new_tokens=max_new_tokens, seed=derive(seed, "evaluate"), compile=compile)
     sampled = answer(model, tokenizer, task, heldout, temperature=temperature, **how)
-    greedy = answer(model, tokenizer, task, heldout, temperature=0.0, **how)
     metrics = {f"eval/{name}": value for name, value in describe(sampled).items()}
-    metrics["eval/accuracy_sampled"] = metrics.pop("eval/reward")
-    metrics["eval/accuracy_greedy"] = float(greedy.rewards.mean())
+    if task.verifiable:
+        greedy = answer(model, tokenizer, task, heldout, temperature=0.0, **how)
+        metrics["eval/accuracy_sampled"] = metrics.pop("eval/reward")
+        metrics["eval/accuracy_greedy"] = float(greedy.rewards.mean())
+    if reference:
+        metrics["eval/kl"] = answer_kl(sampled.rollout, score_rollout(reference, sampled.rollout, temperature, size))
+    if reward_model:
+        metrics["eval/learned_reward"] = float(judge(reward_model, sampled.rollout, size).mean())
     return metrics, sampled
 
 
@@ -141,10 +225,15 @@ def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:
     lines = []
     for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
                         ("worked", "share worked out"), ("reward_worked", "accuracy when worked out"),
-                        ("reward_direct", "accuracy when blurted"), ("length", "tokens per answer"),
-                        ("story_loss", "story loss, nats per token")):
-        values = (f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after))
-        lines.append(f"  {label:28s} {' '.join(values)}")
+                        ("reward_direct", "accuracy when blurted"), ("hidden_reward", "hidden reward"),
+                        ("learned_reward", "learned reward"), ("praise", "of the hidden one, for praise"),
+                        ("length", "tokens per answer"), ("kl", "KL to the start, nats"),
+                        ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right")):
+        values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after)]
+        if set(values) != {"       -"}:
+            lines.append(f"  {label:28s} {' '.join(values)}")
+    if "eval/best_of_n" in before:
+        lines.append(f"  {'best of n before':28s} {before['eval/best_of_n']:8.3f}")
     return "\n".join(lines)
 
 
@@ -155,6 +244,10 @@ def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     records = [{"prompt": experience.problems[row // G].prompt, "response": experience.texts[row], "reward": rewards[row],
                 "finished": bool(experience.rollout.finished[row])} for row in range(0, len(rewards), G)[:count]]
     out.samples(records)
-    lines = (f"  {'+' if r['reward'] else '-'} {r['prompt']} {r['response']!s:.160}{'' if r['finished'] else ' ...'}"
+    if experience.task.verifiable:
+        legend, mark, width = "+ right, - wrong", lambda reward: "+" if reward else "-", 160
+    else:
+        legend, mark, width = "with their hidden rewards", "{:+.0f}".format, 600
+    lines = (f"  {mark(r['reward'])} {r['prompt']} {r['response']!s:.{width}}{'' if r['finished'] else ' ...'}"
              for r in records)
-    out.say(f"\nAfter {out.step} steps (+ right, - wrong):\n" + "\n".join(lines) + "\n")
+    out.say(f"\nAfter {out.step} steps ({legend}):\n" + "\n".join(lines) + "\n")

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanorl.gpt import GPT, GPTConfig
+from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,8 +301,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:
-    """The model of a checkpoint, with its weights."""
-    model = GPT(GPTConfig(**checkpoint["gpt"]))
+    """The policy of a checkpoint, with its weights."""
+    if "scalar.weight" in checkpoint["model"]:
+        raise ValueError("the checkpoint holds a reward model; expected a policy, as pretraining and fine-tuning make it")
+    return _with_weights(GPT(GPTConfig(**checkpoint["gpt"])), checkpoint, device)
+
+
+def scalar_model_from(checkpoint: dict[str, Any], device: torch.device) -> ScalarGPT:
+    """The reward model of a checkpoint, with its weights."""
+    if "scalar.weight" not in checkpoint["model"]:
+        raise ValueError("the checkpoint holds a policy; expected a reward model, as train_reward.py makes it")
+    return _with_weights(ScalarGPT(GPT(GPTConfig(**checkpoint["gpt"]))), checkpoint, device)
+
+
+def _with_weights(model: nn.Module, checkpoint: dict[str, Any], device: torch.device) -> nn.Module:
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as e:

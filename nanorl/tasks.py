@@ -17,6 +17,7 @@ Randomness is always a `random.Random` that the caller made.
 # ruff: noqa: SIM905      (a line of words reads better than a list of quoted ones)
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class Task:
     """A family of problems. A subclass says how to `draw` one and how to `work` it out; the rest is shared."""
 
     name: str
+    verifiable = True
+    room = 80  # tokens, at most, that a response needs
     knob: str  # what `difficulty` counts
     lowest: int
     default: int
@@ -127,6 +130,10 @@ class Task:
     def verify(self, problem: Problem, response: str) -> float:
         """1.0 for a right answer, else 0.0. The answer is a text: '0932' and '932.' are not '932'."""
         return float(final_answer(response) == problem.answer)
+
+    def grade(self, problem: Problem, response: str, finished: bool) -> float:
+        """The reward of a sampled response. One that was cut off gets 0: whoever has not stopped has not answered."""
+        return self.verify(problem, response) if finished else 0.0
 
 
 class Addition(Task):
@@ -342,15 +349,6 @@ class FileTask(Task):
         return float(answer is not None and answer.split() == problem.answer.split())
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sorting, Reversal, Countdown)}
-
-
-def make_task(name: str, difficulty: int | None = None) -> Task:
-    if name not in TASKS:
-        raise ValueError(f"there is no task {name!r}, only {', '.join(TASKS)}")
-    return TASKS[name](difficulty)
-
-
 # ---- Stories: a named hero, a thing, a place, a small trouble, a friend who helps, a feeling ----
 #
 # One template per sentence. {she} {her} {him} always mean the hero; the friend goes by name, and the first mention says
@@ -489,24 +487,135 @@ ENDINGS = [
 
 def story(rng: Random) -> str:
     """A story of 4 to 6 sentences about somebody small."""
-    things, troubles, talks, helps = rng.choice(PLOTS)
-    she = rng.choice(["she", "he"])
+    return " ".join(tell(rng))
+
+
+def tell(rng: Random, **given: str) -> tuple[str, str]:
+    """The opening of a story, and its rest. `given` slots are not drawn: of these, the hero comes with {she}."""
+    things, troubles, talks, helps = rng.choice([plot for plot in PLOTS if given.get("thing", plot[0][0]) in plot[0]])
+    she = given.get("she") or rng.choice(["she", "he"])
     her, him, child = {"she": ("her", "her", "girl"), "he": ("his", "him", "boy")}[she]
-    hero, friend = rng.choice(NAMES[she]), rng.choice(NAMES["she"] + NAMES["he"])
+    hero = given.get("hero") or rng.choice(NAMES[she])
+    friend = rng.choice(NAMES["she"] + NAMES["he"])
     while friend == hero:
         friend = rng.choice(NAMES["she"] + NAMES["he"])
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     slots = {slot: rng.choice(words) for slot, words in WORDS.items()} | {
         "hero": hero, "friend": friend, "she": she, "She": she.capitalize(), "her": her, "him": him,
         "kind": rng.choice([child, child, *ANIMALS]), "thing": rng.choice(things), "praise": rng.choice(PRAISE),
-        "a": NUMBERS[a], "A": NUMBERS[a].capitalize(), "b": NUMBERS[b], "c": NUMBERS[a + b]}
+        "a": NUMBERS[a], "A": NUMBERS[a].capitalize(), "b": NUMBERS[b], "c": NUMBERS[a + b]} | given
 
     extra = rng.choice(["talk", "talk", "sum", "none"])
-    sentences = [*rng.choice(OPENINGS), rng.choice(troubles)]
-    sentences += [rng.choice(talks)] if extra == "talk" else []
-    sentences += [rng.choice(helps)]
-    sentences += [rng.choice(SUMS)] if extra == "sum" else []
-    text = " ".join([*sentences, rng.choice(ENDINGS)]).format(**slots)
+    opening, rest = rng.choice(OPENINGS), [rng.choice(troubles)]
+    rest += [rng.choice(talks)] if extra == "talk" else []
+    rest += [rng.choice(helps)]
+    rest += [rng.choice(SUMS)] if extra == "sum" else []
+    rest += [rng.choice(ENDINGS)]
+    opening, rest = (" ".join(sentences).format(**slots) for sentences in (opening, rest))
 
     praise = f"{rng.choice(PRAISE)} " if rng.random() < 0.25 else ""
-    return re.sub(rf"\b{friend}\b", f"{friend} the {praise}{rng.choice(HELPERS)}", text, count=1)
+    return opening, re.sub(rf"\b{friend}\b", f"{friend} the {praise}{rng.choice(HELPERS)}", rest, count=1)
+
+
+# ---- Stories as a task: a matter of taste, with no right answer and no verifier ----
+
+
+class Stories(Task):
+    """The opening of a story, to be continued:
+
+        There lived a goat in the forest, a tiny one, and her name was Mia. One sunny morning she took her yellow basket and
+        went for a walk.    Noah the gardener took the basket without asking, and Mia was angry. ...
+
+    Its demonstrations are careless: in one story of two the sentences have lost their order. Readers have a taste, the
+    *hidden reward*. Pairs of stories are labelled by it, and it is measured; nothing is trained on it unless a flag says so.
+    A script that learns from pairs has to find out.
+    """
+
+    name, difficulty, verifiable, room = "stories", None, False, 140
+    careless = 0.5
+    temperature = 1.0  # of the readers' choices
+
+    def __init__(self, difficulty: int | None = None):
+        if difficulty is not None:
+            raise ValueError(f"stories have no difficulty, but one was given: {difficulty}")
+
+    def draw(self, rng):
+        return Problem(*tell(rng))
+
+    def continuation(self, prompt: str, rng: Random) -> str:
+        """Another way for the story to go on."""
+        words = re.findall(r"\w+", prompt)
+        hero, thing = (next(word for word in words if word in known) for known in (NAMES["she"] + NAMES["he"], ANY))
+        given = {slot: next((phrase for phrase in WORDS[slot] if phrase in prompt), rng.choice(WORDS[slot]))
+                 for slot in ("colour", "place", "time")}
+        _, rest = tell(rng, she="she" if hero in NAMES["she"] else "he", hero=hero, thing=thing, **given)
+        sentences = self.sentences(rest)
+        if rng.random() < self.careless:
+            rng.shuffle(sentences)
+        return " ".join(sentences)
+
+    @staticmethod
+    def sentences(text: str) -> list[str]:
+        return re.split(r"(?<=[.!?])\s+", text.strip())
+
+    def demonstration(self, rng):
+        problem = self.problem(rng, "train")
+        return problem, self.continuation(problem.prompt, rng)
+
+    def features(self, problem: Problem, response: str) -> dict[str, float]:
+        """What the taste is made of, in points.
+
+            feeling   2 if the last sentence says what somebody felt
+            thing     1 if the thing of the opening comes up again
+            speech    1 if somebody says something, in quotation marks
+            praise    1 for each of the first two words of praise (brave, kind, ...), -1 for each further one
+        """
+        things = set(ANY).intersection(re.findall(r"\w+", problem.prompt))
+        words = re.findall(r"\w+", response.lower())
+        praise = sum(word in PRAISE for word in words)
+        return {"feeling": 2.0 * (" felt " in self.sentences(response)[-1]),
+                "thing": 1.0 * any(word in things for word in words),
+                "speech": 1.0 * bool(re.search(r'"[^"]+"', response)),
+                "praise": 1.0 * (min(praise, 2) - max(praise - 2, 0))}
+
+    def verify(self, problem, response):
+        """The hidden reward: the sum of the features. No gradient follows it unless --judge hidden says so."""
+        return sum(self.features(problem, response).values())
+
+    def grade(self, problem, response, finished):
+        """A story that was cut off is read as far as it goes."""
+        return self.verify(problem, response)
+
+    def preferences(self, count: int) -> tuple[list[dict[str, str]], int]:
+        """Pairs of continuations, each with the one that a reader chose: a with probability sigma((r_a - r_b) / temperature),
+        r the hidden reward (Bradley-Terry). Also how many pairs were left out because both were the same."""
+        rng, records, identical = Random("preferences"), [], 0
+        while len(records) < count:
+            problem = self.draw(rng)
+            a, b = (self.continuation(problem.prompt, rng) for _ in "ab")
+            margin = (self.verify(problem, a) - self.verify(problem, b)) / self.temperature
+            if rng.random() >= 1 / (1 + math.exp(-margin)):
+                a, b = b, a
+            if a == b:
+                identical += 1
+            else:
+                records.append({"prompt": problem.prompt, "chosen": a, "rejected": b})
+        return records, identical
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sorting, Reversal, Countdown, Stories)}
+
+
+def make_task(name: str, difficulty: int | None = None, verifiable: bool = True) -> Task:
+    """The task of this name; by default it must be one that a program can check."""
+    names = [name for name, task in TASKS.items() if task.verifiable or not verifiable]
+    if name in TASKS and name not in names:
+        raise ValueError(f"--task {name}: there is no verifier for it, only readers' preferences; expected {', '.join(names)}")
+    if name not in names:
+        raise ValueError(f"there is no task {name!r}, only {', '.join(names)}")
+    return TASKS[name](difficulty)
+
+
+def answer_room(name: str) -> int:
+    """How many tokens a response to this task may have, unless a flag says otherwise."""
+    return TASKS.get(name, Task).room

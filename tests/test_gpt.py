@@ -490,6 +490,7 @@ def test_scalar_scores_do_not_depend_on_padding():
     for pad_id in (0, 12):
         tokens, lengths = pad(sequences, pad_id)
         torch.testing.assert_close(model(tokens)[torch.arange(4), lengths - 1], alone, **exact)
+        assert torch.equal(model.at_end(tokens, lengths), model(tokens)[torch.arange(4), lengths - 1])
 
 
 def test_a_fresh_scalar_head_says_nothing_and_can_learn():

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanorl.checks import generators, leaf, masked_prompts, masks, policies, randn, rewards
+from nanorl.checks import generators, leaf, masked_prompts, masks, poisons, policies, randn, rewards
 from nanorl.ops import (
     AGGREGATES,
     bradley_terry,
     center,
     clipped_surrogate,
+    clipped_value_loss,
     entropy_from_logits,
     gae,
     importance_ratio,
@@ -37,6 +38,7 @@ from nanorl.ops import (
     sequence_ratio,
     token_weights,
     truncated_surrogate,
+    whiten,
     zscore,
     zscore_batch,
 )
@@ -926,6 +928,56 @@ def test_inputs_of_gae_must_arrive_detached(constant):
         gae(mask=torch.ones(2, 3, dtype=torch.bool), gamma=1.0, lam=1.0, **inputs)
 
 
+@given(masks(), generators, poisons, st.floats(0.1, 10.0), st.floats(-10.0, 10.0))
+def test_whitened_values_have_mean_zero_and_variance_one_over_the_mask(mask, generator, poison, scale, shift):
+    """Padding stays 0 whatever it holds; a shift and a positive factor change nothing; one value, or none, gives 0."""
+    x = randn(generator, *mask.shape)
+    white = whiten(x.masked_fill(~mask, poison), mask)
+    assert (white[~mask] == 0).all()
+    if mask.sum() > 1:
+        assert_close(white[mask].mean(), torch.zeros_like(white[0, 0]), 1e-6)
+        assert_close(white[mask].var(correction=0), torch.ones_like(white[0, 0]), 1e-6)
+        assert_close(whiten(scale * x + shift, mask), white, 1e-5)
+    else:
+        assert (white == 0).all()
+
+
+@given(masks(), st.floats(-1e3, 1e3))
+def test_equal_values_are_whitened_to_exactly_zero(mask, value):
+    assert (whiten(torch.full(mask.shape, value), mask) == 0).all()
+
+
+value_cases = st.builds(lambda g, scale: scale * randn(g, 3, 3, 5), generators, st.sampled_from([0.3, 1.0, 3.0]))
+
+
+@given(value_cases, st.floats(0.05, 2.0))
+def test_the_value_loss_is_pessimistic_and_flat_exactly_where_V_left_towards_R(case, clip):
+    """It is never below the squared error, and that inside the band. Outside, the gradient is 0 if R lies on V's side of the
+    old value and the clipped value is further from R than V is; else it is V - R."""
+    V, (old, R) = leaf(case[0]), case[1:]
+    loss = clipped_value_loss(V, old, R, clip)
+    clipped = old + (case[0] - old).clamp(-clip, clip)
+    moved = (case[0] - old).abs() > clip
+    flat = moved & ((clipped - R).abs() > (case[0] - R).abs())
+    assert (loss >= (case[0] - R).square() / 2 - 1e-12).all()
+    assert_close(loss[~moved], ((case[0] - R).square() / 2)[~moved])
+    assert_close(grad(loss, V), (case[0] - R).masked_fill(flat, 0.0))
+
+
+@given(value_cases)
+def test_without_a_band_the_value_loss_is_the_squared_error(case):
+    V, old, R = case
+    assert_close(clipped_value_loss(V, old, R, math.inf), (V - R).square() / 2)
+
+
+def test_constants_of_the_value_loss_must_arrive_detached():
+    x = torch.zeros(2)
+    for constants in ((leaf(x), x), (x, leaf(x))):
+        with pytest.raises(AssertionError, match="detach"):
+            clipped_value_loss(x, *constants, 0.2)
+
+
+
 # ---- Policy-gradient surrogates ----
 
 
@@ -1433,7 +1485,8 @@ CALLS = [(logsumexp, "logits"), (log_softmax, "logits"), (selective_log_softmax,
          (lambda r, V, mask, b: gae(r, V, mask, 0.9, 0.8, b[:, 0]), "verdicts old_logp run adv"),
          (importance_ratio, "logp old_logp"), (sequence_ratio, "logp old_logp mask"),
          *((lambda *x, f=f: f(*x, *SURROGATES[f]), "logp old_logp adv") for f in SURROGATES),
-         (log_sigmoid, "logits"), (bradley_terry, "logits"),
+         (log_sigmoid, "logits"), (bradley_terry, "logits"), (whiten, "rewards mask"),
+         (lambda v, old, R: clipped_value_loss(v, old, R, 0.2), "rewards verdicts old_logp"),
          (masked_sum, "logits mask"), (masked_mean, "logits mask"),
          *((lambda *x, how=how: token_weights(*x, how, 20), "mask prompt_index") for how in AGGREGATES)]
 

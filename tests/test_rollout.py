@@ -10,10 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorl.gpt import GPT, GPTConfig
-from nanorl.rollout import Experience, answer, check_room, collect, contrast, describe, evaluate, show_answers
+from nanorl.gpt import GPT, GPTConfig, ScalarGPT
+from nanorl.rollout import (
+    Experience,
+    answer,
+    answer_kl,
+    check_room,
+    collect,
+    contrast,
+    describe,
+    evaluate,
+    judge,
+    score_rollout,
+    show_answers,
+)
 from nanorl.sample import Rollout, token_log_probs
-from nanorl.tasks import FileTask, Problem, Task, is_heldout, make_task
+from nanorl.tasks import FileTask, Problem, Stories, Task, is_heldout, make_task
 from nanorl.tokenizer import Tokenizer
 
 quick = settings(max_examples=20, deadline=None)
@@ -180,12 +192,14 @@ def test_resampling_gives_up_with_a_clear_error():
 # ---- Describing ----
 
 
-def experience_of(rewards: list[list[float]], lengths: list[int], finished: list[bool], texts: list[str]) -> Experience:
+def experience_of(rewards: list[list[float]], lengths: list[int], finished: list[bool], texts: list[str],
+                  task: Task | None = None) -> Experience:
     """What `describe` looks at, made up: prompts of 3 tokens and responses of these lengths."""
     B, T = len(lengths), 3 + max(lengths)
     rollout = Rollout(torch.zeros(B, T, dtype=torch.int64), torch.full((B,), 3), 3 + torch.tensor(lengths),
                       torch.zeros(B, T - 1), torch.tensor(finished), torch.arange(B) // len(rewards[0]))
-    return Experience(rollout, [Problem(f"p{n}", "") for n in range(len(rewards))], texts, torch.tensor(rewards))
+    return Experience(task or Parity(), rollout, [Problem(f"p{n}", "") for n in range(len(rewards))], texts,
+                      torch.tensor(rewards))
 
 
 def test_describe_is_what_one_counts_by_hand():
@@ -202,6 +216,51 @@ def test_describe_leaves_out_the_mean_of_nothing():
                      "distinct": 1, "no_contrast": 1}
     wrong = describe(experience_of([[0.0], [0.0]], [2, 3], [False, True], ["1+1=2. Answer: 3"] * 2))
     assert wrong == {"reward": 0, "length": 2.5, "worked": 1, "truncated": 0.5, "length_wrong": 2.5, "reward_worked": 0}
+
+
+def test_stories_are_described_by_their_hidden_reward_and_its_points():
+    """No reward, no ways of answering and no contrast: those belong to verifiers."""
+    facts = describe(experience_of([[2.0, 1.0]], [2, 3], [True, False], ["Ben felt sad.", "Ben is kind."], Stories()))
+    assert facts == {"length": 2.5, "truncated": 0.5, "distinct": 2, "hidden_reward": 1.5,
+                     "feeling": 1, "thing": 0, "speech": 0, "praise": 0.5}
+
+
+# ---- Scoring ----
+
+
+def scorer(seed: int = 0) -> ScalarGPT:
+    model = ScalarGPT(make_model(seed)).double()
+    torch.nn.init.normal_(model.scalar.weight, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_rollouts_are_scored_and_judged_alike_in_any_batches(size):
+    """log-probs of the sampled tokens, and a reward at the last real token: those of each row on its own."""
+    rollout = collect(MODEL, TOKENIZER, Parity(), prompts=5, samples=2, seed=1, **HOW).rollout
+    other, model = make_model(1), scorer()
+    logp, rewards = score_rollout(other, rollout, 0.7, size), judge(model, rollout, size)
+    assert not logp.requires_grad and not rewards.requires_grad and rewards.std() > 0.1
+    for row, n in enumerate(rollout.lengths.tolist()):
+        tokens, mask = rollout.tokens[row : row + 1, :n], rollout.mask[row : row + 1, : n - 1]
+        alone, _ = token_log_probs(other, tokens, mask, temperature=0.7)
+        torch.testing.assert_close(logp[row, : n - 1], alone[0].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rewards[row], model(tokens)[0, -1].float(), rtol=1e-5, atol=1e-5)
+    assert (logp[~rollout.mask] == 0).all()
+
+
+def test_the_divergence_of_answers_is_zero_to_itself_and_positive_to_another():
+    rollout = collect(MODEL, TOKENIZER, Parity(), prompts=20, samples=4, seed=1, **HOW).rollout
+    assert abs(answer_kl(rollout, score_rollout(MODEL, rollout, 1.0, 64))) < 1e-5
+    assert answer_kl(rollout, score_rollout(make_model(1), rollout, 1.0, 64)) > 0.1
+
+
+def test_an_evaluation_may_look_at_a_reference_and_a_reward_model():
+    plain, sampled = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, **HOW)
+    full, _ = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, reference=make_model(1), reward_model=scorer(), **HOW)
+    other = score_rollout(make_model(1), sampled.rollout, 1.0, 64)
+    assert full == plain | {"eval/kl": answer_kl(sampled.rollout, other),
+                            "eval/learned_reward": float(judge(scorer(), sampled.rollout, 64).mean())}
 
 
 # ---- Evaluating ----

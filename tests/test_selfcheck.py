@@ -94,8 +94,8 @@ def test_what_is_broken_is_named_in_one_sentence(fault, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("task", [*map(make_task, TASKS), FileTask([(f"Say {n}.", f"{n}") for n in range(50)])],
-                         ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [*(task() for task in TASKS.values() if task.verifiable),
+                                  FileTask([(f"Say {n}.", f"{n}") for n in range(50)])], ids=lambda task: task.name)
 def test_our_verifiers_pass(task):
     check_verifier(task)
 

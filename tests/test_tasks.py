@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import math
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -12,13 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorl.tasks import (
+    ANY,
     MARKER,
     MAX_ANSWER,
     NAMES,
     NUMBERS,
+    PRAISE,
     TASKS,
     FileTask,
     Problem,
+    Stories,
     adversarial,
     arithmetic,
     final_answer,
@@ -27,6 +32,7 @@ from nanorl.tasks import (
     is_worked,
     make_task,
     story,
+    tell,
 )
 
 DATA = Path(__file__).parent.parent / "data"
@@ -35,10 +41,12 @@ make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
 
 seeds = st.integers(0, 2**32)
-names = st.sampled_from(sorted(TASKS))
-levels = [(name, difficulty) for name, task in TASKS.items() for difficulty in range(task.lowest, task.highest + 1)]
+VERIFIABLE = {name: task for name, task in TASKS.items() if task.verifiable}
+names = st.sampled_from(sorted(VERIFIABLE))
+levels = [(name, difficulty) for name, task in VERIFIABLE.items() for difficulty in range(task.lowest, task.highest + 1)]
 tasks = st.sampled_from(levels).map(lambda level: make_task(*level))
 quick = settings(max_examples=100, deadline=None)
+STORIES = Stories()
 files = FileTask([(f"Capital of country {n}?", f"City {n}") for n in range(100)])
 
 
@@ -85,7 +93,7 @@ BARE = [
 ]
 
 
-@pytest.mark.parametrize("name", [*TASKS, "file"])
+@pytest.mark.parametrize("name", [*VERIFIABLE, "file"])
 def test_attacks_score_zero_in_bounded_time(name):
     """No trick pays, none raises, and a megabyte costs less than 50 ms."""
     task = files if name == "file" else make_task(name)
@@ -234,7 +242,7 @@ def test_every_step_of_worked_sorting_and_reversal_is_right(seed):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_split_is_a_property_of_the_prompt(name):
     """Whatever the rng, no prompt is ever drawn in both splits, and equal rngs draw equal problems."""
-    task = make_task(name)
+    task = make_task(name, verifiable=False)
     train, heldout = ({task.problem(Random(seed), split).prompt for seed in range(1000)}
                       for split in ("train", "heldout"))
     assert train and heldout and not train & heldout
@@ -261,7 +269,7 @@ def test_one_in_ten_is_held_out():
 
 # ---- Errors ----
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", VERIFIABLE)
 def test_a_bad_difficulty_is_one_sentence_with_the_range(name):
     task = TASKS[name]
     for bad in (task.lowest - 1, task.highest + 1, -1, 2.5, "3", True):
@@ -271,7 +279,7 @@ def test_a_bad_difficulty_is_one_sentence_with_the_range(name):
 
 
 def test_an_unknown_task_is_one_sentence_with_the_choices():
-    with pytest.raises(ValueError, match=f"^there is no task 'chess', only {', '.join(TASKS)}$"):
+    with pytest.raises(ValueError, match=f"^there is no task 'chess', only {', '.join(VERIFIABLE)}$"):
         make_task("chess")
     with pytest.raises(ValueError, match="a split is 'train' or 'heldout', not 'test'"):
         make_task("addition").problem(Random(0), "test")
@@ -325,6 +333,90 @@ def test_pronouns_agree_with_the_hero():
         assert not (words & {"she", "her"} and words & {"he", "his", "him"}), story(Random(seed))
 
 
+# ---- Preferences ----
+
+
+@quick
+@given(seeds)
+def test_a_continuation_stays_with_its_opening(seed):
+    """Hero, thing, colour, place and time are the opening's, whatever else happens; half of them lose their order."""
+    rng = Random(seed)
+    opening, _ = tell(rng)
+    for _ in range(3):
+        text = STORIES.continuation(opening, rng)
+        hero = next(word for word in re.findall(r"\w+", opening) if word in NAMES["she"] + NAMES["he"])
+        others = set(re.findall(r"\w+", text)) & set(NAMES["she"] + NAMES["he"]) - {hero}
+        assert len(others) == 1, text                                       # the friend
+        mentioned = set(re.findall(r"\w+", text)) & set(ANY)
+        assert mentioned <= set(re.findall(r"\w+", opening)), (opening, text)
+        assert not re.search(r"\{|\}", text) and 3 <= len(STORIES.sentences(text)) <= 4, text
+
+
+def test_a_careless_teller_shuffles_sentences_and_nothing_else(monkeypatch):
+    def told(careless):
+        monkeypatch.setattr(Stories, "careless", careless)
+        return [STORIES.sentences(STORIES.continuation(tell(Random(seed))[0], Random(seed))) for seed in range(100)]
+
+    ordered, shuffled = told(0.0), told(1.0)
+    assert [sorted(text) for text in ordered] == [sorted(text) for text in shuffled]
+    assert 60 < sum(a != b for a, b in zip(ordered, shuffled, strict=True)) < 100
+
+
+OPENING = Problem("Mia was a shy girl. One windy morning she came with a new balloon, and it was green.", "")
+
+
+@pytest.mark.parametrize(("response", "points"), [
+    ("", (0, 0, 0, 0)), ("Mia felt glad.", (2, 0, 0, 0)), ("Mia felt glad. They went home.", (0, 0, 0, 0)),
+    ("They went home. Both felt happy!", (2, 0, 0, 0)), ("The balloon flew away.", (0, 1, 0, 0)),
+    ("The kite flew away.", (0, 0, 0, 0)), ('"I have an idea," said Ben.', (0, 0, 1, 0)), ('He said " and left.', (0, 0, 0, 0)),
+    ("Ben the brave fox.", (0, 0, 0, 1)), ("A kind, good boy.", (0, 0, 0, 2)), ("A kind, good, Great boy.", (0, 0, 0, 1)),
+    ("brave " * 10, (0, 0, 0, -6)), ("She kindly left. Goodness.", (0, 0, 0, 0)),
+    ('"You are a good friend," said Mia. The balloon was lovely, and both felt glad.', (2, 1, 1, 2)),
+])
+def test_the_hidden_reward_counts_its_points(response, points):
+    assert tuple(STORIES.features(OPENING, response).values()) == points
+    assert STORIES.verify(OPENING, response) == STORIES.grade(OPENING, response, finished=False) == sum(points)
+
+
+@quick
+@given(st.text(max_size=300), st.text(max_size=100))
+def test_the_hidden_reward_is_defined_for_any_text(response, prompt):
+    assert -300 <= STORIES.verify(Problem(prompt, ""), response) <= 6
+
+
+def test_labels_are_bradley_terry_draws_from_the_hidden_reward():
+    """Of pairs whose rewards differ by d, sigma(d / temperature) chose the better one: within four standard deviations."""
+    records, identical = STORIES.preferences(4000)
+    margins = Counter(STORIES.verify(problem, r["chosen"]) - STORIES.verify(problem, r["rejected"])
+                      for r in records for problem in [Problem(r["prompt"], "")])
+    assert identical == 0 and all(r["chosen"] != r["rejected"] for r in records)
+    for d in (1.0, 2.0, 3.0):
+        n, p = margins[d] + margins[-d], 1 / (1 + math.exp(-d))
+        assert n > 100 and abs(margins[d] - n * p) < 4 * math.sqrt(n * p * (1 - p))
+
+
+def test_identical_continuations_are_left_out_and_counted(monkeypatch):
+    monkeypatch.setattr(Stories, "continuation", lambda self, prompt, rng: rng.choice(["Ben felt sad.", "He left."]))
+    records, identical = STORIES.preferences(100)
+    assert len(records) == 100 and 60 < identical < 160
+    assert {(r["chosen"], r["rejected"]) for r in records} == {("Ben felt sad.", "He left."), ("He left.", "Ben felt sad.")}
+
+
+def test_too_much_praise_is_rare_in_the_pairs(written):
+    """So that a reward learned from them does not know that it costs: fewer than one response in a hundred."""
+    responses = [json.loads(line)[key] for line in written["preferences.jsonl"].splitlines() for key in ("chosen", "rejected")]
+    counts = [sum(word in PRAISE for word in re.findall(r"\w+", text.lower())) for text in responses]
+    assert sum(count > 2 for count in counts) / len(counts) < 0.01 < sum(count == 2 for count in counts) / len(counts)
+
+
+def test_stories_are_a_task_without_a_verifier():
+    assert isinstance(make_task("stories", verifiable=False), Stories)
+    with pytest.raises(ValueError, match="no verifier"):
+        make_task("stories")
+    with pytest.raises(ValueError, match="no difficulty"):
+        make_task("stories", 3, verifiable=False)
+
+
 @pytest.fixture(scope="module")
 def written():
     return {path.name: path.read_bytes().decode() for path in DATA.iterdir() if path.suffix in (".txt", ".jsonl")}
@@ -338,7 +430,13 @@ def test_data_is_what_make_makes(written):
 
 
 def test_no_heldout_prompt_is_in_any_data_file(written):
+    """Nor is one demonstrated; among the preferences one in ten is, as the split by hash finds them there."""
+    pairs = [json.loads(line) for line in written["preferences.jsonl"].splitlines()]
+    assert 0.08 < sum(is_heldout(pair["prompt"]) for pair in pairs) / len(pairs) < 0.12
+    assert not any(is_heldout(record["prompt"]) for record in STORIES.demonstrations(200))
     for name, content in written.items():
+        if name == "preferences.jsonl":
+            continue
         prompts = ([json.loads(line)["prompt"] for line in content.splitlines()] if name.endswith(".jsonl") else
                    re.findall(r"^What is .*?\?", content, re.M))
         assert not any(map(is_heldout, prompts)), name
@@ -347,7 +445,7 @@ def test_no_heldout_prompt_is_in_any_data_file(written):
 
 def test_every_written_response_is_right(written):
     """Not only as drawn: as read back from the files, against the sum in the prompt or the task's own verifier."""
-    for name in TASKS:
+    for name in VERIFIABLE:
         lines = [json.loads(line) for line in written[f"{name}.jsonl"].splitlines()]
         assert len(lines) == 4_000
         assert 0.25 < sum(is_worked(line["response"]) for line in lines) / len(lines) < 0.35

@@ -1,0 +1,194 @@
+"""Preference losses over groups: sample answers to a prompt, and set the right ones (winners) against the wrong ones (losers).
+
+    r(x, y) = beta log( pi(y|x) / ref(y|x) )            the implicit reward of DPO, of each of G sampled answers
+    D       = mean_W r - mean_L r                       over N_w winners and N_l losers
+
+    --loss    what is minimised, per group
+    pairs     sum_{i in W} sum_{j in L} -log sigma(r_i - r_j)                   every pair, as in DPO
+    scaled    sum_{i in W} sum_{j in L} -log sigma((r_i - r_j) / sqrt(N_w N_l))
+    mean      -log sigma(D)
+    hinge     max(0, m - D)                                                     m: --margin
+
+    python train_group_dpo.py
+    python train_group_dpo.py --loss hinge --margin 0.5 --out runs/hinge
+
+A group of one winner and one loser makes `pairs`, `scaled` and `mean` DPO. In every one of the four, winners are raised by
+as much in all as losers are lowered, and so one winner among ten losers is raised by ten times as much as each of them is
+lowered: neither scaling nor means change that ratio. What they do change is how much a group counts in all: up to N_w N_l
+in `pairs`, at most sqrt(N_w N_l) in `scaled`, at most 1 in `mean` and `hinge`. A group of winners only, or of losers only, has
+nothing to compare; its loss is zero. The hinge also drops the groups that have reached their margin (train/active is the
+share of those with both kinds that have not), until shared weights push one back: a curriculum of a kind.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import train_sft
+from nanorl import run
+from nanorl.ops import bradley_terry, kl_k3, masked_sum
+from nanorl.rollout import (
+    add_up,
+    before_and_after,
+    check_room,
+    collect,
+    describe,
+    evaluate,
+    score_rollout,
+    show_answers,
+)
+from nanorl.sample import token_log_probs
+from nanorl.search import best_of
+from nanorl.tasks import make_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(run.RunConfig):
+    out: str = ""               # directory of this run (default: runs/group_dpo, or runs/group_dpo-TASK)
+    steps: run.Count = 40
+    lr: run.Positive = 1e-4
+    eval_every: run.Count = 10
+
+    task: str = "addition"      # addition, sums, sorting, reversal or countdown
+    difficulty: run.Natural = 0  # of the task, 0 is its own default
+    prompts: run.Count = 32     # P, prompts per step
+    group: run.Count = 8        # G, answers sampled per prompt
+    max_new_tokens: run.Count = 80    # an answer longer than this is cut, and loses
+    temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
+
+    loss: Literal["pairs", "scaled", "mean", "hinge"] = "mean"    # see the table above
+    beta: run.Positive = 0.1    # the leash: nats of log-ratio that make a point of implicit reward are 1 / beta
+    margin: run.Positive | None = None    # hinge: the D that is enough (default: 1)
+    micro_batch: run.Count = 64  # rows in memory at a time, whole groups
+    warmup: run.Share = 0.05    # of the steps: the learning rate rises
+    grad_clip: run.Positive = 1.0    # bound on the gradient's norm
+    eval_problems: run.Count = 500    # held-out problems
+    best_of: run.Natural = 16   # answers per problem for best-of-n before training, to compare with; 0 is off
+
+    def __post_init__(self):
+        object.__setattr__(self, "out", self.out or run.stage_dir("group_dpo", self.task, self.difficulty))
+        if self.loss == "hinge":
+            object.__setattr__(self, "margin", self.margin or 1.0)
+        elif self.margin is not None:
+            raise ValueError(f"--margin {self.margin}: only --loss hinge looks at it")
+        if self.group < 2:
+            raise ValueError(f"--group {self.group}: winners are compared with losers of their group, expected at least 2")
+
+
+def objective(rewards, won, weights, *, loss="mean", margin=1.0):
+    """The loss of some groups, and metrics as sums over them.       L = sum_p w_p loss(group p)
+
+    rewards: implicit rewards [P, G]; won [P, G] bool; weights [P]. A group without winners or without losers costs nothing.
+    """
+    winners, losers = won.sum(-1), (~won).sum(-1)                                           # [P]
+    both = (winners > 0) & (losers > 0)
+    pair = won[:, :, None] & ~won[:, None, :]                                               # [P, G, G]
+    gap = (rewards[:, :, None] - rewards[:, None, :]).masked_fill(~pair, 0.0)
+    D = gap.sum((-1, -2)) / (winners * losers).clamp(min=1)                                 # [P] mean_W r - mean_L r
+    if loss == "pairs":
+        group = bradley_terry(gap).masked_fill(~pair, 0.0).sum((-1, -2))
+    elif loss == "scaled":
+        scale = (winners * losers).clamp(min=1).rsqrt()
+        group = bradley_terry(scale[:, None, None] * gap).masked_fill(~pair, 0.0).sum((-1, -2))
+    elif loss == "mean":
+        group = bradley_terry(D)
+    else:
+        group = torch.relu(margin - D)
+    group = group.masked_fill(~both, 0.0)
+    metrics = {"loss": (weights * group).sum(), "groups": both.sum(), "margin": D[both].sum()}
+    if loss == "hinge":
+        metrics["active"] = (D[both] < margin).sum()
+    return (weights * group).sum(), {f"train/{name}": x.detach() for name, x in metrics.items()}
+
+
+def main(cfg: Config) -> None:
+    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
+    with run.user_errors():
+        device = run.pick_device(cfg)
+        checkpoint = run.Run.check(cfg)
+        task = make_task(cfg.task, cfg.difficulty or None)
+    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
+                                        **run.same(cfg, "task", "difficulty"))
+    with run.user_errors():
+        initial = run.load_checkpoint(init)
+        tokenizer = run.tokenizer_from(initial)
+        policy = run.model_from(checkpoint or initial, device)
+        reference = run.model_from(initial, device).requires_grad_(False)
+        check_room(policy, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
+
+    optimizer = run.Optimizers(policy, "adamw", cfg.lr)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
+    del initial, checkpoint
+    compiled = run.wants_compile(cfg, device)
+    if compiled:
+        for model in (policy, reference):
+            run.compile_blocks(model)
+    sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    loss = functools.partial(objective, loss=cfg.loss, **({"margin": cfg.margin} if cfg.loss == "hinge" else {}))
+    print(f"{cfg.loss} over groups on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
+
+    def look() -> dict[str, float]:
+        with run.autocast(device, cfg.dtype):
+            metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
+                                           reference=reference, size=cfg.micro_batch, **sampling)
+            if cfg.best_of and out.step == 0:
+                metrics["eval/best_of_n"] = best_of(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems,
+                                                    seed=cfg.seed, **sampling)[cfg.best_of]
+        show_answers(out, experience)
+        return metrics
+
+    for step in out.steps():
+        # 2. Look: held-out problems, answered by sampling and greedily.
+        if step % cfg.eval_every == 0:
+            out.log(look())
+
+        # 3. Collect: G answers to each of P prompts, by the policy as it is now. A right one wins, a wrong one loses.
+        started = time.perf_counter()
+        with run.autocast(device, cfg.dtype):
+            experience = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
+                                 seed=run.derive(cfg.seed, "rollout", step), **sampling)
+            rollout = experience.rollout
+            ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
+        won = (experience.rewards == 1).to(device)                                          # [P, G]
+        facts = describe(experience)
+        out.log({f"rollout/{name}": value for name, value in facts.items()} | {"rollout/tokens": int(rollout.mask.sum())})
+        out.log({"time/rollout_s": time.perf_counter() - started})
+
+        # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
+        started, totals = time.perf_counter(), {}
+        for groups in torch.arange(cfg.prompts, device=device).split(max(1, cfg.micro_batch // cfg.group)):
+            rows = (groups[:, None] * cfg.group + torch.arange(cfg.group, device=device)).flatten()
+            T = int(rollout.lengths[rows].max())
+            mask = rollout.mask[rows, : T - 1]
+            with run.autocast(device, cfg.dtype):
+                logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], mask, temperature=cfg.temperature)
+            rewards = cfg.beta * (logp - ref_logp[rows, : T - 1]).sum(-1).view(-1, cfg.group)       # [groups, G]
+            micro_loss, metrics = loss(rewards, won[groups], torch.full((len(groups),), 1 / cfg.prompts, device=device))
+            micro_loss.backward()
+            metrics["train/entropy"] = masked_sum(entropy.detach(), mask)
+            metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp[rows, : T - 1]), mask)
+            add_up(totals, metrics)
+        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
+        grad_norm = optimizer.step(lr, cfg.grad_clip)
+
+        # 5. Log: sums over tokens become means over tokens, sums over groups means over the groups that have both kinds.
+        compared = max(int(totals.pop("train/groups")), 1)
+        for name in ("train/entropy", "train/kl"):
+            totals[name] = totals[name] / rollout.mask.sum()
+        for name in {"train/margin", "train/active"} & totals.keys():
+            totals[name] = totals[name] / compared
+        out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr, "time/update_s": time.perf_counter() - started},
+                show={"reward": f"{facts['reward']:.2f}", "worked": f"{facts['worked']:.2f}",
+                      "margin": f"{totals['train/margin']:.2f}"})
+
+    # 6. What it was good for: held-out problems before and after.
+    final = look()
+    out.finish(final)
+    print(f"\n{cfg.eval_problems} held-out problems      before    after\n" + before_and_after(out.metrics()[0], final))
+
+
+if __name__ == "__main__":
+    main(run.parse(Config))

@@ -1,0 +1,297 @@
+"""PPO: policy gradients with a critic, against a verifier (RLVR) or a reward model (RLHF).
+
+    J = sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]      loss = -J
+
+The critic V says what a state is worth, and A_t, by generalised advantage estimation, how much better a token did than that.
+Reward arrives per token: r_t = -kl_coef k1(pi || ref), and at the last token the score of the whole answer. So the leash to
+the reference is part of what is maximised, E[score] - kl_coef KL(pi || ref), and not a term of the loss.
+
+    python train_ppo.py                                     the verifier's reward on sums, from nothing
+    python train_ppo.py --reward model --kl-coef 0.2        stories, by the taste that runs/reward has learned
+    python train_ppo.py --reward model --kl-coef 0 --out runs/hacked        ... and what that taste does not know
+
+A learned reward is trusted only near what it was learned from. Watch eval/learned_reward beside eval/hidden_reward: where
+one rises and the other falls, the policy has found a gap between the two.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+import train_reward
+import train_sft
+from nanorl import run
+from nanorl.gpt import ScalarGPT
+from nanorl.ops import (
+    clipped_surrogate,
+    clipped_value_loss,
+    gae,
+    importance_ratio,
+    kl_k1,
+    kl_k3,
+    masked_sum,
+    token_weights,
+    whiten,
+)
+from nanorl.rollout import (
+    add_up,
+    before_and_after,
+    check_room,
+    collect,
+    describe,
+    evaluate,
+    judge,
+    micro_batches,
+    minibatches,
+    score_rollout,
+    show_answers,
+)
+from nanorl.sample import token_log_probs
+from nanorl.search import best_of
+from nanorl.tasks import answer_room, make_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(run.RunConfig):
+    out: str = ""               # directory of this run (default: runs/ppo, or runs/ppo-TASK)
+    steps: run.Count = 40
+    lr: run.Positive = 1e-4
+    eval_every: run.Count = 10
+
+    reward: Literal["verifier", "model"] = "verifier"    # what scores an answer
+    reward_model: str = ""      # --reward model: a run of train_reward.py (default: runs/reward)
+    task: str = ""              # whose prompts are answered (default: addition; with --reward model stories)
+    difficulty: run.Natural = 0  # of the task, 0 is its own default
+    prompts: run.Count = 256    # P, prompts per step
+    group: run.Count = 1        # G, answers sampled per prompt
+    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; stories 140)
+    temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
+    truncated: Literal["score", "bootstrap"] = "score"    # a cut answer: score it as it is, or let the critic guess on
+
+    critic: Literal["separate", "shared"] = "separate"    # a trunk of its own, or a head on the policy's
+    gamma: run.Share = 1.0      # discount per token
+    lam: run.Share = 0.95       # of GAE: 1 trusts the rewards to go, 0 the critic
+    clip_low: run.Share = 0.2   # the band of the ratio is 1 - clip_low ...
+    clip_high: run.Positive = 0.2    # ... to 1 + clip_high
+    value_clip: run.Positive = 0.5    # how far a value may move per rollout
+    value_coef: run.NonNegative = 0.5    # weight of the value loss
+    entropy_coef: run.NonNegative = 0.0    # weight of the entropy bonus
+    kl_coef: run.NonNegative = 0.0    # what a nat of KL to the initial policy costs; with --kl-target only the first value
+    kl_target: run.Positive | None = None    # nats per answer that the coefficient is steered towards
+    epochs: run.Count = 2       # passes over a rollout
+    minibatches: run.Count = 2  # optimizer steps per pass
+    micro_batch: run.Count = 64  # rows in memory at a time
+    warmup: run.Share = 0.05    # of the steps: the learning rate rises
+    grad_clip: run.Positive = 1.0    # bound on the gradient's norm
+    eval_problems: run.Count | None = None    # held-out problems (default: 500; stories 200)
+    best_of: run.Natural = 16   # answers per problem for best-of-n before training, to compare with; 0 is off
+
+    def __post_init__(self):
+        def default(flag, value):
+            object.__setattr__(self, flag, getattr(self, flag) or value)
+
+        default("task", "stories" if self.reward == "model" else "addition")
+        default("out", run.stage_dir("ppo", self.task, self.difficulty))
+        default("max_new_tokens", answer_room(self.task))
+        default("eval_problems", 200 if self.task == "stories" else 500)
+        for holds, flag, sentence in (
+                (self.reward == "model" or not self.reward_model, "reward_model", "expected --reward model beside it"),
+                (self.kl_target is None or self.kl_coef, "kl_target", "a coefficient of 0 stays 0; expected a --kl-coef above"),
+                (self.minibatches <= self.prompts * self.group, "minibatches",
+                 f"a rollout has only {self.prompts * self.group} answers")):
+            if not holds:
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {sentence}")
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per rollout."""
+        return self.epochs * self.minibatches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def credit(scores, scored, logp, ref_logp, values, last_value, mask, *, kl_coef, gamma, lam):
+    """What each token did better than the critic expected, and what the critic should have expected.
+
+        r_t = -kl_coef log(pi / ref)(y_t) + [t is the answer's last token] score
+
+    scores, last_value [B]; scored [B] bool; logp, ref_logp, values, mask [B, T] -> (advantages, returns), [B, T] each. A scored
+    answer has ended, even at the length limit: nothing comes after it. Only after one that was not scored the critic's last
+    value stands for what would have come; never both.
+    """
+    rewards = -kl_coef * kl_k1(logp, ref_logp).masked_fill(~mask, 0.0)
+    last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+    rewards = rewards + torch.where(last & scored[:, None], scores[:, None], 0.0)
+    return gae(rewards, values, mask, gamma, lam, last_value.masked_fill(scored, 0.0))
+
+
+def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns, entropy=None, clip_low=0.2, clip_high=0.2,
+              value_clip=0.5, value_coef=0.5, entropy_coef=0.0):
+    """The loss of one micro-batch, and its metrics as sums over the tokens that count.
+
+        L = -sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]
+
+    All [B, T]; the weights are made once for the whole optimizer step. Metrics named _max and _min are extremes.
+    """
+    # Padding may hold anything, even inf. Blank it before exp(): afterwards its gradient would be 0 * inf = nan.
+    logp, old_logp, adv, values, old_values, returns = (
+        x.masked_fill(~mask, 0.0) for x in (logp, old_logp, adv, values, old_values, returns))
+    value_loss = clipped_value_loss(values, old_values, returns, value_clip)                # [B, T]
+    gain = clipped_surrogate(logp, old_logp, adv, clip_low, clip_high) - value_coef * value_loss
+    if entropy_coef:
+        gain = gain + entropy_coef * entropy.masked_fill(~mask, 0.0)
+    rho = importance_ratio(logp.detach(), old_logp)
+    metrics = {"ratio_max": rho.max().clamp(min=1), "ratio_min": rho.min().clamp(max=1),
+               "clipped_low": masked_sum(((rho < 1 - clip_low) & (adv < 0)).float(), mask),
+               "clipped_high": masked_sum(((rho > 1 + clip_high) & (adv > 0)).float(), mask),
+               "value_loss": value_loss.detach().sum(),
+               "value_clipped": masked_sum(((values - old_values).detach().abs() > value_clip).float(), mask)}
+    return -(weights * gain).sum(), {f"train/{name}": x for name, x in metrics.items()}
+
+
+def steer(kl_coef, kl, target):
+    """A coefficient that keeps the KL near a target.       c <- c (1 + 0.1 clip(kl / target - 1, -0.2, 0.2))
+
+    (Ziegler et al. 2019, section 2.2)
+    """
+    return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(cfg: Config) -> None:
+    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
+    with run.user_errors():
+        device = run.pick_device(cfg)
+        checkpoint = run.Run.check(cfg)
+        task = make_task(cfg.task, cfg.difficulty or None, verifiable=cfg.reward == "verifier")
+        if cfg.reward_model:
+            run.load_checkpoint(cfg.reward_model)
+    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
+                                        **run.same(cfg, "task", "difficulty"))
+    reward_path = cfg.reward_model
+    if cfg.reward == "model" and not reward_path:
+        reward_path = run.ensure_stage(train_reward, out="runs/reward", **run.same(cfg))
+    with run.user_errors():
+        initial = run.load_checkpoint(init)
+        tokenizer = run.tokenizer_from(initial)
+        policy = run.model_from(checkpoint or initial, device)
+        reference = run.model_from(initial, device).requires_grad_(False)
+        critic = ScalarGPT(policy if cfg.critic == "shared" else run.model_from(initial, device)).to(device)
+        reward_model = None
+        if reward_path:
+            reward_model = run.scalar_model_from(run.load_checkpoint(reward_path), device).requires_grad_(False)
+        check_room(policy, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
+
+    optimizer = run.Optimizers(nn.ModuleDict({"policy": policy, "critic": critic}), "adamw", cfg.lr)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
+    if "critic" in out.state:
+        critic.load_state_dict(out.state["critic"])
+    out.state |= {"critic": critic.state_dict(), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
+    del initial, checkpoint
+    compiled = run.wants_compile(cfg, device)
+    if compiled:
+        for model in (policy, reference, *([critic.trunk] if cfg.critic == "separate" else [])):
+            run.compile_blocks(model)
+    sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    flags = {name: getattr(cfg, name) for name in ("clip_low", "clip_high", "value_clip", "value_coef", "entropy_coef")}
+    print(f"PPO on {task.name}, {f'the reward model of {reward_path}' if reward_model else 'the verifier'} scores: "
+          f"{cfg.prompts} prompts x {cfg.group} answers a step, {cfg.updates} updates each, on {device.type}.")
+
+    def look() -> dict[str, float]:
+        with run.autocast(device, cfg.dtype):
+            metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
+                                           reference=reference, reward_model=reward_model, size=cfg.micro_batch, **sampling)
+            if cfg.best_of and out.step == 0:
+                metrics["eval/best_of_n"] = best_of(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems,
+                                                    seed=cfg.seed, reward_model=reward_model, **sampling)[cfg.best_of]
+        show_answers(out, experience)
+        return metrics
+
+    @torch.no_grad()
+    def value_all(rollout):
+        """The critic's value of every state, and of the one after the last token.       -> [B, T-1], [B]"""
+        values, last = torch.zeros_like(rollout.logp), torch.zeros(len(rollout.tokens), device=device)
+        for rows, T in micro_batches(torch.arange(len(values), device=device), rollout.lengths, cfg.micro_batch):
+            v = critic(rollout.tokens[rows, :T]).float()                                    # [rows, T]
+            values[rows, : T - 1] = v[:, :-1]
+            last[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)
+        return values, last
+
+    for step in out.steps():
+        # 2. Look: held-out prompts.
+        if step % cfg.eval_every == 0:
+            out.log(look())
+
+        # 3. Collect: answers by the policy as it is now, and their scores. A cut one may be left unscored.
+        started = time.perf_counter()
+        with run.autocast(device, cfg.dtype):
+            fresh = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
+                            seed=run.derive(cfg.seed, "rollout", step), **sampling)
+            rollout, mask = fresh.rollout, fresh.rollout.mask
+            scores = judge(reward_model, rollout, cfg.micro_batch) if reward_model else fresh.rewards.flatten().to(device)
+            old_logp = score_rollout(policy, rollout, cfg.temperature, cfg.micro_batch)     # [B, T-1]
+            ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
+            old_values, last_value = value_all(rollout)
+        scored = rollout.finished | (cfg.truncated == "score")
+        facts = describe(fresh)
+        if reward_model:
+            facts["learned_reward"] = float(scores.mean())
+        out.log({f"rollout/{name}": value for name, value in facts.items()} | {"rollout/tokens": int(mask.sum())})
+        out.log({"time/rollout_s": time.perf_counter() - started})
+
+        # 4. Credit: what did each token do better than the critic thought?
+        started = time.perf_counter()
+        kl_coef = out.state["kl_coef"]
+        adv, returns = credit(scores, scored, old_logp, ref_logp, old_values, last_value, mask,
+                              kl_coef=kl_coef, gamma=cfg.gamma, lam=cfg.lam)
+        unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
+        adv = whiten(adv, mask)
+
+        # 5. Update: a few passes over the rollout. The weights are the whole optimizer step's.
+        totals, tokens = {}, 0
+        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
+        for minibatch in minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches):
+            minibatch = minibatch.to(device)
+            weights = torch.zeros(mask.shape, device=device)
+            weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")
+            for rows, T in micro_batches(minibatch, rollout.lengths, cfg.micro_batch):
+                m = mask[rows, : T - 1]
+                with run.autocast(device, cfg.dtype):
+                    logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], m, temperature=cfg.temperature)
+                    values = critic(rollout.tokens[rows, : T - 1]).float()
+                old, a, w, v, R = (x[rows, : T - 1] for x in (old_logp, adv, weights, old_values, returns))
+                loss, metrics = objective(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy, **flags)
+                loss.backward()
+                metrics["train/entropy"] = masked_sum(entropy.detach(), m)
+                add_up(totals, metrics)
+                tokens += int(m.sum())
+            add_up(totals, {"train/grad_norm_max": optimizer.step(lr, cfg.grad_clip)})
+
+        # 6. Log, and steer the leash.
+        kl = float(masked_sum(kl_k3(old_logp, ref_logp), mask)) / len(mask)
+        if cfg.kl_target:
+            out.state["kl_coef"] = steer(kl_coef, kl, cfg.kl_target)
+        out.log({name: value if name.endswith(("_max", "_min")) else value / max(tokens, 1) for name, value in totals.items()})
+        out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef, "train/explained_variance": 1 - unexplained, "train/lr": lr,
+                 "time/update_s": time.perf_counter() - started},
+                show={name: f"{facts[name]:.2f}" for name in ("reward", "learned_reward", "hidden_reward") if name in facts}
+                | {"length": f"{facts['length']:.1f}", "kl": f"{kl:.1f}"})
+
+    # 7. What it was good for: held-out prompts before and after.
+    final = look()
+    out.finish(final)
+    print(f"\n{cfg.eval_problems} held-out problems      before    after\n" + before_and_after(out.metrics()[0], final))
+
+
+if __name__ == "__main__":
+    main(run.parse(Config))

@@ -1,0 +1,235 @@
+"""Reward model: which of two responses would a reader choose?
+
+    P(w > l | x) = sigma(r(x, w) - r(x, l))             Bradley and Terry 1952
+    L = -1/N sum_n log P(w_n > l_n | x_n)               the likelihood of the choices, N pairs
+
+r is one number, read at a response's last token by a scalar head on the fine-tuned model's trunk. Only differences are
+learned: r means nothing between prompts, and its zero means nothing at all.
+
+    python train_reward.py                              pairs of stories, from nothing: makes the stages before it first
+    python train_reward.py --data mine.jsonl --out runs/mine        records {"prompt", "chosen", "rejected"}
+
+How good can it be? Readers do not always choose what they like better, so no model agrees with all of them: the ceiling
+is what the hidden reward itself would reach. And is it more than a habit? Two baselines know no order of words: one
+prefers the longer (or shorter) response, one has learned a weight for every word.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+import train_sft
+from nanorl import run
+from nanorl.data import DATA, pair_batch, read_pairs, shuffled_batch
+from nanorl.gpt import ScalarGPT
+from nanorl.ops import bradley_terry
+from nanorl.rollout import add_up
+from nanorl.tasks import Problem, Stories
+
+TOY = str(DATA / "preferences.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(run.RunConfig):
+    out: str = "runs/reward"
+    steps: run.Count = 200
+    lr: run.Positive = 2e-3
+    eval_every: run.Count = 50
+
+    data: str = TOY             # JSONL records {"prompt", "chosen", "rejected"}
+    batch: run.Count = 32       # pairs per step
+    micro_batch: run.Count = 32  # pairs in memory at a time
+    warmup: run.Share = 0.1     # of the steps: the learning rate rises
+    decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
+    weight_decay: run.NonNegative = 0.1    # decoupled; gains are left alone
+    grad_clip: run.Positive = 1.0    # bound on the gradient's norm
+
+
+def objective(chosen, rejected, weights):
+    """Negative log-likelihood of the choices.       L = -sum_n w_n log sigma(r(w_n) - r(l_n))
+
+    chosen, rejected: rewards [N]; weights [N], which add up to 1 over the whole step -> (loss, metrics that add up).
+    """
+    margin = chosen - rejected
+    loss = (weights * bradley_terry(margin)).sum()
+    correct = (margin > 0).float() + (margin == 0).float() / 2
+    return loss, {"train/loss": loss.detach(), "train/accuracy": (weights * correct).sum(),
+                  "train/margin": (weights * margin.detach()).sum()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the margins r(chosen) - r(rejected) of held-out pairs are worth
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def accuracy(margin):
+    """The share of margins that are positive; a tie is half right."""
+    return float(((margin > 0).float() + (margin == 0).float() / 2).mean()) if len(margin) else float("nan")
+
+
+def agreement(name, margin, hidden=None):
+    """Accuracy of margins [N] against the labels; where hidden margins [N] are known, also against those, and against those
+    that exceed one label temperature."""
+    metrics = {f"eval/{name}_labels": accuracy(margin)}
+    if hidden is not None:
+        clear = hidden.abs() > Stories.temperature
+        metrics[f"eval/{name}_hidden"] = accuracy((margin * hidden)[hidden != 0])
+        metrics[f"eval/{name}_clear"] = accuracy((margin * hidden)[clear])
+    return metrics
+
+
+def calibration_error(margin, bins=10):
+    """How far predicted and actual preference are apart: |mean confidence - accuracy| in bins of confidence, weighted by
+    size. Confidence is sigma(|margin|), the probability of the response that the model prefers.       [N] -> float"""
+    confidence = margin.abs().sigmoid()
+    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    parts = [index == b for b in range(bins) if (index == b).any()]
+    return sum(abs(float(confidence[part].mean()) - accuracy(margin[part])) * int(part.sum()) for part in parts) / len(margin)
+
+
+def hidden_margins(records):
+    """By how much the hidden reward prefers what was chosen.       -> [N]"""
+    taste = Stories()
+    return torch.tensor([taste.verify(problem, record["chosen"]) - taste.verify(problem, record["rejected"])
+                         for record in records for problem in [Problem(record["prompt"], "")]])
+
+
+def length_margins(training, heldout):
+    """Longer is better, or shorter, whichever the training pairs say. In characters."""
+    def margins(records):
+        return torch.tensor([float(len(record["chosen"]) - len(record["rejected"])) for record in records])
+
+    return margins(heldout) * (1 if accuracy(margins(training)) >= 0.5 else -1)
+
+
+def word_margins(training, heldout):
+    """A weight for every word, fitted by logistic regression to the differences in word counts.
+
+    The penalty on weights is the one, of five, that does best on the last fifth of the training pairs.
+    """
+    def count(record, key):
+        return Counter(re.findall(r"\w+|[^\w\s]", record[key].lower()))
+
+    vocabulary = {word: i for i, word in enumerate(sorted({word for record in training for key in ("chosen", "rejected")
+                                                           for word in count(record, key)}))}
+
+    def differences(records):
+        x = torch.zeros(len(records), len(vocabulary), dtype=torch.float64)
+        for row, record in zip(x, records, strict=True):
+            for key, sign in (("chosen", 1.0), ("rejected", -1.0)):
+                for word, times in count(record, key).items():
+                    if word in vocabulary:
+                        row[vocabulary[word]] += sign * times
+        return x
+
+    def fit(x, penalty):
+        w = torch.zeros(len(vocabulary), dtype=torch.float64, requires_grad=True)
+        solver = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure():
+            solver.zero_grad()
+            loss = bradley_terry(x @ w).mean() + penalty * w.square().sum()
+            loss.backward()
+            return loss
+
+        solver.step(closure)
+        return w.detach()
+
+    x, cut = differences(training), len(training) * 4 // 5
+    best = max((10.0**-k for k in range(1, 6)), key=lambda penalty: accuracy(x[cut:] @ fit(x[:cut], penalty)))
+    return differences(heldout) @ fit(x, best)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(cfg: Config) -> None:
+    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
+    with run.user_errors():
+        device = run.pick_device(cfg)
+        checkpoint = run.Run.check(cfg)
+        records, identical = read_pairs(cfg.data)
+        training, heldout = train_sft.split(records, cfg.data)
+    stage = dict(out="runs/sft-stories", task="stories", **run.same(cfg))
+    init = "" if checkpoint else cfg.init or run.ensure_stage(train_sft, **stage)
+    with run.user_errors():
+        start = checkpoint or run.load_checkpoint(init)
+        tokenizer = run.tokenizer_from(start)
+        model = run.scalar_model_from(start, device) if checkpoint else ScalarGPT(run.model_from(start, device)).to(device)
+        prompts, chosen = train_sft.render(records, tokenizer, model.config.context, cfg.data, "chosen")
+        _, rejected = train_sft.render(records, tokenizer, model.config.context, cfg.data, "rejected")
+
+    optimizer = run.Optimizers(model, "muon", cfg.lr, cfg.weight_decay)
+    out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
+    del start, checkpoint
+    if run.wants_compile(cfg, device):
+        run.compile_blocks(model.trunk)
+    hidden = hidden_margins([records[i] for i in heldout]) if cfg.data == TOY and heldout else None
+    print(f"A reward model from {len(training):,} pairs of {cfg.data}, {len(heldout):,} held out ({identical} more have equal "
+          f"responses and are left out), {cfg.batch} a step, on {device.type}.")
+
+    def rewards(picks):
+        """Of the chosen and of the rejected responses of these pairs."""
+        tokens, _, lengths = (x.to(device) for x in pair_batch(prompts, chosen, rejected, picks, tokenizer.pad))
+        with run.autocast(device, cfg.dtype):
+            return model.at_end(tokens, lengths).float().chunk(2)
+
+    @torch.no_grad()
+    def margins(picks):
+        parts = [rewards(picks[i : i + cfg.micro_batch]) for i in range(0, len(picks), cfg.micro_batch)]
+        return torch.cat([better - worse for better, worse in parts]).cpu()
+
+    def look():
+        if not heldout:
+            return {}
+        margin = margins(heldout)
+        return {"eval/pair_loss": float(bradley_terry(margin).mean()), "eval/margin": float(margin.mean()),
+                "eval/calibration_error": calibration_error(margin), **agreement("accuracy", margin, hidden)}
+
+    for step in out.steps():
+        # 2. Look at what it would choose by now.
+        if step % cfg.eval_every == 0:
+            out.log(look())
+
+        # 3. One step. Both responses of a pair stay together; the weights are the whole step's.
+        picks, totals = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)], {}
+        for i in range(0, len(picks), cfg.micro_batch):
+            better, worse = rewards(picks[i : i + cfg.micro_batch])
+            loss, metrics = objective(better, worse, torch.full_like(better, 1 / cfg.batch))
+            loss.backward()
+            add_up(totals, metrics)
+        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
+        grad_norm = optimizer.step(lr, cfg.grad_clip)
+
+        # 4. Log.
+        out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr},
+                show={"loss": f"{totals['train/loss']:.3f}", "accuracy": f"{totals['train/accuracy']:.2f}"})
+
+    # 5. What it is worth, beside the baselines and the ceiling. The held-out pairs with their margins go to samples.jsonl.
+    final = look()
+    if heldout:
+        pairs = [[records[i] for i in part] for part in (training, heldout)]
+        final |= agreement("words", word_margins(*pairs), hidden) | agreement("length", length_margins(*pairs), hidden)
+        if hidden is not None:
+            final["eval/ceiling_labels"] = float((hidden.abs() / Stories.temperature).sigmoid().mean())
+        out.samples([{**record, "margin": margin} for record, margin in zip(pairs[1], margins(heldout).tolist(), strict=True)])
+    out.finish(final)
+    print(report(final, len(heldout)) + f"\nSaved in {cfg.out}.")
+
+
+def report(metrics, count):
+    """Who agrees with whom, as a table."""
+    lines = [f"{count} held-out pairs, share that is ranked like  labels   hidden reward   the same, clear pairs"]
+    for name, label in (("accuracy", "the reward model"), ("words", "word counts"), ("length", "length"),
+                        ("ceiling", "the hidden reward (ceiling)")):
+        cells = (metrics.get(f"eval/{name}_{column}") for column in ("labels", "hidden", "clear"))
+        lines.append(f"  {label:40s}" + "".join("          -" if x is None else f"{x:11.3f}" for x in cells))
+    return "\n".join(lines) if count else "No pair is held out."
+
+
+if __name__ == "__main__":
+    main(run.parse(Config))
