@@ -139,7 +139,7 @@ def objective(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejecte
     elif loss == "ipo":
         pair = (margin - 1 / (2 * beta)).square()
     elif loss == "slic":
-        pair = (delta - margin).clamp(min=0.0)
+        pair = torch.relu(delta - margin)
     else:
         pair = bradley_terry(margin - gamma)
     if nll_coef:

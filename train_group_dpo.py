@@ -91,7 +91,7 @@ def objective(rewards, won, weights, *, loss="mean", margin=1.0):
     if loss == "pairs":
         group = bradley_terry(gap).masked_fill(~pair, 0.0).sum((-1, -2))
     elif loss == "scaled":
-        scale = (winners * losers).clamp(min=1).rsqrt()
+        scale = (winners * losers).clamp(min=1).to(gap.dtype).rsqrt()
         group = bradley_terry(scale[:, None, None] * gap).masked_fill(~pair, 0.0).sum((-1, -2))
     elif loss == "mean":
         group = bradley_terry(D)

@@ -240,7 +240,7 @@ def test_rollouts_are_scored_and_judged_alike_in_any_batches(size):
     rollout = collect(MODEL, TOKENIZER, Parity(), prompts=5, samples=2, seed=1, **HOW).rollout
     other, model = make_model(1), scorer()
     logp, rewards = score_rollout(other, rollout, 0.7, size), judge(model, rollout, size)
-    assert not logp.requires_grad and not rewards.requires_grad and rewards.std() > 0.1
+    assert not logp.requires_grad and not rewards.requires_grad and len(rewards.unique()) > 5
     for row, n in enumerate(rollout.lengths.tolist()):
         tokens, mask = rollout.tokens[row : row + 1, :n], rollout.mask[row : row + 1, : n - 1]
         alone, _ = token_log_probs(other, tokens, mask, temperature=0.7)
