@@ -35,7 +35,7 @@ import train_reward
 import train_sft
 from nanorl import run
 from nanorl.data import pair_batch, read_pairs, response_mask, shuffled_batch
-from nanorl.ops import bradley_terry
+from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import (
     add_up,
     before_and_after,
@@ -146,7 +146,7 @@ def objective(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejecte
         pair = pair - nll_coef * chosen / chosen_length
     total = (weights * pair).sum()
     means = {"loss": pair, "chosen_logp": chosen, "rejected_logp": rejected, "chosen_reward": reward_chosen,
-             "rejected_reward": reward_rejected, "margin": margin, "accuracy": (margin > 0).float()}
+             "rejected_reward": reward_rejected, "margin": margin, "accuracy": ranked_right(margin)}
     return total, {f"train/{name}": (weights * x.detach()).sum() for name, x in means.items()}
 
 

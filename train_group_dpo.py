@@ -34,6 +34,7 @@ from nanorl.rollout import (
     add_up,
     before_and_after,
     check_room,
+    choose_task,
     collect,
     describe,
     evaluate,
@@ -42,7 +43,6 @@ from nanorl.rollout import (
 )
 from nanorl.sample import token_log_probs
 from nanorl.search import best_of
-from nanorl.tasks import make_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Config(run.RunConfig):
 
     task: str = "addition"      # addition, sums, sorting, reversal or countdown
     difficulty: run.Natural = 0  # of the task, 0 is its own default
+    data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
     prompts: run.Count = 32     # P, prompts per step
     group: run.Count = 8        # G, answers sampled per prompt
     max_new_tokens: run.Count = 80    # an answer longer than this is cut, and loses
@@ -109,7 +110,7 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = make_task(cfg.task, cfg.difficulty or None)
+        task = choose_task(cfg.task, cfg.difficulty, cfg.data)
     init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
                                         **run.same(cfg, "task", "difficulty"))
     with run.user_errors():

@@ -27,7 +27,7 @@ import torch
 import train_pretrain
 import train_sft
 from nanorl import run
-from nanorl.data import DATA, read_records, read_text, shuffled_batch
+from nanorl.data import DATA, read_text, shuffled_batch
 from nanorl.ops import (
     AGGREGATES,
     center,
@@ -51,6 +51,7 @@ from nanorl.rollout import (
     add_up,
     before_and_after,
     check_room,
+    choose_task,
     collect,
     contrast,
     describe,
@@ -62,7 +63,6 @@ from nanorl.rollout import (
 )
 from nanorl.sample import Rollout, token_log_probs
 from nanorl.selfcheck import SelfCheckFailed, selfcheck, tolerance
-from nanorl.tasks import FileTask, make_task
 
 STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so that only forgetting is measured
 
@@ -330,11 +330,7 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        if cfg.data:
-            records = read_records(cfg.data, ("prompt", "answer"))
-            task = FileTask([(record["prompt"], record["answer"]) for record in records], cfg.data)
-        else:
-            task = make_task(cfg.task, cfg.difficulty or None)
+        task = choose_task(cfg.task, cfg.difficulty, cfg.data)
         demonstrations = train_sft.training_records(cfg.demonstrations, task) if cfg.likelihood_coef else []
         stories = read_text(DATA / "stories_heldout.txt")
     refreshed = checkpoint["state"].get("reference") if checkpoint else None

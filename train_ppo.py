@@ -40,6 +40,7 @@ from nanorl.rollout import (
     add_up,
     before_and_after,
     check_room,
+    choose_task,
     collect,
     describe,
     evaluate,
@@ -51,7 +52,7 @@ from nanorl.rollout import (
 )
 from nanorl.sample import token_log_probs
 from nanorl.search import best_of
-from nanorl.tasks import answer_room, make_task
+from nanorl.tasks import answer_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class Config(run.RunConfig):
     reward_model: str = ""      # --reward model: a run of train_reward.py (default: runs/reward)
     task: str = ""              # whose prompts are answered (default: addition; with --reward model stories)
     difficulty: run.Natural = 0  # of the task, 0 is its own default
+    data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
     prompts: run.Count = 256    # P, prompts per step
     group: run.Count = 1        # G, answers sampled per prompt
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; stories 140)
@@ -173,7 +175,7 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = make_task(cfg.task, cfg.difficulty or None, verifiable=cfg.reward == "verifier")
+        task = choose_task(cfg.task, cfg.difficulty, cfg.data, verifiable=cfg.reward == "verifier")
         if cfg.reward_model:
             run.load_checkpoint(cfg.reward_model)
     init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),

@@ -24,7 +24,7 @@ import train_sft
 from nanorl import run
 from nanorl.data import DATA, pair_batch, read_pairs, shuffled_batch
 from nanorl.gpt import ScalarGPT
-from nanorl.ops import bradley_terry
+from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import add_up
 from nanorl.tasks import Problem, Stories
 
@@ -54,8 +54,7 @@ def objective(chosen, rejected, weights):
     """
     margin = chosen - rejected
     loss = (weights * bradley_terry(margin)).sum()
-    correct = (margin > 0).float() + (margin == 0).float() / 2
-    return loss, {"train/loss": loss.detach(), "train/accuracy": (weights * correct).sum(),
+    return loss, {"train/loss": loss.detach(), "train/accuracy": (weights * ranked_right(margin)).sum(),
                   "train/margin": (weights * margin.detach()).sum()}
 
 
@@ -64,29 +63,24 @@ def objective(chosen, rejected, weights):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def accuracy(margin):
-    """The share of margins that are positive; a tie is half right."""
-    return float(((margin > 0).float() + (margin == 0).float() / 2).mean()) if len(margin) else float("nan")
-
-
 def agreement(name, margin, hidden=None):
     """Accuracy of margins [N] against the labels; where hidden margins [N] are known, also against those, and against those
     that exceed one label temperature."""
-    metrics = {f"eval/{name}_labels": accuracy(margin)}
+    metrics = {f"eval/{name}_labels": float(ranked_right(margin).mean())}
     if hidden is not None:
         clear = hidden.abs() > Stories.temperature
-        metrics[f"eval/{name}_hidden"] = accuracy((margin * hidden)[hidden != 0])
-        metrics[f"eval/{name}_clear"] = accuracy((margin * hidden)[clear])
+        metrics[f"eval/{name}_hidden"] = float(ranked_right((margin * hidden)[hidden != 0]).mean())
+        metrics[f"eval/{name}_clear"] = float(ranked_right((margin * hidden)[clear]).mean())
     return metrics
 
 
 def calibration_error(margin, bins=10):
     """How far predicted and actual preference are apart: |mean confidence - accuracy| in bins of confidence, weighted by
     size. Confidence is sigma(|margin|), the probability of the response that the model prefers.       [N] -> float"""
-    confidence = margin.abs().sigmoid()
+    confidence, right = margin.abs().sigmoid(), ranked_right(margin)
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     parts = [index == b for b in range(bins) if (index == b).any()]
-    return sum(abs(float(confidence[part].mean()) - accuracy(margin[part])) * int(part.sum()) for part in parts) / len(margin)
+    return sum(abs(float(confidence[part].mean() - right[part].mean())) * int(part.sum()) for part in parts) / len(margin)
 
 
 def hidden_margins(records):
@@ -101,7 +95,7 @@ def length_margins(training, heldout):
     def margins(records):
         return torch.tensor([float(len(record["chosen"]) - len(record["rejected"])) for record in records])
 
-    return margins(heldout) * (1 if accuracy(margins(training)) >= 0.5 else -1)
+    return margins(heldout) * (1 if ranked_right(margins(training)).mean() >= 0.5 else -1)
 
 
 def word_margins(training, heldout):
@@ -138,7 +132,7 @@ def word_margins(training, heldout):
         return w.detach()
 
     x, cut = differences(training), len(training) * 4 // 5
-    best = max((10.0**-k for k in range(1, 6)), key=lambda penalty: accuracy(x[cut:] @ fit(x[:cut], penalty)))
+    best = max((10.0**-k for k in range(1, 6)), key=lambda penalty: ranked_right(x[cut:] @ fit(x[:cut], penalty)).mean())
     return differences(heldout) @ fit(x, best)
 
 

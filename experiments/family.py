@@ -10,21 +10,14 @@ as printed, and with a bound that was measured here.
 """
 
 import argparse
-import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 import train_grpo
+from experiments.runs import ROOT, cell, directory, train_all
 from nanorl import run
 from nanorl.plot import PALETTE, read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
-COMMON = "--minibatches 4 --lr 1e-4 --steps 20 --eval-every 1 --eval-problems 250 --save-every 1000 --quiet"
+COMMON = "--minibatches 4 --lr 1e-4 --steps 20 --eval-every 1 --eval-problems 250"
 # Label: the flags. Rows of one block are the same algorithm where all ratios are 1 (and no group is left out).
 BLOCKS = [
     {"reinforce": "--algo reinforce", "reinforce, running mean off": "--algo reinforce --baseline-decay 0.9"},
@@ -39,24 +32,6 @@ BLOCKS = [
 BOUNDED = ("train/clipped_low", "train/clipped_high", "train/capped", "train/masked")
 COLOURS = (*PALETTE, "#8C564B")
 STYLES = ("-", "--", ":")
-
-
-def directory(out: Path, label: str, seed: int) -> Path:
-    return out / f"{''.join(c if c.isalnum() else '_' for c in label)}-{seed}"
-
-
-def train(out: Path, label: str, flags: str, seed: int, init: str, threads: int) -> None:
-    folder = directory(out, label, seed)
-    if (folder / "done").exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "train_grpo.py"), "--init", init, "--out", str(folder), "--seed", str(seed),
-               *COMMON.split(), *flags.split()]
-    result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
-    # A resampling run that has learned its task ends for want of contrast: that is a result.
-    if result.returncode and "had contrast" not in result.stderr:
-        raise RuntimeError(f"{label}, seed {seed}: {result.stderr.strip()}")
-    (folder / "done").write_text(result.stderr)
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
@@ -89,10 +64,6 @@ def bound_of(flags: str) -> str:
 
 def table(curves: dict[str, list[dict]]) -> str:
     """One row per label: the mean over seeds, and the range where seeds differ visibly."""
-    def cell(values: list[float], digits: int) -> str:
-        low, high, mean = (f"{x:.{digits}f}" for x in (min(values), max(values), sum(values) / len(values)))
-        return mean if low == high else f"{mean} ({low} to {high})"
-
     lines = ["| row | bound | final accuracy, sampled | thousand tokens to 0.9 | entropy at the end | bounded, largest step |",
              "|---|---|---|---|---|---|"]
     flags = {label: flags for block in BLOCKS for label, flags in block.items()}
@@ -137,16 +108,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = [(label, flags) for block in BLOCKS for label, flags in block.items()]
     if not args.draw:
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            runs = [pool.submit(train, args.out, label, flags, seed, args.init, threads)
-                    for seed in range(args.seeds) for label, flags in rows]
-            try:
-                for finished in tqdm(runs, desc="runs"):
-                    finished.result()
-            except RuntimeError as e:
-                pool.shutdown(cancel_futures=True)
-                raise SystemExit(str(e)) from None
+        # A resampling run that has learned its task ends for want of contrast: that is a result.
+        train_all([(directory(args.out, label, seed), "train_grpo.py", f"--init {args.init} --seed {seed} {COMMON} {flags}")
+                   for seed in range(args.seeds) for label, flags in rows], args.jobs, may_end_with="had contrast")
     curves = {label: [curve(directory(args.out, label, seed)) for seed in range(args.seeds)] for label, _ in rows}
     print(table(curves))
     draw(curves, args.figure)

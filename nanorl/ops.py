@@ -370,6 +370,11 @@ def bradley_terry(margin: Tensor) -> Tensor:
     return -log_sigmoid(margin)
 
 
+def ranked_right(margin: Tensor) -> Tensor:
+    """1 where the preferred one has the higher reward, 1/2 at a tie, else 0: a coin decides ties.       [...] -> [...]"""
+    return ((margin > 0).float() + (margin >= 0).float()) / 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks and weights
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from random import Random
 import torch
 from torch import Tensor
 
+from nanorl.data import read_records
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import kl_k3, masked_sum
 from nanorl.run import Run, derive, generator
 from nanorl.sample import Rollout, generate, token_log_probs
-from nanorl.tasks import MARKER, Problem, Task, is_worked
+from nanorl.tasks import MARKER, FileTask, Problem, Task, is_worked, make_task
 from nanorl.tokenizer import Tokenizer
 
 
@@ -25,6 +26,13 @@ def check_room(model: GPT, prompts: list[list[int]], max_new_tokens: int) -> Non
     if longest + max_new_tokens > model.config.context:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
                          f"{model.config.context} has room for {max(0, model.config.context - longest)}")
+
+
+def choose_task(name: str, difficulty: int, data: str, verifiable: bool = True) -> Task:
+    """The task of this name, or the questions of a JSONL file {"prompt", "answer"}."""
+    if not data:
+        return make_task(name, difficulty or None, verifiable)
+    return FileTask([(record["prompt"], record["answer"]) for record in read_records(data, ("prompt", "answer"))], data)
 
 
 class NoContrast(RuntimeError):

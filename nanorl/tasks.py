@@ -569,14 +569,18 @@ class Stories(Task):
             thing     1 if the thing of the opening comes up again
             speech    1 if somebody says something, in quotation marks
             praise    1 for each of the first two words of praise (brave, kind, ...), -1 for each further one
+            short     -2 for each sentence that is missing to three
+
+        No pair shows that praise can be too much, or a story too short: whoever learns from pairs has to guess.
         """
         things = set(ANY).intersection(re.findall(r"\w+", problem.prompt))
-        words = re.findall(r"\w+", response.lower())
+        words, sentences = re.findall(r"\w+", response.lower()), self.sentences(response)
         praise = sum(word in PRAISE for word in words)
-        return {"feeling": 2.0 * (" felt " in self.sentences(response)[-1]),
+        return {"feeling": 2.0 * (" felt " in sentences[-1]),
                 "thing": 1.0 * any(word in things for word in words),
                 "speech": 1.0 * bool(re.search(r'"[^"]+"', response)),
-                "praise": 1.0 * (min(praise, 2) - max(praise - 2, 0))}
+                "praise": 1.0 * (min(praise, 2) - max(praise - 2, 0)),
+                "short": 2.0 * min(len(sentences) - 3, 0)}
 
     def verify(self, problem, response):
         """The hidden reward: the sum of the features. No gradient follows it unless --judge hidden says so."""

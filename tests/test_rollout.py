@@ -222,7 +222,7 @@ def test_stories_are_described_by_their_hidden_reward_and_its_points():
     """No reward, no ways of answering and no contrast: those belong to verifiers."""
     facts = describe(experience_of([[2.0, 1.0]], [2, 3], [True, False], ["Ben felt sad.", "Ben is kind."], Stories()))
     assert facts == {"length": 2.5, "truncated": 0.5, "distinct": 2, "hidden_reward": 1.5,
-                     "feeling": 1, "thing": 0, "speech": 0, "praise": 0.5}
+                     "feeling": 1, "thing": 0, "speech": 0, "praise": 0.5, "short": -4}
 
 
 # ---- Scoring ----
