@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import train_reward
 import train_sft
 from nanorl import run
 from nanorl.data import DATA
-from nanorl.tasks import is_heldout
+from nanorl.tasks import Stories, is_heldout
 
 ROOT = Path(__file__).parent.parent
 TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
@@ -371,6 +372,124 @@ def test_a_stage_that_was_cut_short_is_continued_first(world, tmp_path, monkeypa
     assert metrics("runs/pretrain") == metrics(world / "pretrain")
 
 
+# ---- preferences ----
+
+
+@pytest.mark.parametrize("name", ["reward", "dpo", "online", "group", "ppo"])
+def test_micro_batches_of_pairs_groups_and_critics_add_up(name, tmp_path):
+    (script, flags), norm = SCRIPTS[name], "train/grad_norm_max" if name == "ppo" else "train/grad_norm"
+    for size in (1, 64):
+        start(script, flags + f" --steps 1 --micro-batch {size}", tmp_path / str(size))
+    small, large = (metrics(tmp_path / str(size))[0][norm] for size in (1, 64))
+    assert small == pytest.approx(large, rel=1e-3) and large > 0
+
+
+def test_identical_pairs_are_left_out_and_counted(tmp_path, capsys):
+    """One of the 99 pairs prefers x to x."""
+    start(train_reward, SCRIPTS["reward"][1] + " --steps 1", tmp_path / "run")
+    assert "1 more have equal responses and are left out" in capsys.readouterr().out
+
+
+def test_a_reward_model_learns_its_pairs_and_reports_what_it_is_worth(tmp_path, capsys):
+    """x is always chosen over y: after a few steps it ranks held-out pairs, and so do word counts; length cannot."""
+    start(train_reward, SCRIPTS["reward"][1] + " --steps 20", tmp_path / "run")
+    first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
+    assert first["eval/pair_loss"] == pytest.approx(math.log(2)) and first["eval/accuracy_labels"] == 0.5
+    assert last["eval/accuracy_labels"] == last["eval/words_labels"] == 1.0 and last["eval/length_labels"] == 0.5
+    assert "the reward model" in capsys.readouterr().out
+    samples = run.read_lines(tmp_path / "run/samples.jsonl")
+    assert all(is_heldout(record["prompt"]) and record["margin"] > 0 for record in samples) and samples
+
+
+def test_log_probs_of_a_fixed_reference_are_the_same_scored_once_or_at_every_step(tmp_path):
+    """A reference that would be refreshed after 100 steps is asked anew each time; the losses agree."""
+    start(train_dpo, DPO + " --refresh-reference 100", tmp_path / "anew")
+    once, anew = (metrics(name)[:-1] for name in ("dpo", tmp_path / "anew"))
+    for a, b in zip(once, anew, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+        assert a["train/margin"] == pytest.approx(b["train/margin"], abs=1e-4)
+
+
+def test_dpo_starts_at_log_2_moves_the_margin_and_starts_anew_when_its_reference_is_refreshed(tmp_path):
+    start(train_dpo, DPO + " --steps 4 --refresh-reference 2 --lr 1e-3", tmp_path / "run")
+    margins = [line["train/margin"] for line in metrics(tmp_path / "run")[:-1]]
+    assert max(abs(margins[0]), abs(margins[2])) < 1e-5 < 1e-3 < min(margins[1], margins[3])
+    assert metrics(tmp_path / "run")[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", train_dpo.LOSSES)
+def test_every_loss_of_dpo_widens_the_margin(loss, tmp_path):
+    start(train_dpo, DPO + f" --loss {loss} --steps 12 --lr 1e-3 --nll-coef 0", tmp_path / "run")
+    lines = metrics(tmp_path / "run")[:-1]
+    assert lines[-1]["train/margin"] > lines[0]["train/margin"] and lines[-1]["train/loss"] < lines[0]["train/loss"]
+
+
+@pytest.mark.parametrize("flags", ["--judge hidden", "--judge model --reward-model reward"])
+def test_online_pairs_are_the_policys_own_and_ties_are_counted(flags, tmp_path, monkeypatch):
+    """The judge's better answer is the chosen one; a share of pairs that it does not tell apart is left out."""
+    seen = []
+    real = train_dpo.judged_pairs
+    monkeypatch.setattr(train_dpo, "judged_pairs", lambda *args: seen.append(args[1]) or real(*args))
+    start(train_dpo, ONLINE + f" --steps 2 {flags}", tmp_path / "run")
+    for line, scores in zip(metrics(tmp_path / "run")[:-1], seen, strict=True):
+        assert line["rollout/ties"] == float((scores[:, 0] == scores[:, 1]).float().mean())
+        assert ("train/loss" in line) == (line["rollout/ties"] < 1)
+
+
+def test_a_judge_that_never_decides_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stories, "verify", lambda *_: 0.0)
+    start(train_dpo, ONLINE + " --steps 2 --judge hidden", tmp_path / "run")
+    assert [line["rollout/ties"] for line in metrics(tmp_path / "run")[:-1]] == [1.0, 1.0]
+    assert same_parameters(tmp_path / "run", "sft")
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_a_critic_learns_what_answers_are_worth_with_or_without_a_trunk_of_its_own(critic, tmp_path):
+    """All answers paid alike: the value loss falls towards zero; a shared trunk is the policy's in the checkpoint, too."""
+    flags = PPO + f" --data wanted.jsonl --critic {critic} --steps 12 --lr 1e-3 --epochs 4 --value-clip 10"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanorl.tasks.FileTask.grade", lambda *_: 1.0)
+        start(train_ppo, flags, tmp_path / "run")
+    lines = metrics(tmp_path / "run")[:-1]
+    assert lines[-1]["train/value_loss"] < 0.2 * lines[0]["train/value_loss"]
+    checkpoint = run.load_checkpoint(tmp_path / "run")
+    trunk = {name.removeprefix("trunk."): x for name, x in checkpoint["state"]["critic"].items() if name.startswith("trunk.")}
+    assert all(torch.equal(trunk[name], x) for name, x in checkpoint["model"].items()) == (critic == "shared")
+
+
+def test_ppo_with_weights_that_do_not_move_has_ratio_one_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    start(train_ppo, PPO + " --data wanted.jsonl --minibatches 3 --epochs 2 --micro-batch 1 --kl-coef 0.1", tmp_path / "still")
+    for line in metrics(tmp_path / "still")[:-1]:
+        assert 1 - 1e-5 < line["train/ratio_min"] <= line["train/ratio_max"] < 1 + 1e-5
+        assert abs(line["train/answer_kl"]) < 1e-6 and line["train/clipped_low"] == line["train/clipped_high"] == 0
+
+
+def test_only_unscored_answers_are_continued_by_the_critic(tmp_path, monkeypatch):
+    """--truncated score: every answer has ended. --truncated bootstrap: those that were cut have not."""
+    real, calls = train_ppo.credit, []
+    monkeypatch.setattr(train_ppo, "credit", lambda scores, scored, *args, **kwargs:
+                        calls.append(scored) or real(scores, scored, *args, **kwargs))
+    for how in ("score", "bootstrap"):
+        start(train_ppo, PPO + f" --data wanted.jsonl --steps 1 --max-new-tokens 2 --truncated {how}", tmp_path / how)
+    assert calls[0].all() and not calls[1].all()
+    assert metrics(tmp_path / "bootstrap")[0]["rollout/truncated"] == 1 - calls[1].float().mean()
+
+
+def test_the_leash_of_ppo_steers_towards_its_target(tmp_path):
+    """Far below the target, the coefficient falls by 2 % a step; a resumed run goes on from where it was."""
+    start(train_ppo, PPO + " --data wanted.jsonl --kl-coef 0.1 --kl-target 1000", tmp_path / "run")
+    assert [line["train/kl_coef"] for line in metrics(tmp_path / "run")[:-1]] == pytest.approx([0.1, 0.098, 0.09604])
+    assert run.load_checkpoint(tmp_path / "run")["state"]["kl_coef"] == pytest.approx(0.0941192)
+
+
+def test_groups_of_one_kind_train_nothing_and_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanorl.tasks.FileTask.grade", lambda *_: 1.0)
+    start(train_group_dpo, GROUP + " --steps 2", tmp_path / "run")
+    assert [line["rollout/no_contrast"] for line in metrics(tmp_path / "run")[:-1]] == [1.0, 1.0]
+    assert same_parameters(tmp_path / "run", "sft")
+
+
 # ---- bad input ----
 
 
@@ -406,8 +525,35 @@ BAD = [
         ("--mask-high inf --bound mask", "--mask-high inf"),
         ("--advantage positive --kl-coef 0.1 --kl k1 --kl-in reward", "--advantage positive"),
         ("--algo raft --group 1 --groups drop", "--group 1"), ("--demonstrations letters.jsonl", "--likelihood-coef"),
-        ("--overlong 2", "--overlong 2.0"), ("--init sft --likelihood-coef 0.1 --data wanted.jsonl", "no demonstrations"),
+        ("--task stories", "no verifier"), ("--overlong 2", "--overlong 2.0"),
+        ("--init sft --likelihood-coef 0.1 --data wanted.jsonl", "no demonstrations"),
         ("--init sft --likelihood-coef 0.1 --demonstrations long.jsonl", "long.jsonl, record 1")]),
+    *((train_reward, flags, named) for flags, named in [
+        ("--data missing.jsonl", "missing.jsonl"), ("--data bad.jsonl", "bad.jsonl, line 1"),
+        ("--init sft --data longpairs.jsonl", "longpairs.jsonl, record 1"), ("--data same.jsonl", "same.jsonl"),
+        ("--init reward --data pairs.jsonl", "reward model"), ("--data heldoutpairs.jsonl", "heldoutpairs.jsonl"),
+        ("--batch 0", "--batch 0"), ("--lr nan", "--lr nan")]),
+    *((train_dpo, flags, named) for flags, named in [
+        ("--data same.jsonl", "same.jsonl"), ("--loss kto", "--loss"), ("--loss slic --beta 0.1", "--beta 0.1"),
+        ("--label-noise 0.1", "--label-noise 0.1"), ("--gamma 1", "--gamma 1.0"), ("--delta 1", "--delta 1.0"),
+        ("--loss simpo --refresh-reference 3", "--refresh-reference 3"), ("--judge hidden", "--judge hidden"),
+        ("--online --data pairs.jsonl", "--data pairs.jsonl"), ("--online --judge verifier", "--judge verifier"),
+        ("--online --task addition --judge model", "--judge model"), ("--task addition", "--task addition"),
+        ("--task cooking", "cooking"), ("--init reward --data pairs.jsonl", "reward model"), ("--beta 0", "--beta 0.0"),
+        ("--init sft --data pairs.jsonl --reward-model sft", "holds a policy"),
+        ("--init sft --data pairs.jsonl --reward-model nowhere", "nowhere"),
+        ("--init sft --data pairs.jsonl --max-new-tokens 999", "--max-new-tokens 999")]),
+    *((train_group_dpo, flags, named) for flags, named in [
+        ("--group 1", "--group 1"), ("--margin 2", "--margin 2.0"), ("--loss hinge --margin 0", "--margin 0.0"),
+        ("--task stories", "no verifier"), ("--data one.jsonl", "one.jsonl"), ("--init reward", "reward model"),
+        ("--loss triplet", "--loss"), ("--init sft --data wanted.jsonl --max-new-tokens 999", "--max-new-tokens 999")]),
+    *((train_ppo, flags, named) for flags, named in [
+        ("--reward-model reward", "--reward-model reward"), ("--kl-target 3", "--kl-target 3.0"),
+        ("--minibatches 1000", "--minibatches 1000"), ("--task stories", "no verifier"), ("--gamma 2", "--gamma 2.0"),
+        ("--reward human", "--reward"), ("--reward model --reward-model sft --init sft", "holds a policy"),
+        ("--reward model --reward-model nowhere", "nowhere"), ("--init reward", "reward model"), ("--lam nan", "--lam nan"),
+        ("--init sft --data wanted.jsonl --max-new-tokens 999", "--max-new-tokens 999"),
+        ("--value-clip 0", "--value-clip 0.0")]),
 ]
 
 
@@ -421,6 +567,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_loses_nothing(script, fla
     write_records(Path("heldout.jsonl"), ({"prompt": prompt, "response": "x"} for prompt in heldout))
     Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
+    write_records(Path("same.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    write_records(Path("longpairs.jsonl"), [{"prompt": "a " * 500, "chosen": "b", "rejected": "c"}])
+    write_records(Path("heldoutpairs.jsonl"), ({"prompt": prompt, "chosen": "x", "rejected": "y"} for prompt in heldout))
     files = {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
     argv = flags.split() if "--out" in flags else [*flags.split(), "--out", "new"]
     with pytest.raises(SystemExit) as exit:
@@ -433,7 +582,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_loses_nothing(script, fla
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-@pytest.mark.parametrize("name", ["pretrain", "sft", "grpo-full"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "grpo-full", "reward", "dpo", "rlhf"])
 def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
     script, flags = SCRIPTS[name]
     start(script, flags, tmp_path / "compiled", "--compile", "--steps", "2")
