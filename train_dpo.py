@@ -52,8 +52,8 @@ from nanorl.tasks import TASKS, Task, answer_room, make_task
 
 TOY = train_reward.TOY
 # What each loss looks at, and its value where no flag gives one.
-LOSSES = {"dpo": {"beta": 0.1}, "cdpo": {"beta": 0.1, "label_noise": 0.1}, "ipo": {"beta": 0.1},
-          "slic": {"delta": 1.0, "nll_coef": 0.1}, "simpo": {"beta": 2.0, "gamma": 1.0}}
+LOSSES = {"dpo": {"beta": 0.3}, "cdpo": {"beta": 0.3, "label_noise": 0.1}, "ipo": {"beta": 5.0},
+          "slic": {"delta": 1.0, "nll_coef": 0.1}, "simpo": {"beta": 10.0, "gamma": 1.0}}
 REFERENCE_FREE = ("slic", "simpo")
 
 
@@ -61,7 +61,7 @@ REFERENCE_FREE = ("slic", "simpo")
 class Config(run.RunConfig):
     out: str = "runs/dpo"
     steps: run.Count = 100
-    lr: run.Positive = 1e-4
+    lr: run.Positive = 3e-4
     eval_every: run.Count = 25
 
     data: str = TOY             # JSONL records {"prompt", "chosen", "rejected"}

@@ -59,7 +59,7 @@ from nanorl.tasks import answer_room
 class Config(run.RunConfig):
     out: str = ""               # directory of this run (default: runs/ppo, or runs/ppo-TASK)
     steps: run.Count = 40
-    lr: run.Positive = 1e-4
+    lr: run.Positive = 2e-4
     eval_every: run.Count = 10
 
     reward: Literal["verifier", "model"] = "verifier"    # what scores an answer
@@ -67,7 +67,7 @@ class Config(run.RunConfig):
     task: str = ""              # whose prompts are answered (default: addition; with --reward model stories)
     difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
-    prompts: run.Count = 256    # P, prompts per step
+    prompts: run.Count = 128    # P, prompts per step
     group: run.Count = 1        # G, answers sampled per prompt
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; stories 140)
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
