@@ -21,6 +21,14 @@ PANELS = [
     ("share of tokens that the bound holds", {"train/clipped_low": "clipped, A < 0", "train/clipped_high": "clipped, A > 0",
                                               "train/capped": "capped", "train/masked": "masked"}),
     ("KL to the reference, nats per token", {"train/kl": "k3"}),
+    ("reward of stories", {"eval/hidden_reward": "hidden", "eval/learned_reward": "learned"}),
+    ("KL to the start, nats per answer", {"eval/kl": "k3"}),
+    ("pairs ranked right", {"train/accuracy": "training", "eval/pair_accuracy": "held out",
+                            "eval/accuracy_labels": "held out"}),
+    ("margin of chosen over rejected", {"train/margin": "training", "eval/margin": "held out"}),
+    ("log-prob of whole responses, nats", {"train/chosen_logp": "chosen", "train/rejected_logp": "rejected"}),
+    ("groups below the margin", {"train/active": "share"}),
+    ("returns explained by the critic", {"train/explained_variance": "share of variance"}),
     ("gradient norm", {"train/grad_norm": "before clipping", "train/grad_norm_max": "largest of a step"}),
 ]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")    # Okabe and Ito: safe for all eyes
@@ -61,7 +69,8 @@ def draw(runs: list[Path], out: Path) -> None:
                 axis.plot(*zip(*points, strict=True), color=next(colours), label=label, linewidth=1.8 if sparse else 1.0,
                           marker="o" if sparse else None, markersize=4)
         axis.set(title=title, xlabel="step")
-        axis.set_ylim(0, 1.05 * axis.dataLim.y1 or 1)
+        low, high = min(axis.dataLim.y0, 0), max(axis.dataLim.y1, 0)
+        axis.set_ylim(1.05 * low, 1.05 * high if low < high else 1)
         axis.spines[["top", "right"]].set_visible(False)
         if len(metrics) * len(logs) > 1:
             axis.legend(frameon=False, fontsize=8)

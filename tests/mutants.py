@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS, GRPO, PRETRAIN, DATA = "nanorl/ops.py", "train_grpo.py", "train_pretrain.py", "nanorl/data.py"
+REWARD, DPO, GROUPS, PPO, SEARCH = ("train_reward.py", "train_dpo.py", "train_group_dpo.py", "train_ppo.py",
+                                    "nanorl/search.py")
 DETACHED = 'assert not adv.requires_grad, "advantages are constants: detach them"\n    '
 OLD_DETACHED = 'assert not old_logp.requires_grad, "old log-probs are constants: detach them"\n    '
 
@@ -391,6 +393,100 @@ MUTANTS = [
     Mutant("the loss of a preference is a hinge", OPS,
            "return -log_sigmoid(margin)", "return (1 - _at_least_float32(margin)).clamp(min=0.0)"),
 
+    Mutant("a tie counts as right", OPS,
+           "return ((margin > 0).float() + (margin >= 0)", "return ((margin >= 0).float() + (margin >= 0)"),
+    Mutant("the reward model prefers what was rejected", REWARD,
+           "margin = chosen - rejected\n", "margin = rejected - chosen\n"),
+    Mutant("the reward model's loss forgets its weights", REWARD,
+           "loss = (weights * bradley_terry(margin)).sum()", "loss = bradley_terry(margin).mean()"),
+    Mutant("confidence is the probability of the chosen response", REWARD,
+           "confidence, right = margin.abs().sigmoid()", "confidence, right = margin.sigmoid()"),
+    Mutant("agreement with the hidden reward is judged by the label", REWARD,
+           "ranked_right((margin * hidden)[hidden != 0])", "ranked_right(margin[hidden != 0])"),
+    Mutant("clear cases include ties with the temperature", REWARD, "hidden.abs() > Stories", "hidden.abs() >= Stories"),
+    Mutant("dpo forgets its reference", DPO,
+           'return {"dpo": lambda: beta * (logp - ref_logp),', 'return {"dpo": lambda: beta * logp,'),
+    Mutant("dpo adds its reference", DPO,
+           '{"dpo": lambda: beta * (logp - ref_logp)', '{"dpo": lambda: beta * (logp + ref_logp)'),
+    Mutant("cdpo's beta is missing", DPO, '"cdpo": lambda: beta * (logp', '"cdpo": lambda: (logp'),
+    Mutant("ipo sums where it should average", DPO,
+           '"ipo": lambda: (logp - ref_logp) / length', '"ipo": lambda: (logp - ref_logp)'),
+    Mutant("simpo sums where it should average", DPO, "beta * logp / length}", "beta * logp}"),
+    Mutant("slic averages where it should sum", DPO, '"slic": lambda: logp,', '"slic": lambda: logp / length,'),
+    Mutant("both responses are divided by the chosen one's length", DPO,
+           "(rejected, ref_rejected, rejected_length)", "(rejected, ref_rejected, chosen_length)"),
+    Mutant("the margin is upside down", DPO,
+           "margin = reward_chosen - reward_rejected", "margin = reward_rejected - reward_chosen"),
+    Mutant("cdpo's label noise counts for the wrong label", DPO,
+           "pair = (1 - label_noise) * bradley_terry(margin) + label_noise",
+           "pair = label_noise * bradley_terry(margin) + (1 - label_noise)"),
+    Mutant("ipo's target is 1 / beta", DPO, "(margin - 1 / (2 * beta)).square()", "(margin - 1 / beta).square()"),
+    Mutant("slic does not stop at its margin", DPO, "pair = torch.relu(delta - margin)", "pair = delta - margin"),
+    Mutant("slic's slope at its margin is 1", DPO, "torch.relu(delta - margin)", "(delta - margin).clamp(min=0.0)"),
+    Mutant("simpo's target is added", DPO, "bradley_terry(margin - gamma)", "bradley_terry(margin + gamma)"),
+    Mutant("the nll term pushes the chosen response down", DPO, "pair = pair - nll_coef", "pair = pair + nll_coef"),
+    Mutant("the nll term is not per token", DPO, "nll_coef * chosen / chosen_length", "nll_coef * chosen"),
+    Mutant("the reference may carry a gradient", DPO, "assert not (ref_chosen.requires_grad or ref_rejected.requires_grad)",
+           "assert not ref_chosen.requires_grad"),
+    Mutant("the worse of two answers is chosen", DPO, "better = scores.argmax(-1)", "better = scores.argmin(-1)"),
+    Mutant("ties are pairs", DPO, "(scores[:, 0] != scores[:, 1])", "(scores[:, 0] == scores[:, 0])"),
+    Mutant("rows of a pair are taken sample-major", DPO, "torch.cat((2 * decided + better, 2 * decided + 1 - better))",
+           "torch.cat((decided + better, decided + 1 - better))"),
+
+    # ---- Groups ----
+    Mutant("losers are set against winners", GROUPS,
+           "pair = won[:, :, None] & ~won[:, None, :]", "pair = ~won[:, :, None] & won[:, None, :]"),
+    Mutant("pairs of other kinds cost log 2", GROUPS,
+           "group = bradley_terry(gap).masked_fill(~pair, 0.0)", "group = bradley_terry(gap)"),
+    Mutant("the scale is squared", GROUPS, ".to(gap.dtype).rsqrt()", ".to(gap.dtype).reciprocal()"),
+    Mutant("the scale multiplies the loss", GROUPS,
+           "bradley_terry(scale[:, None, None] * gap)", "scale[:, None, None] * bradley_terry(gap)"),
+    Mutant("the mean gap is a sum", GROUPS, "gap.sum((-1, -2)) / (winners * losers).clamp(min=1)", "gap.sum((-1, -2))"),
+    Mutant("the hinge does not stop at its margin", GROUPS, "torch.relu(margin - D)", "margin - D"),
+    Mutant("the hinge's slope at its margin is 1", GROUPS, "torch.relu(margin - D)", "(margin - D).clamp(min=0.0)"),
+    Mutant("groups of one kind cost something", GROUPS, "group = group.masked_fill(~both, 0.0)", "group = group"),
+    Mutant("groups of losers only are counted", GROUPS, "both = (winners > 0) & (losers > 0)", "both = losers > 0"),
+    Mutant("groups at the margin count as active", GROUPS, "(D[both] < margin).sum()", "(D[both] <= margin).sum()"),
+
+    # ---- PPO ----
+    Mutant("whitening sees the padding", OPS, "values = x[mask].double()", "values = x.flatten().double()"),
+    Mutant("whitening divides by the variance", OPS, "(a.square().mean().sqrt() + eps)", "(a.square().mean() + eps)"),
+    Mutant("whitening leaves the mean", OPS, "a = values - values.mean()", "a = values - 0.9 * values.mean()"),
+    Mutant("equal values are whitened to rounding", OPS, "if len(values) == 0 or values.max() == values.min():",
+           "if len(values) == 0:"),
+    Mutant("the value loss takes the better of two", OPS,
+           "return torch.maximum((values - returns).square()", "return torch.minimum((values - returns).square()"),
+    Mutant("the value band is around the return", OPS,
+           "torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)",
+           "torch.maximum(torch.minimum(values, returns + clip), returns - clip)"),
+    Mutant("the value loss is not halved", OPS, "(clipped - returns).square()) / 2", "(clipped - returns).square())"),
+    Mutant("old values may carry a gradient", OPS, "assert not (old_values.requires_grad or returns.requires_grad)",
+           "assert not returns.requires_grad"),
+    Mutant("the leash pays for divergence", PPO, "rewards = -kl_coef * kl_k1", "rewards = kl_coef * kl_k1"),
+    Mutant("the leash is to the policy from the reference", PPO, "kl_k1(logp, ref_logp)", "kl_k1(ref_logp, logp)"),
+    Mutant("the score lands on the first token", PPO,
+           "(mask.cumsum(-1) == mask.sum(-1, keepdim=True))", "(mask.cumsum(-1) == 1)"),
+    Mutant("the score lands on every token", PPO, "torch.where(last & scored[:, None]", "torch.where(mask & scored[:, None]"),
+    Mutant("unscored answers are scored, too", PPO, "torch.where(last & scored[:, None]", "torch.where(last"),
+    Mutant("scored answers are continued by the critic", PPO, "last_value.masked_fill(scored, 0.0)", "last_value"),
+    Mutant("unscored answers have ended", PPO, "last_value.masked_fill(scored, 0.0)", "last_value.masked_fill(~scored, 0.0)"),
+    Mutant("divergence of padding is paid for", PPO, "kl_k1(logp, ref_logp).masked_fill(~mask, 0.0)", "kl_k1(logp, ref_logp)"),
+    Mutant("the critic is pushed away from the returns", PPO, "- value_coef * value_loss", "+ value_coef * value_loss"),
+    Mutant("PPO's loss is maximised", PPO, "return -(weights * gain).sum()", "return (weights * gain).sum()"),
+    Mutant("PPO's entropy bonus is a penalty", PPO, "gain = gain + entropy_coef", "gain = gain - entropy_coef"),
+    Mutant("PPO's padding is not blanked", PPO, "x.masked_fill(~mask, 0.0) for x in (logp", "x for x in (logp"),
+    Mutant("PPO forgets its weights", PPO, "-(weights * gain).sum()", "-gain.masked_fill(~mask, 0.0).mean()"),
+    Mutant("PPO's band is symmetric", PPO, "adv, clip_low, clip_high) - value", "adv, clip_low, clip_low) - value"),
+    Mutant("the leash loosens when the policy runs away", PPO, "kl / target - 1, -0.2), 0.2)", "1 - kl / target, -0.2), 0.2)"),
+    Mutant("the leash may jump", PPO, "0.1 * min(max(kl / target - 1, -0.2), 0.2)", "0.1 * (kl / target - 1)"),
+
+    # ---- Best of n ----
+    Mutant("the worst of n is taken", SEARCH, "scores.argsort(-1)", "scores.argsort(-1, descending=True)"),
+    Mutant("best-of-n draws with replacement", SEARCH, "math.comb(i, n - 1) / math.comb(N, n)", "((i + 1) ** n - i**n) / N**n"),
+    Mutant("the winner of a tie is the last one", SEARCH, "tied = (scores[..., :, None] == scores[..., None, :]).double()",
+           "tied = torch.eye(N, dtype=torch.float64).expand(*scores.shape, N)"),
+    Mutant("the bound of best-of-n is log n", SEARCH, "return math.log(n) - (n - 1) / n", "return math.log(n)"),
+
     # ---- Writing into an argument ----
     Mutant("masked_sum blanks its argument", OPS, "return x.masked_fill(~mask, 0.0).sum()",
            "x.detach().masked_fill_(~mask, 0.0)\n    return x.masked_fill(~mask, 0.0).sum()"),
@@ -414,7 +510,9 @@ TITLE = ["# Faults that the tests notice", "",
          "Each line is a fault that was put into the code, where it went, the first test that failed, and after how many",
          "seconds. Made by `python -m tests.mutants --table docs/mutants.md`.", ""]
 # The likeliest killer of a fault runs first.
-FIRST = {OPS: "test_ops.py", GRPO: "test_objectives.py", PRETRAIN: "test_objectives.py", DATA: "test_objectives.py"}
+FIRST = {OPS: "test_ops.py", GRPO: "test_objectives.py", PRETRAIN: "test_objectives.py", DATA: "test_objectives.py",
+         REWARD: "test_preferences.py", DPO: "test_preferences.py", GROUPS: "test_preferences.py", PPO: "test_ppo.py",
+         SEARCH: "test_search.py"}
 
 
 def line_of(mutant: Mutant) -> int:

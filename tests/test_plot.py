@@ -41,6 +41,18 @@ def test_a_panel_of_nothing_but_zeros_is_left_out(tmp_path, monkeypatch):
         assert drawn(monkeypatch, [write_run(tmp_path / f"{high}", lines)], tmp_path / "curves.png").keys() == titles
 
 
+@pytest.mark.parametrize("values", [(-3.0, -1.0), (-1.0, 2.0), (0.5, 2.0)])
+def test_zero_and_every_point_are_in_sight(values, tmp_path, monkeypatch):
+    """Log-probs and margins may be negative: no curve leaves its panel, and none pretends that it starts at zero."""
+    import matplotlib.pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    run = write_run(tmp_path / "run", [{"step": k, "train/margin": value} for k, value in enumerate(values)])
+    plot.main([str(run), "--out", str(tmp_path / "curves.png")])
+    low, high = figures[0].axes[0].get_ylim()
+    assert low <= min(*values, 0) and max(*values, 0) <= high
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [write_run(Path(folder, "grpo"), [{"step": 0, "train/entropy": x}]) for folder, x in (("a", 1.0), ("b", 2.0))]
