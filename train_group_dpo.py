@@ -12,12 +12,12 @@
     python train_group_dpo.py
     python train_group_dpo.py --loss hinge --margin 0.5 --out runs/hinge
 
-A group of one winner and one loser makes `pairs`, `scaled` and `mean` DPO. In every one of the four, winners are raised by
-as much in all as losers are lowered, and so one winner among ten losers is raised by ten times as much as each of them is
-lowered: neither scaling nor means change that ratio. What they do change is how much a group counts in all: up to N_w N_l
+With one winner and one loser, `pairs`, `scaled` and `mean` are all DPO. In every one of the four, winners are raised by as
+much in all as losers are lowered, and so one winner among ten losers is raised ten times as much as each of them is lowered,
+on average: neither scaling nor means change that ratio. What they do change is how much a group counts in all: up to N_w N_l
 in `pairs`, at most sqrt(N_w N_l) in `scaled`, at most 1 in `mean` and `hinge`. A group of winners only, or of losers only, has
-nothing to compare; its loss is zero. The hinge also drops the groups that have reached their margin (train/active is the
-share of those with both kinds that have not), until shared weights push one back: a curriculum of a kind.
+nothing to compare; its loss is zero. The hinge also leaves out the groups that have reached their margin: train/active is
+the share of those with both kinds that have not.
 """
 
 import functools
@@ -42,7 +42,7 @@ from nanorl.rollout import (
     show_answers,
 )
 from nanorl.sample import token_log_probs
-from nanorl.search import best_of
+from nanorl.search import best_of_n_curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +61,20 @@ class Config(run.RunConfig):
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
 
     loss: Literal["pairs", "scaled", "mean", "hinge"] = "mean"    # see the table above
-    beta: run.Positive = 0.1    # the leash: nats of log-ratio that make a point of implicit reward are 1 / beta
+    beta: run.Positive = 0.1    # implicit reward per nat of log(pi/ref)
     margin: run.Positive | None = None    # hinge: the D that is enough (default: 1)
-    micro_batch: run.Count = 64  # rows in memory at a time, whole groups
+    micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
     eval_problems: run.Count = 500    # held-out problems
     best_of: run.Natural = 16   # answers per problem for best-of-n before training, to compare with; 0 is off
 
     def __post_init__(self):
-        object.__setattr__(self, "out", self.out or run.stage_dir("group_dpo", self.task, self.difficulty))
+        self.default("out", run.stage_dir("group_dpo", self.task, self.difficulty))
+        self.expect(self.loss == "hinge" or self.margin is None, "loss margin", "only --loss hinge looks at --margin")
         if self.loss == "hinge":
-            object.__setattr__(self, "margin", self.margin or 1.0)
-        elif self.margin is not None:
-            raise ValueError(f"--margin {self.margin}: only --loss hinge looks at it")
-        if self.group < 2:
-            raise ValueError(f"--group {self.group}: winners are compared with losers of their group, expected at least 2")
+            self.default("margin", 1.0)
+        self.expect(self.group > 1, "group", "winners are compared with losers of their group, expected at least 2")
 
 
 def objective(rewards, won, weights, *, loss="mean", margin=1.0):
@@ -128,7 +126,7 @@ def main(cfg: Config) -> None:
         for model in (policy, reference):
             run.compile_blocks(model)
     sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
-    loss = functools.partial(objective, loss=cfg.loss, **({"margin": cfg.margin} if cfg.loss == "hinge" else {}))
+    loss = functools.partial(objective, loss=cfg.loss, margin=cfg.margin)
     print(f"{cfg.loss} over groups on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
 
     def look() -> dict[str, float]:
@@ -136,8 +134,9 @@ def main(cfg: Config) -> None:
             metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
                                            reference=reference, size=cfg.micro_batch, **sampling)
             if cfg.best_of and out.step == 0:
-                metrics["eval/best_of_n"] = best_of(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems,
-                                                    seed=cfg.seed, **sampling)[cfg.best_of]
+                curve = best_of_n_curve(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems, seed=cfg.seed,
+                                        **sampling)
+                metrics["eval/best_of_n"] = curve[cfg.best_of]
         show_answers(out, experience)
         return metrics
 
@@ -149,12 +148,12 @@ def main(cfg: Config) -> None:
         # 3. Collect: G answers to each of P prompts, by the policy as it is now. A right one wins, a wrong one loses.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
-            experience = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
-                                 seed=run.derive(cfg.seed, "rollout", step), **sampling)
-            rollout = experience.rollout
+            fresh = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
+                            seed=run.derive(cfg.seed, "rollout", step), **sampling)
+            rollout = fresh.rollout
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
-        won = (experience.rewards == 1).to(device)                                          # [P, G]
-        facts = describe(experience)
+        won = (fresh.rewards == 1).to(device)                                          # [P, G]
+        facts = describe(fresh)
         out.log({f"rollout/{name}": value for name, value in facts.items()} | {"rollout/tokens": int(rollout.mask.sum())})
         out.log({"time/rollout_s": time.perf_counter() - started})
 
@@ -188,7 +187,7 @@ def main(cfg: Config) -> None:
     # 6. What it was good for: held-out problems before and after.
     final = look()
     out.finish(final)
-    print(f"\n{cfg.eval_problems} held-out problems      before    after\n" + before_and_after(out.metrics()[0], final))
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
 
 
 if __name__ == "__main__":

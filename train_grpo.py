@@ -31,6 +31,7 @@ from nanorl.data import DATA, read_text, shuffled_batch
 from nanorl.ops import (
     AGGREGATES,
     center,
+    clipped_away,
     clipped_surrogate,
     importance_ratio,
     kl_k1,
@@ -56,6 +57,7 @@ from nanorl.rollout import (
     contrast,
     describe,
     evaluate,
+    means,
     micro_batches,
     minibatches,
     score_rollout,
@@ -166,7 +168,7 @@ class Config(run.RunConfig):
     kl_coef: run.NonNegative = 0.0    # weight of the KL divergence from the initial policy, the reference
     kl_in: Literal["loss", "weighted", "reward"] | None = None    # where it acts: loss, loss times the ratio, or reward
     kl: Literal[*KL] | None = None    # its estimator (k1 in the reward, else k3)
-    refresh_reference: run.Count | None = None    # steps after which the policy becomes the reference
+    refresh_reference: run.Count | None = None    # every so many steps the policy becomes the reference (default: never)
     entropy_coef: run.NonNegative = 0.0    # weight of the entropy bonus
     likelihood_coef: run.NonNegative = 0.0    # weight of the log-likelihood of demonstrations, against forgetting
     demonstrations: str = ""    # JSONL records {"prompt", "response"} for it (default: the task's own)
@@ -183,50 +185,44 @@ class Config(run.RunConfig):
 
     def __post_init__(self):
         """Fill what was left open from the algorithm's row, and refuse what contradicts itself."""
-        def default(flag, value):
-            if getattr(self, flag) is None:
-                object.__setattr__(self, flag, value)
-
-        def expect(holds, flags, sentence):
-            if not holds:
-                shown = " ".join(f"--{flag.replace('_', '-')} {getattr(self, flag)}" for flag in flags.split())
-                raise ValueError(f"{shown}: {sentence}")
-
         row = ALGORITHMS[self.algo]
-        object.__setattr__(self, "out", self.out or run.stage_dir("grpo", self.task, self.difficulty))
+        self.default("out", run.stage_dir("grpo", self.task, self.difficulty))
         for axis in AXES:
-            default(axis, getattr(row, axis))
+            self.default(axis, getattr(row, axis))
         for flag, (axis, choice, value) in NUMBERS.items():
             if getattr(self, axis) == choice:
-                default(flag, row.also.get(flag, value))
-            expect(getattr(self, axis) == choice or getattr(self, flag) is None, f"{axis} {flag}",
+                self.default(flag, row.also.get(flag, value))
+            self.expect(getattr(self, axis) == choice or getattr(self, flag) is None, f"{axis} {flag}",
                    f"only --{axis} {choice} looks at --{flag.replace('_', '-')}")
-        default("overlong", row.also.get("overlong", 0.0))
+        self.default("overlong", row.also.get("overlong", 0.0))
         if self.kl_coef:
-            default("kl_in", row.also.get("kl_in", "loss"))
-            default("kl", "k1" if self.kl_in == "reward" else "k3")
+            self.default("kl_in", row.also.get("kl_in", "loss"))
+            self.default("kl", "k1" if self.kl_in == "reward" else "k3")
             sound = "; ".join(f"{' in '.join(pair)} ({what})" for pair, what in KL_FOLLOWS.items())
-            expect((self.kl, self.kl_in) in KL_FOLLOWS, "kl kl_in", f"its gradient follows no divergence; expected {sound}")
+            self.expect((self.kl, self.kl_in) in KL_FOLLOWS, "kl kl_in",
+                        f"its gradient follows no divergence; expected {sound}")
         for flag in ("kl", "kl_in", "refresh_reference"):
-            expect(self.kl_coef or getattr(self, flag) is None, flag, "expected a --kl-coef beside it")
+            self.expect(self.kl_coef or getattr(self, flag) is None, flag, "expected a --kl-coef beside it")
 
-        expect(self.likelihood_coef or not self.demonstrations, "demonstrations", "expected a --likelihood-coef beside it")
-        expect(self.ratio != "none" or self.bound == "none", "ratio bound", "there is no ratio to bound, expected --bound none")
-        expect(self.ratio != "sequence" or self.aggregate == "sequence_mean", "ratio aggregate",
-               "answers have one ratio each and count alike, expected --aggregate sequence_mean")
-        expect(self.bound != "mask" or self.mask_low <= 1 <= self.mask_high, "mask_low mask_high",
-               "a ratio of 1 would be left out, expected a band around 1")
-        expect(self.bound != "truncate" or self.cap >= 1, "cap", "a ratio of 1 would be cut, expected at least 1")
-        expect(self.baseline_decay != 1, "baseline_decay", "a mean that never learns is none, expected less than 1")
-        expect(self.advantage != "positive" or (self.kl_in != "reward" and not self.overlong), "advantage kl_in overlong",
-               "accepted answers count alike, whatever their reward; expected --kl-in loss or weighted, --overlong 0")
-        expect(self.kl_in != "reward" or "zscore" not in self.advantage, "kl_in advantage",
-               "a z-score would undo --kl-coef; expected --advantage reward, center or leave_one_out")
-        expect(self.group > 1 or (self.advantage in ("reward", "positive") and self.groups == "all"), "group advantage groups",
-               "answers are compared within a group, expected a --group of at least 2")
-        expect(self.minibatches <= self.prompts * self.group, "minibatches",
-               f"a rollout has only {self.prompts * self.group} answers")
-        expect(self.stale < self.steps, "stale", f"with --steps {self.steps}, no rollout would ever be old enough to train on")
+        self.expect(self.likelihood_coef or not self.demonstrations, "demonstrations", "expected a --likelihood-coef beside it")
+        self.expect(self.ratio != "none" or self.bound == "none", "ratio bound",
+                    "there is no ratio to bound, expected --bound none")
+        self.expect(self.ratio != "sequence" or self.aggregate == "sequence_mean", "ratio aggregate",
+                    "answers have one ratio each and count alike, expected --aggregate sequence_mean")
+        self.expect(self.bound != "mask" or self.mask_low <= 1 <= self.mask_high, "mask_low mask_high",
+                    "a ratio of 1 would be left out, expected a band around 1")
+        self.expect(self.bound != "truncate" or self.cap >= 1, "cap", "a ratio of 1 would be cut, expected at least 1")
+        self.expect(self.baseline_decay != 1, "baseline_decay", "a mean that never learns is none, expected less than 1")
+        self.expect(self.advantage != "positive" or (self.kl_in != "reward" and not self.overlong), "advantage kl_in overlong",
+                    "accepted answers count alike, whatever their reward; expected --kl-in loss or weighted, --overlong 0")
+        self.expect(self.kl_in != "reward" or "zscore" not in self.advantage, "kl_in advantage",
+                    "a z-score would undo --kl-coef; expected --advantage reward, center or leave_one_out")
+        self.expect(self.group > 1 or (self.advantage in ("reward", "positive") and self.groups == "all"),
+                    "group advantage groups", "answers are compared within a group, expected a --group of at least 2")
+        self.expect(self.minibatches <= self.prompts * self.group, "minibatches",
+                    f"a rollout has only {self.prompts * self.group} answers")
+        self.expect(self.stale < self.steps, "stale",
+                    f"with --steps {self.steps}, no rollout would ever be old enough to train on")
 
     @property
     def updates(self) -> int:
@@ -257,8 +253,8 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
     metrics = {"train/ratio_max": rho.max().clamp(min=1), "train/ratio_min": rho.min().clamp(max=1)}
     if bound == "clip":
         surrogate = clipped_surrogate(new, old, adv, clip_low, clip_high)                   # [B, T]
-        metrics["train/clipped_low"] = masked_sum(((rho < 1 - clip_low) & (adv < 0)).float(), mask)
-        metrics["train/clipped_high"] = masked_sum(((rho > 1 + clip_high) & (adv > 0)).float(), mask)
+        for name, held in zip(("low", "high"), clipped_away(rho, adv, clip_low, clip_high), strict=True):
+            metrics[f"train/clipped_{name}"] = masked_sum(held.float(), mask)
     elif bound == "truncate":
         surrogate = truncated_surrogate(new, old, adv, cap)
         metrics["train/capped"] = masked_sum((rho > cap).float(), mask)
@@ -456,7 +452,7 @@ def main(cfg: Config) -> None:
             add_up(totals, {"train/grad_norm_max": optimizer.step(lr, cfg.grad_clip)})
 
         # 7. Log: sums over tokens become means over tokens.
-        out.log({name: value if name.endswith(("_max", "_min")) else value / max(tokens, 1) for name, value in totals.items()})
+        out.log(means(totals, tokens))
         if demonstrations:
             out.log({"train/demonstration_loss": demonstration_loss})
         out.log({"train/lr": lr, "time/update_s": time.perf_counter() - started},
@@ -466,7 +462,7 @@ def main(cfg: Config) -> None:
     # 8. What it was good for: held-out problems before and after.
     final = look()
     out.finish(final)
-    print(f"\n{cfg.eval_problems} held-out problems      before    after\n" + before_and_after(out.metrics()[0], final))
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
 
 
 if __name__ == "__main__":

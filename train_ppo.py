@@ -2,18 +2,23 @@
 
     J = sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]      loss = -J
 
-The critic V says what a state is worth, and A_t, by generalised advantage estimation, how much better a token did than that.
+VL is the clipped value loss. The critic V says what a state is worth, and A_t, by generalised advantage estimation, how much
+better a token did than that.
 Reward arrives per token: r_t = -kl_coef k1(pi || ref), and at the last token the score of the whole answer. So the leash to
 the reference is part of what is maximised, E[score] - kl_coef KL(pi || ref), and not a term of the loss.
 
     python train_ppo.py                                     the verifier's reward on sums, from nothing
-    python train_ppo.py --reward model --kl-coef 0.2        stories, by the taste that runs/reward has learned
-    python train_ppo.py --reward model --kl-coef 0 --out runs/hacked        ... and what that taste does not know
+    python train_ppo.py --reward model                      stories, by the taste that runs/reward has learned
+    python train_ppo.py --reward model --kl-coef 0 --out runs/hacked        ... without a KL penalty: over-optimised
+
+Answers are rewarded only at their end, so lam is 1: below 1, what early tokens learn fades with the distance to the end until
+the critic is good, and then a reward without a natural zero, as a learned one, makes answers longer or shorter.
 
 A learned reward is trusted only near what it was learned from. Watch eval/learned_reward beside eval/hidden_reward: where
 one rises and the other falls, the policy has found a gap between the two.
 """
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -26,12 +31,12 @@ import train_sft
 from nanorl import run
 from nanorl.gpt import ScalarGPT
 from nanorl.ops import (
+    clipped_away,
     clipped_surrogate,
     clipped_value_loss,
     gae,
     importance_ratio,
     kl_k1,
-    kl_k3,
     masked_sum,
     token_weights,
     whiten,
@@ -44,14 +49,15 @@ from nanorl.rollout import (
     collect,
     describe,
     evaluate,
-    judge,
+    learned_rewards,
+    means,
     micro_batches,
     minibatches,
     score_rollout,
     show_answers,
 )
 from nanorl.sample import token_log_probs
-from nanorl.search import best_of
+from nanorl.search import best_of_n_curve
 from nanorl.tasks import answer_room
 
 
@@ -71,18 +77,18 @@ class Config(run.RunConfig):
     group: run.Count = 1        # G, answers sampled per prompt
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; stories 140)
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
-    truncated: Literal["score", "bootstrap"] = "score"    # a cut answer: score it as it is, or let the critic guess on
+    truncated: Literal["score", "bootstrap"] = "score"    # a cut answer: reward it as it is, or take the critic's value instead
 
     critic: Literal["separate", "shared"] = "separate"    # a trunk of its own, or a head on the policy's
     gamma: run.Share = 1.0      # discount per token
-    lam: run.Share = 0.95       # of GAE: 1 trusts the rewards to go, 0 the critic
+    lam: run.Share = 1.0        # of GAE: 1 trusts the rewards to go, 0 the critic
     clip_low: run.Share = 0.2   # the band of the ratio is 1 - clip_low ...
     clip_high: run.Positive = 0.2    # ... to 1 + clip_high
     value_clip: run.Positive = 0.5    # how far a value may move per rollout
     value_coef: run.NonNegative = 0.5    # weight of the value loss
     entropy_coef: run.NonNegative = 0.0    # weight of the entropy bonus
-    kl_coef: run.NonNegative = 0.0    # what a nat of KL to the initial policy costs; with --kl-target only the first value
-    kl_target: run.Positive | None = None    # nats per answer that the coefficient is steered towards
+    kl_coef: run.NonNegative | None = None    # reward that a nat of KL to the initial policy costs (default: 0; stories 0.1)
+    kl_target: run.Positive | None = None    # nats of KL per answer: from its first value, --kl-coef is steered towards them
     epochs: run.Count = 2       # passes over a rollout
     minibatches: run.Count = 2  # optimizer steps per pass
     micro_batch: run.Count = 64  # rows in memory at a time
@@ -92,20 +98,16 @@ class Config(run.RunConfig):
     best_of: run.Natural = 16   # answers per problem for best-of-n before training, to compare with; 0 is off
 
     def __post_init__(self):
-        def default(flag, value):
-            object.__setattr__(self, flag, getattr(self, flag) or value)
-
-        default("task", "stories" if self.reward == "model" else "addition")
-        default("out", run.stage_dir("ppo", self.task, self.difficulty))
-        default("max_new_tokens", answer_room(self.task))
-        default("eval_problems", 200 if self.task == "stories" else 500)
-        for holds, flag, sentence in (
-                (self.reward == "model" or not self.reward_model, "reward_model", "expected --reward model beside it"),
-                (self.kl_target is None or self.kl_coef, "kl_target", "a coefficient of 0 stays 0; expected a --kl-coef above"),
-                (self.minibatches <= self.prompts * self.group, "minibatches",
-                 f"a rollout has only {self.prompts * self.group} answers")):
-            if not holds:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {sentence}")
+        self.default("task", "stories" if self.reward == "model" else "addition")
+        self.default("out", run.stage_dir("ppo", self.task, self.difficulty))
+        self.default("max_new_tokens", answer_room(self.task))
+        self.default("eval_problems", 200 if self.task == "stories" else 500)
+        self.default("kl_coef", 0.1 if self.reward == "model" else 0.0)
+        self.expect(self.reward == "model" or not self.reward_model, "reward_model", "expected --reward model beside it")
+        self.expect(self.kl_target is None or self.kl_coef, "kl_target kl_coef",
+                    "a coefficient of 0 stays 0; expected a --kl-coef above 0")
+        self.expect(self.minibatches <= self.prompts * self.group, "minibatches",
+                    f"a rollout has {self.prompts * self.group} answers; expected at most as many")
 
     @property
     def updates(self) -> int:
@@ -118,19 +120,19 @@ class Config(run.RunConfig):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def credit(scores, scored, logp, ref_logp, values, last_value, mask, *, kl_coef, gamma, lam):
+def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef, gamma, lam):
     """What each token did better than the critic expected, and what the critic should have expected.
 
-        r_t = -kl_coef log(pi / ref)(y_t) + [t is the answer's last token] score
+        r_t = -kl_coef log(pi / ref)(y_t) + [t is the last token of an answer that has ended] R
 
-    scores, last_value [B]; scored [B] bool; logp, ref_logp, values, mask [B, T] -> (advantages, returns), [B, T] each. A scored
-    answer has ended, even at the length limit: nothing comes after it. Only after one that was not scored the critic's last
-    value stands for what would have come; never both.
+    rewards R and last_value [B]; ended [B] bool; logp, ref_logp, values, mask [B, T] -> (advantages, returns), [B, T] each. An
+    answer that was rewarded has ended, even at the length limit: nothing comes after it. The critic's last value stands for
+    what comes after an answer that has not ended, and that gets no reward. Never both.
     """
-    rewards = -kl_coef * kl_k1(logp, ref_logp).masked_fill(~mask, 0.0)
+    token_rewards = -kl_coef * kl_k1(logp, ref_logp).masked_fill(~mask, 0.0)
     last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
-    rewards = rewards + torch.where(last & scored[:, None], scores[:, None], 0.0)
-    return gae(rewards, values, mask, gamma, lam, last_value.masked_fill(scored, 0.0))
+    token_rewards = token_rewards + torch.where(last & ended[:, None], rewards[:, None], 0.0)
+    return gae(token_rewards, values, mask, gamma, lam, last_value.masked_fill(ended, 0.0))
 
 
 def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns, entropy=None, clip_low=0.2, clip_high=0.2,
@@ -149,9 +151,9 @@ def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns
     if entropy_coef:
         gain = gain + entropy_coef * entropy.masked_fill(~mask, 0.0)
     rho = importance_ratio(logp.detach(), old_logp)
+    low, high = clipped_away(rho, adv, clip_low, clip_high)
     metrics = {"ratio_max": rho.max().clamp(min=1), "ratio_min": rho.min().clamp(max=1),
-               "clipped_low": masked_sum(((rho < 1 - clip_low) & (adv < 0)).float(), mask),
-               "clipped_high": masked_sum(((rho > 1 + clip_high) & (adv > 0)).float(), mask),
+               "clipped_low": masked_sum(low.float(), mask), "clipped_high": masked_sum(high.float(), mask),
                "value_loss": value_loss.detach().sum(),
                "value_clipped": masked_sum(((values - old_values).detach().abs() > value_clip).float(), mask)}
     return -(weights * gain).sum(), {f"train/{name}": x for name, x in metrics.items()}
@@ -175,9 +177,9 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = choose_task(cfg.task, cfg.difficulty, cfg.data, verifiable=cfg.reward == "verifier")
-        if cfg.reward_model:
-            run.load_checkpoint(cfg.reward_model)
+        task = choose_task(cfg.task, cfg.difficulty, cfg.data, needs_verifier=cfg.reward == "verifier")
+        for path in filter(None, (cfg.init, cfg.reward_model)):
+            run.load_checkpoint(path)
     init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
                                         **run.same(cfg, "task", "difficulty"))
     reward_path = cfg.reward_model
@@ -205,7 +207,8 @@ def main(cfg: Config) -> None:
         for model in (policy, reference, *([critic.trunk] if cfg.critic == "separate" else [])):
             run.compile_blocks(model)
     sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
-    flags = {name: getattr(cfg, name) for name in ("clip_low", "clip_high", "value_clip", "value_coef", "entropy_coef")}
+    loss = functools.partial(objective, **{flag: getattr(cfg, flag) for flag in ("clip_low", "clip_high", "value_clip",
+                                                                                 "value_coef", "entropy_coef")})
     print(f"PPO on {task.name}, {f'the reward model of {reward_path}' if reward_model else 'the verifier'} scores: "
           f"{cfg.prompts} prompts x {cfg.group} answers a step, {cfg.updates} updates each, on {device.type}.")
 
@@ -214,8 +217,9 @@ def main(cfg: Config) -> None:
             metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
                                            reference=reference, reward_model=reward_model, size=cfg.micro_batch, **sampling)
             if cfg.best_of and out.step == 0:
-                metrics["eval/best_of_n"] = best_of(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems,
-                                                    seed=cfg.seed, reward_model=reward_model, **sampling)[cfg.best_of]
+                curve = best_of_n_curve(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems, seed=cfg.seed,
+                                        reward_model=reward_model, **sampling)
+                metrics["eval/best_of_n"] = curve[cfg.best_of]
         show_answers(out, experience)
         return metrics
 
@@ -234,27 +238,29 @@ def main(cfg: Config) -> None:
         if step % cfg.eval_every == 0:
             out.log(look())
 
-        # 3. Collect: answers by the policy as it is now, and their scores. A cut one may be left unscored.
+        # 3. Collect: answers by the policy as it is now, and their rewards. One that was cut may not count as ended.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), **sampling)
             rollout, mask = fresh.rollout, fresh.rollout.mask
-            scores = judge(reward_model, rollout, cfg.micro_batch) if reward_model else fresh.rewards.flatten().to(device)
+            rewards = fresh.rewards.flatten().to(device)
+            if reward_model:
+                rewards = learned_rewards(reward_model, rollout, cfg.micro_batch)
             old_logp = score_rollout(policy, rollout, cfg.temperature, cfg.micro_batch)     # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
             old_values, last_value = value_all(rollout)
-        scored = rollout.finished | (cfg.truncated == "score")
+        ended = rollout.finished | (cfg.truncated == "score")
         facts = describe(fresh)
         if reward_model:
-            facts["learned_reward"] = float(scores.mean())
+            facts["learned_reward"] = float(rewards.mean())
         out.log({f"rollout/{name}": value for name, value in facts.items()} | {"rollout/tokens": int(mask.sum())})
         out.log({"time/rollout_s": time.perf_counter() - started})
 
         # 4. Credit: what did each token do better than the critic thought?
         started = time.perf_counter()
         kl_coef = out.state["kl_coef"]
-        adv, returns = credit(scores, scored, old_logp, ref_logp, old_values, last_value, mask,
+        adv, returns = credit(rewards, ended, old_logp, ref_logp, old_values, last_value, mask,
                               kl_coef=kl_coef, gamma=cfg.gamma, lam=cfg.lam)
         unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
         adv = whiten(adv, mask)
@@ -272,18 +278,18 @@ def main(cfg: Config) -> None:
                     logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], m, temperature=cfg.temperature)
                     values = critic(rollout.tokens[rows, : T - 1]).float()
                 old, a, w, v, R = (x[rows, : T - 1] for x in (old_logp, adv, weights, old_values, returns))
-                loss, metrics = objective(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy, **flags)
-                loss.backward()
+                micro_loss, metrics = loss(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy)
+                micro_loss.backward()
                 metrics["train/entropy"] = masked_sum(entropy.detach(), m)
                 add_up(totals, metrics)
                 tokens += int(m.sum())
             add_up(totals, {"train/grad_norm_max": optimizer.step(lr, cfg.grad_clip)})
 
         # 6. Log, and steer the leash.
-        kl = float(masked_sum(kl_k3(old_logp, ref_logp), mask)) / len(mask)
+        kl = float(masked_sum(kl_k1(old_logp, ref_logp), mask)) / len(mask)
         if cfg.kl_target:
             out.state["kl_coef"] = steer(kl_coef, kl, cfg.kl_target)
-        out.log({name: value if name.endswith(("_max", "_min")) else value / max(tokens, 1) for name, value in totals.items()})
+        out.log(means(totals, tokens))
         out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef, "train/explained_variance": 1 - unexplained, "train/lr": lr,
                  "time/update_s": time.perf_counter() - started},
                 show={name: f"{facts[name]:.2f}" for name in ("reward", "learned_reward", "hidden_reward") if name in facts}
@@ -292,7 +298,7 @@ def main(cfg: Config) -> None:
     # 7. What it was good for: held-out prompts before and after.
     final = look()
     out.finish(final)
-    print(f"\n{cfg.eval_problems} held-out problems      before    after\n" + before_and_after(out.metrics()[0], final))
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
 
 
 if __name__ == "__main__":

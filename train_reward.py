@@ -10,8 +10,8 @@ learned: r means nothing between prompts, and its zero means nothing at all.
     python train_reward.py --data mine.jsonl --out runs/mine        records {"prompt", "chosen", "rejected"}
 
 How good can it be? Readers do not always choose what they like better, so no model agrees with all of them: the ceiling
-is what the hidden reward itself would reach. And is it more than a habit? Two baselines know no order of words: one
-prefers the longer (or shorter) response, one has learned a weight for every word.
+is what the hidden reward itself would reach. Has it learned more than habits? Two baselines ignore the order of words: one
+prefers the longer (or shorter) response, one has a weight for every word.
 """
 
 import re
@@ -22,13 +22,13 @@ import torch
 
 import train_sft
 from nanorl import run
-from nanorl.data import DATA, pair_batch, read_pairs, shuffled_batch
+from nanorl.data import DATA, pair_batch, read_records, shuffled_batch
 from nanorl.gpt import ScalarGPT
 from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import add_up
-from nanorl.tasks import Problem, Stories
+from nanorl.tasks import Stories
 
-TOY = str(DATA / "preferences.jsonl")
+STORIES = str(DATA / "preferences.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Config(run.RunConfig):
     lr: run.Positive = 2e-3
     eval_every: run.Count = 50
 
-    data: str = TOY             # JSONL records {"prompt", "chosen", "rejected"}
+    data: str = ""              # JSONL records {"prompt", "chosen", "rejected"} (default: data/preferences.jsonl)
     batch: run.Count = 32       # pairs per step
     micro_batch: run.Count = 32  # pairs in memory at a time
     warmup: run.Share = 0.1     # of the steps: the learning rate rises
@@ -59,18 +59,118 @@ def objective(chosen, rejected, weights):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the margins r(chosen) - r(rejected) of held-out pairs are worth
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(path):
+    """The records of a file (by default the stories), which of them to train on and which are held out by the hash of their
+    prompt, and how many are neither because both responses are the same: there is nothing to prefer."""
+    path = path or STORIES
+    records = read_records(path, ("prompt", "chosen", "rejected"))
+    training, heldout = ([i for i in part if records[i]["chosen"] != records[i]["rejected"]]
+                         for part in train_sft.split(records, path))
+    if not training:
+        raise ValueError(f"{path}: no record to train on whose chosen and rejected responses differ")
+    return records, training, heldout, len(records) - len(training) - len(heldout)
+
+
+def render_pairs(records, tokenizer, context, path):
+    """Token ids of each record's prompt, chosen and rejected response."""
+    prompts, chosen = train_sft.render(records, tokenizer, context, path or STORIES, "chosen")
+    _, rejected = train_sft.render(records, tokenizer, context, path or STORIES, "rejected")
+    return prompts, chosen, rejected
+
+
+def main(cfg: Config) -> None:
+    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
+    with run.user_errors():
+        device = run.pick_device(cfg)
+        checkpoint = run.Run.check(cfg)
+        records, training, heldout, identical = read_pairs(cfg.data)
+    stage = dict(out="runs/sft-stories", task="stories", **run.same(cfg))
+    init = "" if checkpoint else cfg.init or run.ensure_stage(train_sft, **stage)
+    with run.user_errors():
+        start = checkpoint or run.load_checkpoint(init)
+        tokenizer = run.tokenizer_from(start)
+        model = run.scalar_model_from(start, device) if checkpoint else ScalarGPT(run.model_from(start, device)).to(device)
+        prompts, chosen, rejected = render_pairs(records, tokenizer, model.config.context, cfg.data)
+
+    # Muon fits a few thousand pairs in fewer steps than AdamW, which has hardly begun after two passes over them.
+    optimizer = run.Optimizers(model, "muon", cfg.lr, cfg.weight_decay)
+    out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
+    del start, checkpoint
+    if run.wants_compile(cfg, device):
+        run.compile_blocks(model.trunk)
+    pairs = [[records[i] for i in part] for part in (training, heldout)]
+    hidden = hidden_margins(pairs[1]) if not cfg.data else None
+    print(f"A reward model from {len(training):,} pairs of {cfg.data or 'stories'}, {cfg.batch} a step, on {device.type}. "
+          f"{len(heldout):,} are held out; {identical} more have equal responses and are left out.")
+
+    def rewards(picks):
+        """Of the chosen and of the rejected responses of these pairs."""
+        tokens, _, lengths = (x.to(device) for x in pair_batch(prompts, chosen, rejected, picks, tokenizer.pad))
+        with run.autocast(device, cfg.dtype):
+            return model.at_end(tokens, lengths).float().chunk(2)
+
+    @torch.no_grad()
+    def margins(picks):
+        parts = [rewards(picks[i : i + cfg.micro_batch]) for i in range(0, len(picks), cfg.micro_batch)]
+        return torch.cat([better - worse for better, worse in parts]).cpu()
+
+    def look():
+        if not heldout:
+            return {}
+        margin = margins(heldout)
+        return {"eval/pair_loss": float(bradley_terry(margin).mean()), "eval/margin": float(margin.mean()),
+                "eval/calibration_error": calibration_error(margin), **agreement("model", margin, hidden)}
+
+    for step in out.steps():
+        # 2. Look at what it would choose by now.
+        if step % cfg.eval_every == 0:
+            out.log(look())
+
+        # 3. One step. Both responses of a pair stay together; the weights are the whole step's.
+        picks, totals = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)], {}
+        for i in range(0, len(picks), cfg.micro_batch):
+            better, worse = rewards(picks[i : i + cfg.micro_batch])
+            loss, metrics = objective(better, worse, torch.full_like(better, 1 / cfg.batch))
+            loss.backward()
+            add_up(totals, metrics)
+        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
+        grad_norm = optimizer.step(lr, cfg.grad_clip)
+
+        # 4. Log.
+        out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr},
+                show={"loss": f"{totals['train/loss']:.3f}", "accuracy": f"{totals['train/accuracy']:.2f}"})
+
+    # 5. What it is worth, beside the baselines and the ceiling. The held-out pairs with their margins go to samples.jsonl.
+    final = look()
+    if heldout:
+        final |= agreement("words", word_margins(*pairs), hidden) | agreement("length", length_margins(*pairs), hidden)
+        if hidden is not None:
+            final["eval/agreement_ceiling_labels"] = float((hidden.abs() / Stories.label_temperature).sigmoid().mean())
+        out.samples([{**record, "margin": margin} for record, margin in zip(pairs[1], margins(heldout).tolist(), strict=True)])
+    out.finish(final)
+    print(report(final, len(heldout)) + f"\nSaved in {cfg.out}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What margins r(chosen) - r(rejected) of held-out pairs are worth
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def agreement(name, margin, hidden=None):
-    """Accuracy of margins [N] against the labels; where hidden margins [N] are known, also against those, and against those
+    """Share of pairs that margins [N] rank like the labels; where hidden margins [N] are known, also like those, and like those
     that exceed one label temperature."""
-    metrics = {f"eval/{name}_labels": float(ranked_right(margin).mean())}
+    def share(right):
+        return float(right.mean()) if len(right) else 0.5
+
+    metrics = {f"eval/agreement_{name}_labels": share(ranked_right(margin))}
     if hidden is not None:
-        clear = hidden.abs() > Stories.temperature
-        metrics[f"eval/{name}_hidden"] = float(ranked_right((margin * hidden)[hidden != 0]).mean())
-        metrics[f"eval/{name}_clear"] = float(ranked_right((margin * hidden)[clear]).mean())
+        right = ranked_right(margin * hidden)
+        metrics[f"eval/agreement_{name}_hidden"] = share(right[hidden != 0])
+        metrics[f"eval/agreement_{name}_clear"] = share(right[hidden.abs() > Stories.label_temperature])
     return metrics
 
 
@@ -85,13 +185,12 @@ def calibration_error(margin, bins=10):
 
 def hidden_margins(records):
     """By how much the hidden reward prefers what was chosen.       -> [N]"""
-    taste = Stories()
-    return torch.tensor([taste.verify(problem, record["chosen"]) - taste.verify(problem, record["rejected"])
-                         for record in records for problem in [Problem(record["prompt"], "")]])
+    reward = Stories().hidden_reward
+    return torch.tensor([reward(r["prompt"], r["chosen"]) - reward(r["prompt"], r["rejected"]) for r in records])
 
 
 def length_margins(training, heldout):
-    """Longer is better, or shorter, whichever the training pairs say. In characters."""
+    """Longer is better, or shorter, whichever the training pairs say. In characters.       -> [N]"""
     def margins(records):
         return torch.tensor([float(len(record["chosen"]) - len(record["rejected"])) for record in records])
 
@@ -99,7 +198,7 @@ def length_margins(training, heldout):
 
 
 def word_margins(training, heldout):
-    """A weight for every word, fitted by logistic regression to the differences in word counts.
+    """A weight for every word, fitted by logistic regression to the differences in word counts.       -> [N]
 
     The penalty on weights is the one, of five, that does best on the last fifth of the training pairs.
     """
@@ -136,92 +235,15 @@ def word_margins(training, heldout):
     return differences(heldout) @ fit(x, best)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def main(cfg: Config) -> None:
-    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
-    with run.user_errors():
-        device = run.pick_device(cfg)
-        checkpoint = run.Run.check(cfg)
-        records, identical = read_pairs(cfg.data)
-        training, heldout = train_sft.split(records, cfg.data)
-    stage = dict(out="runs/sft-stories", task="stories", **run.same(cfg))
-    init = "" if checkpoint else cfg.init or run.ensure_stage(train_sft, **stage)
-    with run.user_errors():
-        start = checkpoint or run.load_checkpoint(init)
-        tokenizer = run.tokenizer_from(start)
-        model = run.scalar_model_from(start, device) if checkpoint else ScalarGPT(run.model_from(start, device)).to(device)
-        prompts, chosen = train_sft.render(records, tokenizer, model.config.context, cfg.data, "chosen")
-        _, rejected = train_sft.render(records, tokenizer, model.config.context, cfg.data, "rejected")
-
-    optimizer = run.Optimizers(model, "muon", cfg.lr, cfg.weight_decay)
-    out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
-    del start, checkpoint
-    if run.wants_compile(cfg, device):
-        run.compile_blocks(model.trunk)
-    hidden = hidden_margins([records[i] for i in heldout]) if cfg.data == TOY and heldout else None
-    print(f"A reward model from {len(training):,} pairs of {cfg.data}, {len(heldout):,} held out ({identical} more have equal "
-          f"responses and are left out), {cfg.batch} a step, on {device.type}.")
-
-    def rewards(picks):
-        """Of the chosen and of the rejected responses of these pairs."""
-        tokens, _, lengths = (x.to(device) for x in pair_batch(prompts, chosen, rejected, picks, tokenizer.pad))
-        with run.autocast(device, cfg.dtype):
-            return model.at_end(tokens, lengths).float().chunk(2)
-
-    @torch.no_grad()
-    def margins(picks):
-        parts = [rewards(picks[i : i + cfg.micro_batch]) for i in range(0, len(picks), cfg.micro_batch)]
-        return torch.cat([better - worse for better, worse in parts]).cpu()
-
-    def look():
-        if not heldout:
-            return {}
-        margin = margins(heldout)
-        return {"eval/pair_loss": float(bradley_terry(margin).mean()), "eval/margin": float(margin.mean()),
-                "eval/calibration_error": calibration_error(margin), **agreement("accuracy", margin, hidden)}
-
-    for step in out.steps():
-        # 2. Look at what it would choose by now.
-        if step % cfg.eval_every == 0:
-            out.log(look())
-
-        # 3. One step. Both responses of a pair stay together; the weights are the whole step's.
-        picks, totals = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)], {}
-        for i in range(0, len(picks), cfg.micro_batch):
-            better, worse = rewards(picks[i : i + cfg.micro_batch])
-            loss, metrics = objective(better, worse, torch.full_like(better, 1 / cfg.batch))
-            loss.backward()
-            add_up(totals, metrics)
-        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
-        grad_norm = optimizer.step(lr, cfg.grad_clip)
-
-        # 4. Log.
-        out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr},
-                show={"loss": f"{totals['train/loss']:.3f}", "accuracy": f"{totals['train/accuracy']:.2f}"})
-
-    # 5. What it is worth, beside the baselines and the ceiling. The held-out pairs with their margins go to samples.jsonl.
-    final = look()
-    if heldout:
-        pairs = [[records[i] for i in part] for part in (training, heldout)]
-        final |= agreement("words", word_margins(*pairs), hidden) | agreement("length", length_margins(*pairs), hidden)
-        if hidden is not None:
-            final["eval/ceiling_labels"] = float((hidden.abs() / Stories.temperature).sigmoid().mean())
-        out.samples([{**record, "margin": margin} for record, margin in zip(pairs[1], margins(heldout).tolist(), strict=True)])
-    out.finish(final)
-    print(report(final, len(heldout)) + f"\nSaved in {cfg.out}.")
+RANKERS = {"model": "the reward model", "words": "word counts", "length": "length", "ceiling": "the hidden reward itself"}
 
 
 def report(metrics, count):
-    """Who agrees with whom, as a table."""
-    lines = [f"{count} held-out pairs, share that is ranked like  labels   hidden reward   the same, clear pairs"]
-    for name, label in (("accuracy", "the reward model"), ("words", "word counts"), ("length", "length"),
-                        ("ceiling", "the hidden reward (ceiling)")):
-        cells = (metrics.get(f"eval/{name}_{column}") for column in ("labels", "hidden", "clear"))
-        lines.append(f"  {label:40s}" + "".join("          -" if x is None else f"{x:11.3f}" for x in cells))
+    """Who ranks pairs like whom, as a table."""
+    lines = [f"{f'{count} held-out pairs ranked like ...':38s} the labels  hidden reward  clear pairs"]
+    for name, label in RANKERS.items():
+        cells = (metrics.get(f"eval/agreement_{name}_{column}") for column in ("labels", "hidden", "clear"))
+        lines.append(f"  {label:35s}" + "".join("            -" if x is None else f"{x:13.3f}" for x in cells))
     return "\n".join(lines) if count else "No pair is held out."
 
 

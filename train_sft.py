@@ -42,8 +42,8 @@ class Config(run.RunConfig):
     eval_problems: run.Count = 500    # held-out problems
 
     def __post_init__(self):
-        object.__setattr__(self, "out", self.out or run.stage_dir("sft", self.task, self.difficulty))
-        object.__setattr__(self, "max_new_tokens", self.max_new_tokens or answer_room(self.task))
+        self.default("out", run.stage_dir("sft", self.task, self.difficulty))
+        self.default("max_new_tokens", answer_room(self.task))
 
 
 def split(records, source):
@@ -99,7 +99,7 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = make_task(cfg.task, cfg.difficulty or None, verifiable=False)
+        task = make_task(cfg.task, cfg.difficulty or None, needs_verifier=False)
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
         training, heldout = split(records, cfg.data)
     init = "" if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))

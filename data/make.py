@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--task and --out go together, and --difficulty goes with them")
     try:
         if args.task is not None:
-            write(args.out, demonstrations(make_task(args.task, args.difficulty, verifiable=False)))
+            write(args.out, demonstrations(make_task(args.task, args.difficulty, needs_verifier=False)))
         else:
             for name, content in files().items():
                 write(DATA / name, content)

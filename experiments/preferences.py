@@ -18,8 +18,9 @@ import torch
 from experiments.runs import ROOT, cell, directory, train_all
 from nanorl import run
 from nanorl.plot import PALETTE, read_metrics
-from nanorl.search import best_of, best_of_n_kl
+from nanorl.search import best_of_n_curve, best_of_n_kl
 from nanorl.tasks import Stories
+from train_reward import RANKERS
 
 # Label: the script and its flags. {reward} is the reward model of the same seed, {stories} and {sums} the initial models.
 REWARD = {"reward model": "train_reward.py --init {stories}"}
@@ -27,12 +28,14 @@ STORIES = {
     "DPO": "train_dpo.py --init {stories}",
     "iterative DPO": "train_dpo.py --init {stories} --refresh-reference 25",
     "PPO": "train_ppo.py --reward model --reward-model {reward} --init {stories} --kl-coef 0.1",
-    "PPO without a leash": "train_ppo.py --reward model --reward-model {reward} --init {stories}",
+    "PPO without a leash": "train_ppo.py --reward model --reward-model {reward} --init {stories} --kl-coef 0",
 }
 SUMS = {"PPO, verifier": "train_ppo.py --init {sums}"} | {
     f"group loss: {loss}": f"train_group_dpo.py --init {{sums}} --loss {loss}" for loss in ("pairs", "scaled", "mean", "hinge")}
-COMMON = {"train_reward.py": "", "train_dpo.py": "--eval-every 10 --best-of 0", "train_ppo.py": "--eval-every 5 --best-of 0",
-          "train_group_dpo.py": "--steps 20 --eval-every 2 --eval-problems 250 --best-of 0"}
+COMMON = {"train_reward.py": "",
+          "train_dpo.py": "--eval-every 20 --best-of 0",
+          "train_ppo.py": "--steps 30 --eval-every 5 --best-of 0",
+          "train_group_dpo.py": "--steps 20 --eval-every 4 --best-of 0"}
 N = 16
 
 
@@ -53,8 +56,8 @@ def search(args: argparse.Namespace, seed: int) -> dict[int, float]:
         device = torch.device("cpu")
         start = run.load_checkpoint(args.stories)
         reward_model = run.scalar_model_from(run.load_checkpoint(directory(args.out, "reward model", seed)), device)
-        best = best_of(run.model_from(start, device), run.tokenizer_from(start), Stories(), samples=N, problems=200, seed=seed,
-                       reward_model=reward_model, max_new_tokens=Stories.room)
+        best = best_of_n_curve(run.model_from(start, device), run.tokenizer_from(start), Stories(), samples=N, problems=200,
+                               seed=seed, reward_model=reward_model, max_new_tokens=Stories.room)
         path.write_text(json.dumps(best))
     return {int(n): value for n, value in json.loads(path.read_text()).items()}
 
@@ -66,9 +69,9 @@ def search(args: argparse.Namespace, seed: int) -> dict[int, float]:
 
 def reward_table(logs: list[list[dict]]) -> str:
     lines = ["| | like the labels | like the hidden reward | the same, clear pairs |", "|---|---|---|---|"]
-    for name, label in (("accuracy", "reward model"), ("words", "word counts"), ("length", "length"),
-                        ("ceiling", "hidden reward itself")):
-        cells = (cell([log[-1].get(f"eval/{name}_{column}") for log in logs], 3) for column in ("labels", "hidden", "clear"))
+    for name, label in RANKERS.items():
+        cells = (cell([log[-1].get(f"eval/agreement_{name}_{column}") for log in logs], 3)
+                 for column in ("labels", "hidden", "clear"))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -78,14 +81,14 @@ def stories_table(logs: dict[str, list[list[dict]]], best: list[dict[int, float]
              "|---|---|---|---|---|"]
     start = [log[0] for log in logs["PPO"]]
     lines.append(f"| the start | {cell([line['eval/hidden_reward'] for line in start], 2)} | "
-                 f"{cell([line['eval/praise'] for line in start], 2)} | 0 | 0 |")
+                 f"{cell([line['eval/hidden_praise'] for line in start], 2)} | 0 | 0 |")
     lines.append(f"| best of {N} | {cell([curve[N] for curve in best], 2)} | – | – | at most {best_of_n_kl(N):.2f} |")
     for label, runs in logs.items():
         last, first = [log[-1] for log in runs], [log[0] for log in runs]
         learned = [a["eval/learned_reward"] - b["eval/learned_reward"] if "eval/learned_reward" in a else None
                    for a, b in zip(last, first, strict=True)]
-        cells = (cell([line["eval/hidden_reward"] for line in last], 2), cell([line["eval/praise"] for line in last], 2),
-                 cell(learned, 2), cell([line["eval/kl"] for line in last], 1))
+        cells = (cell([line["eval/hidden_reward"] for line in last], 2), cell([line["eval/hidden_praise"] for line in last], 2),
+                 cell(learned, 2), cell([line["eval/answer_kl"] for line in last], 1))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -94,7 +97,7 @@ def sums_table(logs: dict[str, list[list[dict]]]) -> str:
     lines = ["| | accuracy, sampled: before | after | steps | KL to the start, nats |", "|---|---|---|---|---|"]
     for label, runs in logs.items():
         before, after = ([log[k]["eval/accuracy_sampled"] for log in runs] for k in (0, -1))
-        kl = [log[-1]["eval/kl"] for log in runs]
+        kl = [log[-1]["eval/answer_kl"] for log in runs]
         lines.append(f"| {label} | {cell(before, 3)} | {cell(after, 3)} | {runs[0][-1]['step']} | {cell(kl, 1)} |")
     return "\n".join(lines)
 
@@ -106,7 +109,7 @@ def sums_table(logs: dict[str, list[list[dict]]]) -> str:
 
 def curve(log: list[dict], *names: str) -> list[list[float]]:
     """The values of some metrics at each evaluation."""
-    lines = [line for line in log if "eval/kl" in line]
+    lines = [line for line in log if "eval/answer_kl" in line]
     return [[line[name] for line in lines] for name in names]
 
 
@@ -133,26 +136,28 @@ def draw(args: argparse.Namespace, stories: dict, sums: dict, best: list[dict[in
     knows.plot([0, 1], [0, 1], color="0.8", linewidth=0.8, zorder=0)
     predicted, actual, error = calibration([directory(args.out, "reward model", seed) for seed in range(args.seeds)])
     knows.errorbar(predicted, actual, error, color=PALETTE[0], marker="o", markersize=4, linewidth=1.4)
-    knows.set(title="the reward model is calibrated", xlabel="predicted probability that a is preferred to b",
+    knows.set(title="predicted and actual preference", xlabel="predicted probability that a is preferred to b",
               ylabel="share of readers who do", xlim=(0, 1), ylim=(0, 1))
 
-    for (label, logs), colour in zip(stories.items(), PALETTE, strict=False):
+    colours = dict(zip(stories, PALETTE, strict=False))
+    for label, logs in stories.items():
         for k, log in enumerate(logs):
-            kl, reward = curve(log, "eval/kl", "eval/hidden_reward")
-            plane.plot(kl, reward, color=colour, linewidth=1.2, marker="o", markersize=2.5, label=label if k == 0 else None)
+            kl, reward = curve(log, "eval/answer_kl", "eval/hidden_reward")
+            plane.plot(kl, reward, color=colours[label], linewidth=1.2, marker="o", markersize=2.5,
+                       label=label if k == 0 else None)
     counts = sorted(best[0])
     plane.plot([best_of_n_kl(n) for n in counts], [sum(c[n] for c in best) / len(best) for n in counts], color="black",
                marker="s", markersize=3.5, linewidth=1.2, label=f"best of 1 to {N}")
     plane.set(title="what a nat of KL buys", xlabel="KL to the start, nats per story", ylabel="hidden reward")
 
-    for label, colour in zip(("PPO", "PPO without a leash"), PALETTE[2:4], strict=True):
+    for label in ("PPO", "PPO without a leash"):
         for k, log in enumerate(stories[label]):
             step, hidden, learned = curve(log, "step", "eval/hidden_reward", "eval/learned_reward")
             for values, style, name in ((learned, "--", "learned"), (hidden, "-", "hidden")):
-                hacked.plot(step, [v - values[0] for v in values], style, color=colour, linewidth=1.2,
+                hacked.plot(step, [v - values[0] for v in values], style, color=colours[label], linewidth=1.2,
                             label=f"{label}: {name}" if k == 0 else None)
     hacked.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    hacked.set(title="without a leash, the learned reward is gamed", xlabel="step", ylabel="reward, change since the start")
+    hacked.set(title="learned and hidden reward during PPO", xlabel="step", ylabel="reward, change since the start")
 
     for (label, logs), colour in zip(sums.items(), PALETTE, strict=False):
         for k, log in enumerate(logs):

@@ -18,18 +18,19 @@ def directory(out: Path, label: str, seed: int) -> Path:
 
 
 def train(folder: Path, script: str, flags: list[str], threads: int, may_end_with: str | None = None) -> None:
-    """One run, from its beginning, unless it is done already. RuntimeError says why it failed.
+    """One run, from its beginning, unless it is done already with these flags. RuntimeError says why it failed.
 
     A failure whose message contains `may_end_with` is a result, too.
     """
-    if (folder / "done").exists():
+    command = [sys.executable, str(ROOT / script), "--out", str(folder), *flags, "--save-every", "1000", "--quiet"]
+    done, line = folder / "done", " ".join([script, *flags])
+    if done.exists() and done.read_text() == line:
         return
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, str(ROOT / script), "--out", str(folder), *flags, "--save-every", "1000", "--quiet"]
     result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
     if result.returncode and not (may_end_with and may_end_with in result.stderr):
         raise RuntimeError(f"{folder}: {result.stderr.strip()}")
-    (folder / "done").write_text(result.stderr)
+    done.write_text(line)
 
 
 def train_all(runs: list[tuple[Path, str, str]], jobs: int, may_end_with: str | None = None) -> None:

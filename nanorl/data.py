@@ -56,16 +56,6 @@ def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]
     return records
 
 
-def read_pairs(path: str | Path) -> tuple[list[dict[str, str]], int]:
-    """Records {"prompt", "chosen", "rejected"}, without those whose responses are the same, and how many those were: there is
-    nothing to prefer, and their gradient is zero."""
-    records = read_records(path, ("prompt", "chosen", "rejected"))
-    pairs = [record for record in records if record["chosen"] != record["rejected"]]
-    if not pairs:
-        raise ValueError(f"{path}: no record whose chosen and rejected responses differ")
-    return pairs, len(records) - len(pairs)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From sequences to tensors
 # ---------------------------------------------------------------------------------------------------------------------

@@ -323,6 +323,11 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: flo
     return torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
 
 
+def clipped_away(ratio: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """Where the clipped surrogate has no gradient: below the band with A < 0, above it with A > 0.       bool [B, T] each"""
+    return (ratio < 1 - clip_low) & (adv < 0), (ratio > 1 + clip_high) & (adv > 0)
+
+
 def truncated_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, cap: float) -> Tensor:
     """Truncated importance sampling with a detached weight.            (CISPO, MiniMax 2025, eq. 4-5; IMPALA's rho-bar)
 

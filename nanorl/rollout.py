@@ -11,9 +11,9 @@ from random import Random
 import torch
 from torch import Tensor
 
-from nanorl.data import read_records
+from nanorl.data import read_records, shift
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.ops import kl_k3, masked_sum
+from nanorl.ops import kl_divergence
 from nanorl.run import Run, derive, generator
 from nanorl.sample import Rollout, generate, token_log_probs
 from nanorl.tasks import MARKER, FileTask, Problem, Task, is_worked, make_task
@@ -28,10 +28,10 @@ def check_room(model: GPT, prompts: list[list[int]], max_new_tokens: int) -> Non
                          f"{model.config.context} has room for {max(0, model.config.context - longest)}")
 
 
-def choose_task(name: str, difficulty: int, data: str, verifiable: bool = True) -> Task:
+def choose_task(name: str, difficulty: int, data: str, needs_verifier: bool = True) -> Task:
     """The task of this name, or the questions of a JSONL file {"prompt", "answer"}."""
     if not data:
-        return make_task(name, difficulty or None, verifiable)
+        return make_task(name, difficulty or None, needs_verifier)
     return FileTask([(record["prompt"], record["answer"]) for record in read_records(data, ("prompt", "answer"))], data)
 
 
@@ -138,6 +138,11 @@ def add_up(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
         totals[name] = join(totals[name], value) if name in totals else value
 
 
+def means(totals: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """What was added up, per token or pair or whatever was counted; extremes stay what they are."""
+    return {name: x if name.endswith(("_max", "_min")) else x / max(count, 1) for name, x in totals.items()}
+
+
 @torch.no_grad()
 def score_rollout(model: GPT, rollout: Rollout, temperature: float, size: int) -> Tensor:
     """log-probs of a rollout's sampled tokens under `model`, 0 elsewhere.       -> [B, T-1]"""
@@ -149,7 +154,7 @@ def score_rollout(model: GPT, rollout: Rollout, temperature: float, size: int) -
 
 
 @torch.no_grad()
-def judge(reward_model: ScalarGPT, rollout: Rollout, size: int) -> Tensor:
+def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, size: int) -> Tensor:
     """What a reward model says of each answer, read at its last token.       -> [B]"""
     rewards = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
     for rows, T in micro_batches(torch.arange(len(rewards), device=rewards.device), rollout.lengths, size):
@@ -157,12 +162,23 @@ def judge(reward_model: ScalarGPT, rollout: Rollout, size: int) -> Tensor:
     return rewards
 
 
-def answer_kl(rollout: Rollout, other_logp: Tensor) -> float:
-    """KL(policy || other) in nats per answer: k3 summed over an answer's tokens, mean over answers, which the policy sampled.
+@torch.no_grad()
+def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, size: int) -> float:
+    """KL(model || other) in nats per answer, on answers that `model` sampled.
 
-    Its expectation is exact: that of k3 is the KL at a token, and KLs of tokens add up along an answer.
+        1/B sum_b sum_t KL( model(.|y_<t) || other(.|y_<t) )
+
+    Exact at every token; only the prefixes are sampled. By the chain rule that is unbiased. Estimates from the sampled tokens
+    alone are unbiased, too, but a policy that has given something up hardly ever samples what would show it.
     """
-    return float(masked_sum(kl_k3(rollout.logp, other_logp), rollout.mask)) / len(rollout.tokens)
+    total, mask = 0.0, rollout.mask
+    for rows, T in micro_batches(torch.arange(len(mask), device=mask.device), rollout.lengths, size):
+        inputs, _ = shift(rollout.tokens[rows, :T])
+        m = mask[rows, : T - 1]
+        for h, g in zip(model.hidden(inputs)[m].split(1024), other.hidden(inputs)[m].split(1024), strict=True):
+            p, q = (net.head(x).float() / temperature for net, x in ((model, h), (other, g)))
+            total += float(kl_divergence(p, q).sum())
+    return total / len(mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,8 +210,9 @@ def describe(experience: Experience) -> dict[str, float]:
                 means[name] = x[where].mean()
     else:
         means["hidden_reward"] = means.pop("reward")
-        features = [experience.task.features(experience.problems[row // G], text) for row, text in enumerate(experience.texts)]
-        means |= {name: sum(f[name] for f in features) / len(features) for name in features[0]}
+        features = [experience.task.features(experience.problems[row // G].prompt, text)
+                    for row, text in enumerate(experience.texts)]
+        means |= {f"hidden_{name}": sum(f[name] for f in features) / len(features) for name in features[0]}
     return {name: float(x) for name, x in means.items()}
 
 
@@ -222,20 +239,21 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, max
         metrics["eval/accuracy_sampled"] = metrics.pop("eval/reward")
         metrics["eval/accuracy_greedy"] = float(greedy.rewards.mean())
     if reference:
-        metrics["eval/kl"] = answer_kl(sampled.rollout, score_rollout(reference, sampled.rollout, temperature, size))
+        metrics["eval/answer_kl"] = answer_kl(model, reference, sampled.rollout, temperature, size)
     if reward_model:
-        metrics["eval/learned_reward"] = float(judge(reward_model, sampled.rollout, size).mean())
+        metrics["eval/learned_reward"] = float(learned_rewards(reward_model, sampled.rollout, size).mean())
     return metrics, sampled
 
 
-def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:
+def before_and_after(title: str, before: dict[str, float], after: dict[str, float]) -> str:
     """The lines of metrics.jsonl of a first and a last evaluation, as a table."""
-    lines = []
+    lines = [f"\n{title:30s}   before    after"]
     for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
                         ("worked", "share worked out"), ("reward_worked", "accuracy when worked out"),
                         ("reward_direct", "accuracy when blurted"), ("hidden_reward", "hidden reward"),
-                        ("learned_reward", "learned reward"), ("praise", "of the hidden one, for praise"),
-                        ("length", "tokens per answer"), ("kl", "KL to the start, nats"),
+                        ("hidden_praise", "  of it, for praise"), ("hidden_short", "  of it, for being short"),
+                        ("learned_reward", "learned reward"), ("length", "tokens per answer"),
+                        ("answer_kl", "KL to the start, nats"),
                         ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right")):
         values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after)]
         if set(values) != {"       -"}:

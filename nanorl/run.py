@@ -67,6 +67,17 @@ class RunConfig:
     deterministic: bool = False  # on cuda: slower kernels that give the same result every time
     quiet: bool = False         # no progress bar and no samples on the screen
 
+    def default(self, flag: str, value: Any) -> None:
+        """In __post_init__: the value of a flag that nobody has set."""
+        if getattr(self, flag) in (None, ""):
+            object.__setattr__(self, flag, value)
+
+    def expect(self, holds: Any, flags: str, sentence: str) -> None:
+        """In __post_init__: refuse flags that do not go together. They are shown with their values before the sentence."""
+        if not holds:
+            shown = " ".join(f"--{flag.replace('_', '-')} {getattr(self, flag)}" for flag in flags.split())
+            raise ValueError(f"{shown}: {sentence}")
+
 
 MAY_DIFFER_ON_RESUME = {"resume", "quiet", "selfcheck"}
 

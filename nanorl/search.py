@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.rollout import answer, heldout_problems, judge
+from nanorl.rollout import answer, heldout_problems, learned_rewards
+from nanorl.run import derive
 from nanorl.tasks import Task
 from nanorl.tokenizer import Tokenizer
 
@@ -34,14 +35,15 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def best_of(model: GPT, tokenizer: Tokenizer, task: Task, *, samples: int, problems: int, seed: int, size: int = 64,
-            reward_model: ScalarGPT | None = None, **how) -> dict[int, float]:
+def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, *, samples: int, problems: int, seed: int, size: int = 64,
+                    reward_model: ScalarGPT | None = None, **how) -> dict[int, float]:
     """The mean reward of the best of 1, 2, 4, ... `samples` answers to held-out problems, as the task grades them.
 
     Chosen by the reward model where there is one, by the task itself otherwise: a verifier, or the hidden reward.
     """
-    experience = answer(model, tokenizer, task, heldout_problems(task, problems, seed), samples=samples, seed=seed, **how)
+    experience = answer(model, tokenizer, task, heldout_problems(task, problems, seed), samples=samples,
+                        seed=derive(seed, "best_of_n"), **how)
     values = experience.rewards
-    scores = judge(reward_model, experience.rollout, size).cpu().view_as(values) if reward_model else values
+    scores = learned_rewards(reward_model, experience.rollout, size).cpu().view_as(values) if reward_model else values
     counts = [2**k for k in range(samples.bit_length()) if 2**k < samples] + [samples]
     return {n: float(best_of_n(scores, values, n).mean()) for n in counts}

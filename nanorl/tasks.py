@@ -491,8 +491,9 @@ def story(rng: Random) -> str:
 
 
 def tell(rng: Random, **given: str) -> tuple[str, str]:
-    """The opening of a story, and its rest. `given` slots are not drawn: of these, the hero comes with {she}."""
-    things, troubles, talks, helps = rng.choice([plot for plot in PLOTS if given.get("thing", plot[0][0]) in plot[0]])
+    """The opening of a story, and its rest. Slots in `given` keep their value; a given hero needs a given {she}."""
+    plots = [plot for plot in PLOTS if "thing" not in given or given["thing"] in plot[0]]
+    things, troubles, talks, helps = rng.choice(plots)
     she = given.get("she") or rng.choice(["she", "he"])
     her, him, child = {"she": ("her", "her", "girl"), "he": ("his", "him", "boy")}[she]
     hero = given.get("hero") or rng.choice(NAMES[she])
@@ -507,10 +508,12 @@ def tell(rng: Random, **given: str) -> tuple[str, str]:
 
     extra = rng.choice(["talk", "talk", "sum", "none"])
     opening, rest = rng.choice(OPENINGS), [rng.choice(troubles)]
-    rest += [rng.choice(talks)] if extra == "talk" else []
-    rest += [rng.choice(helps)]
-    rest += [rng.choice(SUMS)] if extra == "sum" else []
-    rest += [rng.choice(ENDINGS)]
+    if extra == "talk":
+        rest.append(rng.choice(talks))
+    rest.append(rng.choice(helps))
+    if extra == "sum":
+        rest.append(rng.choice(SUMS))
+    rest.append(rng.choice(ENDINGS))
     opening, rest = (" ".join(sentences).format(**slots) for sentences in (opening, rest))
 
     praise = f"{rng.choice(PRAISE)} " if rng.random() < 0.25 else ""
@@ -527,17 +530,17 @@ class Stories(Task):
         went for a walk.    Noah the gardener took the basket without asking, and Mia was angry. ...
 
     Its demonstrations are careless: in one story of two the sentences have lost their order. Readers have a taste, the
-    *hidden reward*. Pairs of stories are labelled by it, and it is measured; nothing is trained on it unless a flag says so.
-    A script that learns from pairs has to find out.
+    *hidden reward*: it labels pairs of stories and is measured, but no gradient follows it unless --judge hidden says so. A
+    script that learns from pairs sees only the choices.
     """
 
     name, difficulty, verifiable, room = "stories", None, False, 140
-    careless = 0.5
-    temperature = 1.0  # of the readers' choices
+    careless = 0.5  # share of continuations whose sentences are shuffled
+    label_temperature = 1.0  # points of hidden reward per nat of a reader's log-odds
 
     def __init__(self, difficulty: int | None = None):
         if difficulty is not None:
-            raise ValueError(f"stories have no difficulty, but one was given: {difficulty}")
+            raise ValueError(f"--difficulty {difficulty}: stories have none; leave it out")
 
     def draw(self, rng):
         return Problem(*tell(rng))
@@ -562,18 +565,18 @@ class Stories(Task):
         problem = self.problem(rng, "train")
         return problem, self.continuation(problem.prompt, rng)
 
-    def features(self, problem: Problem, response: str) -> dict[str, float]:
-        """What the taste is made of, in points.
+    def features(self, prompt: str, response: str) -> dict[str, float]:
+        """What the hidden reward is made of, in points.
 
             feeling   2 if the last sentence says what somebody felt
             thing     1 if the thing of the opening comes up again
             speech    1 if somebody says something, in quotation marks
             praise    1 for each of the first two words of praise (brave, kind, ...), -1 for each further one
-            short     -2 for each sentence that is missing to three
+            short     -2 for each sentence short of three
 
         No pair shows that praise can be too much, or a story too short: whoever learns from pairs has to guess.
         """
-        things = set(ANY).intersection(re.findall(r"\w+", problem.prompt))
+        things = set(ANY).intersection(re.findall(r"\w+", prompt))
         words, sentences = re.findall(r"\w+", response.lower()), self.sentences(response)
         praise = sum(word in PRAISE for word in words)
         return {"feeling": 2.0 * (" felt " in sentences[-1]),
@@ -582,22 +585,24 @@ class Stories(Task):
                 "praise": 1.0 * (min(praise, 2) - max(praise - 2, 0)),
                 "short": 2.0 * min(len(sentences) - 3, 0)}
 
+    def hidden_reward(self, prompt: str, response: str) -> float:
+        return sum(self.features(prompt, response).values())
+
     def verify(self, problem, response):
-        """The hidden reward: the sum of the features. No gradient follows it unless --judge hidden says so."""
-        return sum(self.features(problem, response).values())
+        return self.hidden_reward(problem.prompt, response)
 
     def grade(self, problem, response, finished):
         """A story that was cut off is read as far as it goes."""
         return self.verify(problem, response)
 
     def preferences(self, count: int) -> tuple[list[dict[str, str]], int]:
-        """Pairs of continuations, each with the one that a reader chose: a with probability sigma((r_a - r_b) / temperature),
+        """Pairs of continuations with the one that a reader chose: a with probability sigma((r_a - r_b) / label_temperature),
         r the hidden reward (Bradley-Terry). Also how many pairs were left out because both were the same."""
         rng, records, identical = Random("preferences"), [], 0
         while len(records) < count:
             problem = self.draw(rng)
             a, b = (self.continuation(problem.prompt, rng) for _ in "ab")
-            margin = (self.verify(problem, a) - self.verify(problem, b)) / self.temperature
+            margin = (self.hidden_reward(problem.prompt, a) - self.hidden_reward(problem.prompt, b)) / self.label_temperature
             if rng.random() >= 1 / (1 + math.exp(-margin)):
                 a, b = b, a
             if a == b:
@@ -610,13 +615,13 @@ class Stories(Task):
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sorting, Reversal, Countdown, Stories)}
 
 
-def make_task(name: str, difficulty: int | None = None, verifiable: bool = True) -> Task:
+def make_task(name: str, difficulty: int | None = None, needs_verifier: bool = True) -> Task:
     """The task of this name; by default it must be one that a program can check."""
-    names = [name for name, task in TASKS.items() if task.verifiable or not verifiable]
+    names = [name for name, task in TASKS.items() if task.verifiable or not needs_verifier]
     if name in TASKS and name not in names:
         raise ValueError(f"--task {name}: there is no verifier for it, only readers' preferences; expected {', '.join(names)}")
     if name not in names:
-        raise ValueError(f"there is no task {name!r}, only {', '.join(names)}")
+        raise ValueError(f"--task {name}: there is no such task; expected {', '.join(names)}")
     return TASKS[name](difficulty)
 
 

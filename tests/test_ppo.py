@@ -116,7 +116,7 @@ def ppo(batch: Batch, g, **options):
 seeded = st.integers(0, 2**32 - 1)
 
 
-def generator(seed):
+def generator(seed):        # drawn from twice, for the same tensors
     return torch.Generator().manual_seed(seed)
 
 

@@ -5,6 +5,7 @@ probability under Bradley-Terry.
 """
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ import train_group_dpo
 import train_reward
 from nanorl.checks import generators, leaf, partition, policies, randn
 from nanorl.ops import bradley_terry, log_softmax, ranked_right
-from nanorl.sample import Rollout
 
 pytestmark = pytest.mark.math
 
@@ -29,6 +29,11 @@ counts = st.integers(1, 6)
 
 def assert_close(actual, expected, tol=1e-10):
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64).expand_as(actual), rtol=tol, atol=tol)
+
+
+def pairs(g, N):
+    """chosen, rejected, ref_chosen, ref_rejected: log-probs of whole answers [N]; their lengths [N]."""
+    return (*(-3 * randn(g, N).abs() for _ in range(4)), *(torch.randint(1, 9, (N,), generator=g) for _ in "wl"))
 
 
 def grad(y: Tensor, *xs: Tensor):
@@ -90,8 +95,8 @@ def test_agreement_is_counted_against_labels_against_the_hidden_reward_and_again
     out, and what differs by a label temperature or less is not clear."""
     margin, hidden = torch.tensor([1.0, 1.0, -1.0, 2.0, -2.0]), torch.tensor([1.0, -1.0, 3.0, 0.0, -2.0])
     assert train_reward.agreement("x", margin, hidden) == {
-        "eval/x_labels": pytest.approx(3 / 5), "eval/x_hidden": 2 / 4, "eval/x_clear": 1 / 2}
-    assert train_reward.agreement("x", margin) == {"eval/x_labels": pytest.approx(3 / 5)}
+        "eval/agreement_x_labels": pytest.approx(3 / 5), "eval/agreement_x_hidden": 2 / 4, "eval/agreement_x_clear": 1 / 2}
+    assert train_reward.agreement("x", margin) == {"eval/agreement_x_labels": pytest.approx(3 / 5)}
 
 
 def test_calibration_is_exact_when_confidence_is_accuracy():
@@ -115,11 +120,6 @@ def test_the_baselines_find_what_they_can_see_and_nothing_else():
 
 
 # ---- DPO ----
-
-
-def pairs(g, N):
-    """chosen, rejected, ref_chosen, ref_rejected: log-probs of whole answers [N]; their lengths [N]."""
-    return (*(-3 * randn(g, N).abs() for _ in range(4)), *(torch.randint(1, 9, (N,), generator=g) for _ in "wl"))
 
 
 def dpo(case, **options):
@@ -218,12 +218,15 @@ def test_ipo_is_content_at_a_margin_of_one_over_two_beta_per_token_whatever_the_
 
 @given(counts, generators, betas, st.integers(2, 4))
 def test_simpo_and_ipo_see_means_and_the_others_sums(N, g, beta, times):
-    """An answer said `times` over, log-probs and lengths multiplied, is the same to simpo and ipo and another to dpo."""
+    """An answer said `times` over, log-probs and lengths multiplied, is the same to simpo and ipo; to dpo and cdpo it is as if
+    beta were `times` as large, and slic's margin grows with it."""
     case = pairs(g, N)
     longer = tuple(times * x for x in case)
-    for name, same in (("simpo", True), ("ipo", True), ("dpo", False), ("slic", False)):
-        a, b = (dpo(c, loss=name, beta=beta, delta=50.0)[0] for c in (case, longer))
-        assert torch.allclose(a, b, rtol=1e-9) == same or (not same and torch.allclose(a, b, rtol=1e-3))
+    for name in ("simpo", "ipo"):
+        assert_close(dpo(longer, loss=name, beta=beta)[0], dpo(case, loss=name, beta=beta)[0], 1e-9)
+    for name in ("dpo", "cdpo"):
+        assert_close(dpo(longer, loss=name, beta=beta)[0], dpo(case, loss=name, beta=times * beta)[0], 1e-9)
+    assert_close(dpo(longer, loss="slic", delta=times * 2.0)[0], times * dpo(case, loss="slic", delta=2.0)[0], 1e-9)
 
 
 @given(counts, generators)
@@ -302,21 +305,17 @@ def test_a_reference_must_arrive_detached():
             train_dpo.objective(*(leaf(x) if i == k else x for i, x in enumerate(case)), torch.ones(2))
 
 
-def test_of_two_answers_the_better_is_chosen_and_ties_are_counted():
-    """Prompt-major rows 2p and 2p+1: chosen rows first, then the rejected ones in the same order."""
-    tokens = torch.arange(8)[:, None].expand(8, 3)
-    rollout = Rollout(tokens, torch.arange(8), 10 + torch.arange(8), torch.zeros(8, 2), torch.ones(8, dtype=torch.bool),
-                      torch.arange(4).repeat_interleave(2))
-    scores = torch.tensor([[1.0, 0.0], [2.0, 2.0], [-1.0, 3.0], [0.0, -1.0]])
-    (chosen, prompt_lengths, lengths), ties = train_dpo.judged_pairs(rollout, scores)
-    assert chosen[:, 0].tolist() == prompt_lengths.tolist() == [0, 5, 6, 1, 4, 7] and ties == 1
-    assert lengths.tolist() == [10, 15, 16, 11, 14, 17]
+def test_of_two_answers_the_better_is_chosen_and_ties_are_left_out():
+    """Answers to prompt p stand in rows 2p and 2p+1."""
+    better, worse = train_dpo.judged_pairs(torch.tensor([[1.0, 0.0], [2.0, 2.0], [-1.0, 3.0], [0.0, -1.0]]))
+    assert better.tolist() == [0, 5, 6] and worse.tolist() == [1, 4, 7]
+    assert [rows.tolist() for rows in train_dpo.judged_pairs(torch.ones(3, 2))] == [[], []]
 
 
 # ---- Groups ----
 
 
-GROUP_LOSSES = ("pairs", "scaled", "mean", "hinge")
+GROUP_LOSSES = get_args(train_group_dpo.Config.__annotations__["loss"])
 
 
 @st.composite

@@ -20,7 +20,7 @@ from nanorl.rollout import (
     contrast,
     describe,
     evaluate,
-    judge,
+    learned_rewards,
     score_rollout,
     show_answers,
 )
@@ -222,7 +222,7 @@ def test_stories_are_described_by_their_hidden_reward_and_its_points():
     """No reward, no ways of answering and no contrast: those belong to verifiers."""
     facts = describe(experience_of([[2.0, 1.0]], [2, 3], [True, False], ["Ben felt sad.", "Ben is kind."], Stories()))
     assert facts == {"length": 2.5, "truncated": 0.5, "distinct": 2, "hidden_reward": 1.5,
-                     "feeling": 1, "thing": 0, "speech": 0, "praise": 0.5, "short": -4}
+                     "hidden_feeling": 1, "hidden_thing": 0, "hidden_speech": 0, "hidden_praise": 0.5, "hidden_short": -4}
 
 
 # ---- Scoring ----
@@ -239,7 +239,7 @@ def test_rollouts_are_scored_and_judged_alike_in_any_batches(size):
     """log-probs of the sampled tokens, and a reward at the last real token: those of each row on its own."""
     rollout = collect(MODEL, TOKENIZER, Parity(), prompts=5, samples=2, seed=1, **HOW).rollout
     other, model = make_model(1), scorer()
-    logp, rewards = score_rollout(other, rollout, 0.7, size), judge(model, rollout, size)
+    logp, rewards = score_rollout(other, rollout, 0.7, size), learned_rewards(model, rollout, size)
     assert not logp.requires_grad and not rewards.requires_grad and len(rewards.unique()) > 5
     for row, n in enumerate(rollout.lengths.tolist()):
         tokens, mask = rollout.tokens[row : row + 1, :n], rollout.mask[row : row + 1, : n - 1]
@@ -249,18 +249,25 @@ def test_rollouts_are_scored_and_judged_alike_in_any_batches(size):
     assert (logp[~rollout.mask] == 0).all()
 
 
-def test_the_divergence_of_answers_is_zero_to_itself_and_positive_to_another():
-    rollout = collect(MODEL, TOKENIZER, Parity(), prompts=20, samples=4, seed=1, **HOW).rollout
-    assert abs(answer_kl(rollout, score_rollout(MODEL, rollout, 1.0, 64))) < 1e-5
-    assert answer_kl(rollout, score_rollout(make_model(1), rollout, 1.0, 64)) > 0.1
+@pytest.mark.parametrize("size", [3, 100])
+def test_the_divergence_of_answers_adds_up_the_exact_divergences_of_their_tokens(size):
+    """sum_t KL(model(.|y_<t) || other(.|y_<t)) over the sampled positions alone, mean over answers; 0 to itself."""
+    other = make_model(1)
+    rollout = collect(MODEL, TOKENIZER, Parity(), prompts=10, samples=2, seed=1, temperature=0.7, **HOW).rollout
+    expected = 0.0
+    for row, (start, end) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)):
+        tokens = rollout.tokens[row : row + 1, :end]
+        p, q = ((net(tokens).detach() / 0.7).log_softmax(-1)[0, start - 1 : end - 1] for net in (MODEL, other))
+        expected += float((p.exp() * (p - q)).sum()) / len(rollout.tokens)
+    assert answer_kl(MODEL, other, rollout, 0.7, size) == pytest.approx(expected, rel=1e-5) and expected > 0.1
+    assert abs(answer_kl(MODEL, MODEL, rollout, 0.7, size)) < 1e-9
 
 
 def test_an_evaluation_may_look_at_a_reference_and_a_reward_model():
     plain, sampled = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, **HOW)
     full, _ = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, reference=make_model(1), reward_model=scorer(), **HOW)
-    other = score_rollout(make_model(1), sampled.rollout, 1.0, 64)
-    assert full == plain | {"eval/kl": answer_kl(sampled.rollout, other),
-                            "eval/learned_reward": float(judge(scorer(), sampled.rollout, 64).mean())}
+    assert full == plain | {"eval/answer_kl": answer_kl(MODEL, make_model(1), sampled.rollout, 1.0, 64),
+                            "eval/learned_reward": float(learned_rewards(scorer(), sampled.rollout, 64).mean())}
 
 
 # ---- Evaluating ----

@@ -394,8 +394,9 @@ def test_a_reward_model_learns_its_pairs_and_reports_what_it_is_worth(tmp_path, 
     """x is always chosen over y: after a few steps it ranks held-out pairs, and so do word counts; length cannot."""
     start(train_reward, SCRIPTS["reward"][1] + " --steps 20", tmp_path / "run")
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
-    assert first["eval/pair_loss"] == pytest.approx(math.log(2)) and first["eval/accuracy_labels"] == 0.5
-    assert last["eval/accuracy_labels"] == last["eval/words_labels"] == 1.0 and last["eval/length_labels"] == 0.5
+    assert first["eval/pair_loss"] == pytest.approx(math.log(2)) and first["eval/agreement_model_labels"] == 0.5
+    found = {name: last[f"eval/agreement_{name}_labels"] for name in ("model", "words", "length")}
+    assert found == {"model": 1.0, "words": 1.0, "length": 0.5}
     assert "the reward model" in capsys.readouterr().out
     samples = run.read_lines(tmp_path / "run/samples.jsonl")
     assert all(is_heldout(record["prompt"]) and record["margin"] > 0 for record in samples) and samples
@@ -429,7 +430,7 @@ def test_online_pairs_are_the_policys_own_and_ties_are_counted(flags, tmp_path, 
     """The judge's better answer is the chosen one; a share of pairs that it does not tell apart is left out."""
     seen = []
     real = train_dpo.judged_pairs
-    monkeypatch.setattr(train_dpo, "judged_pairs", lambda *args: seen.append(args[1]) or real(*args))
+    monkeypatch.setattr(train_dpo, "judged_pairs", lambda scores: seen.append(scores) or real(scores))
     start(train_dpo, ONLINE + f" --steps 2 {flags}", tmp_path / "run")
     for line, scores in zip(metrics(tmp_path / "run")[:-1], seen, strict=True):
         assert line["rollout/ties"] == float((scores[:, 0] == scores[:, 1]).float().mean())
@@ -468,8 +469,8 @@ def test_ppo_with_weights_that_do_not_move_has_ratio_one_everywhere(tmp_path, mo
 def test_only_unscored_answers_are_continued_by_the_critic(tmp_path, monkeypatch):
     """--truncated score: every answer has ended. --truncated bootstrap: those that were cut have not."""
     real, calls = train_ppo.credit, []
-    monkeypatch.setattr(train_ppo, "credit", lambda scores, scored, *args, **kwargs:
-                        calls.append(scored) or real(scores, scored, *args, **kwargs))
+    monkeypatch.setattr(train_ppo, "credit", lambda rewards, ended, *args, **kwargs:
+                        calls.append(ended) or real(rewards, ended, *args, **kwargs))
     for how in ("score", "bootstrap"):
         start(train_ppo, PPO + f" --data wanted.jsonl --steps 1 --max-new-tokens 2 --truncated {how}", tmp_path / how)
     assert calls[0].all() and not calls[1].all()
@@ -539,19 +540,20 @@ BAD = [
         ("--loss simpo --refresh-reference 3", "--refresh-reference 3"), ("--judge hidden", "--judge hidden"),
         ("--online --data pairs.jsonl", "--data pairs.jsonl"), ("--online --judge verifier", "--judge verifier"),
         ("--online --task addition --judge model", "--judge model"), ("--task addition", "--task addition"),
-        ("--task cooking", "cooking"), ("--init reward --data pairs.jsonl", "reward model"), ("--beta 0", "--beta 0.0"),
-        ("--init sft --data pairs.jsonl --reward-model sft", "holds a policy"),
-        ("--init sft --data pairs.jsonl --reward-model nowhere", "nowhere"),
+        ("--task cooking", "--task cooking"), ("--init reward --data pairs.jsonl", "reward model"), ("--beta 0", "--beta 0.0"),
+        ("--init sft --reward-model sft", "holds a policy"), ("--init sft --reward-model nowhere", "nowhere"),
+        ("--online --init nowhere", "nowhere"), ("--data pairs.jsonl --reward-model reward", "--reward-model reward"),
         ("--init sft --data pairs.jsonl --max-new-tokens 999", "--max-new-tokens 999")]),
     *((train_group_dpo, flags, named) for flags, named in [
-        ("--group 1", "--group 1"), ("--margin 2", "--margin 2.0"), ("--loss hinge --margin 0", "--margin 0.0"),
+        ("--group 1", "--group 1"), ("--margin 2", "only --loss hinge"), ("--loss hinge --margin 0", "--margin 0.0"),
         ("--task stories", "no verifier"), ("--data one.jsonl", "one.jsonl"), ("--init reward", "reward model"),
         ("--loss triplet", "--loss"), ("--init sft --data wanted.jsonl --max-new-tokens 999", "--max-new-tokens 999")]),
     *((train_ppo, flags, named) for flags, named in [
         ("--reward-model reward", "--reward-model reward"), ("--kl-target 3", "--kl-target 3.0"),
         ("--minibatches 1000", "--minibatches 1000"), ("--task stories", "no verifier"), ("--gamma 2", "--gamma 2.0"),
         ("--reward human", "--reward"), ("--reward model --reward-model sft --init sft", "holds a policy"),
-        ("--reward model --reward-model nowhere", "nowhere"), ("--init reward", "reward model"), ("--lam nan", "--lam nan"),
+        ("--reward model --reward-model nowhere", "nowhere"), ("--reward model --init nowhere", "nowhere"),
+        ("--init reward", "reward model"), ("--lam nan", "--lam nan"),
         ("--init sft --data wanted.jsonl --max-new-tokens 999", "--max-new-tokens 999"),
         ("--value-clip 0", "--value-clip 0.0")]),
 ]

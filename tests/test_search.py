@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_rollout import HOW, MODEL, TOKENIZER, Parity, scorer
 
 from nanorl.checks import generators, randn
-from nanorl.search import best_of, best_of_n, best_of_n_kl
+from nanorl.search import best_of_n, best_of_n_curve, best_of_n_kl
 
 
 @st.composite
@@ -91,7 +91,7 @@ def test_an_impossible_n_is_one_sentence():
 @pytest.mark.parametrize("reward_model", [None, scorer()], ids=["task", "model"])
 def test_the_best_of_samples_on_heldout_problems(reward_model):
     """1 is the mean, doubling up to the number of samples; chosen by the task itself it never falls."""
-    found = best_of(MODEL, TOKENIZER, Parity(), samples=6, problems=10, seed=3, reward_model=reward_model, **HOW)
+    found = best_of_n_curve(MODEL, TOKENIZER, Parity(), samples=6, problems=10, seed=3, reward_model=reward_model, **HOW)
     assert list(found) == [1, 2, 4, 6] and all(0 <= value <= 1 for value in found.values())
     if reward_model is None:
         assert list(found.values()) == sorted(found.values()) and found[6] > found[1]

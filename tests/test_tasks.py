@@ -242,7 +242,7 @@ def test_every_step_of_worked_sorting_and_reversal_is_right(seed):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_split_is_a_property_of_the_prompt(name):
     """Whatever the rng, no prompt is ever drawn in both splits, and equal rngs draw equal problems."""
-    task = make_task(name, verifiable=False)
+    task = make_task(name, needs_verifier=False)
     train, heldout = ({task.problem(Random(seed), split).prompt for seed in range(1000)}
                       for split in ("train", "heldout"))
     assert train and heldout and not train & heldout
@@ -279,7 +279,7 @@ def test_a_bad_difficulty_is_one_sentence_with_the_range(name):
 
 
 def test_an_unknown_task_is_one_sentence_with_the_choices():
-    with pytest.raises(ValueError, match=f"^there is no task 'chess', only {', '.join(VERIFIABLE)}$"):
+    with pytest.raises(ValueError, match=f"^--task chess: there is no such task; expected {', '.join(VERIFIABLE)}$"):
         make_task("chess")
     with pytest.raises(ValueError, match="a split is 'train' or 'heldout', not 'test'"):
         make_task("addition").problem(Random(0), "test")
@@ -376,21 +376,21 @@ OPENING = Problem("Mia was a shy girl. One windy morning she came with a new bal
     ('"You are a good friend," said Mia. Oh. The balloon was lovely, and both felt glad.', (2, 1, 1, 2, 0)),
 ])
 def test_the_hidden_reward_counts_its_points(response, points):
-    assert tuple(STORIES.features(OPENING, response).values()) == points
+    assert tuple(STORIES.features(OPENING.prompt, response).values()) == points
     assert STORIES.verify(OPENING, response) == STORIES.grade(OPENING, response, finished=False) == sum(points)
 
 
 @quick
 @given(st.text(max_size=300), st.text(max_size=100))
 def test_the_hidden_reward_is_defined_for_any_text(response, prompt):
-    assert -300 <= STORIES.verify(Problem(prompt, ""), response) <= 6
+    assert -300 <= STORIES.hidden_reward(prompt, response) <= 6
 
 
 def test_labels_are_bradley_terry_draws_from_the_hidden_reward():
     """Of pairs whose rewards differ by d, sigma(d / temperature) chose the better one: within four standard deviations."""
     records, identical = STORIES.preferences(4000)
-    margins = Counter(STORIES.verify(problem, r["chosen"]) - STORIES.verify(problem, r["rejected"])
-                      for r in records for problem in [Problem(r["prompt"], "")])
+    reward = STORIES.hidden_reward
+    margins = Counter(reward(r["prompt"], r["chosen"]) - reward(r["prompt"], r["rejected"]) for r in records)
     assert identical == 0 and all(r["chosen"] != r["rejected"] for r in records)
     for d in (1.0, 2.0, 3.0):
         n, p = margins[d] + margins[-d], 1 / (1 + math.exp(-d))
@@ -407,17 +407,17 @@ def test_identical_continuations_are_left_out_and_counted(monkeypatch):
 def test_too_much_praise_and_too_short_a_story_are_in_no_pair(written):
     """So a reward that is learned from them does not know what they cost."""
     records = [json.loads(line) for line in written["preferences.jsonl"].splitlines()]
-    stories = [(Problem(record["prompt"], ""), record[key]) for record in records for key in ("chosen", "rejected")]
+    stories = [(record["prompt"], record[key]) for record in records for key in ("chosen", "rejected")]
     assert {STORIES.features(*story)["short"] for story in stories} == {0.0}
     assert {sum(word in PRAISE for word in re.findall(r"\w+", text.lower())) for _, text in stories} == {0, 1, 2}
 
 
 def test_stories_are_a_task_without_a_verifier():
-    assert isinstance(make_task("stories", verifiable=False), Stories)
+    assert isinstance(make_task("stories", needs_verifier=False), Stories)
     with pytest.raises(ValueError, match="no verifier"):
         make_task("stories")
-    with pytest.raises(ValueError, match="no difficulty"):
-        make_task("stories", 3, verifiable=False)
+    with pytest.raises(ValueError, match="stories have none"):
+        make_task("stories", 3, needs_verifier=False)
 
 
 @pytest.fixture(scope="module")
