@@ -10,7 +10,7 @@ to one prompt. The relatives differ in the *implicit reward* r, and in what they
     dpo       beta log(pi/ref)            -log sigma(m)                                 Rafailov et al. 2023, eq. 7
     cdpo      beta log(pi/ref)            -(1-e) log sigma(m) - e log sigma(-m)         Mitchell 2023; e is --label-noise
     ipo       log(pi/ref) / |y|           (m - 1/(2 beta))^2                            Azar et al. 2023, eq. 17, there of sums
-    slic      log pi                      max(0, delta - m)                             Zhao et al. 2023; and --nll-coef 0.1
+    slic      log pi                      max(0, delta - m); --nll-coef 0.1             Zhao et al. 2023, there of SFT's target
     simpo     beta log(pi) / |y|          -log sigma(m - gamma)                         Meng et al. 2024, eq. 6
 
 log pi is of the whole response and |y| its length in tokens, the stop token included. --nll-coef c adds -c log pi(w)/|w| to
@@ -45,6 +45,7 @@ from nanorl.rollout import (
     describe,
     evaluate,
     learned_rewards,
+    load_reward_model,
     show_answers,
 )
 from nanorl.sample import token_log_probs
@@ -87,8 +88,8 @@ class Config(run.RunConfig):
     task: str = "stories"       # stories, or with --online also addition, sums, sorting, reversal or countdown
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; stories 140)
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
-    eval_problems: run.Count = 200    # held-out prompts
-    best_of: run.Natural = 16   # answers per prompt for best-of-n before training, to compare with; 0 is off
+    eval_problems: run.Count = 200    # held-out prompts to answer (not with --data)
+    best_of: run.Natural = 16   # answers to each of them for best-of-n before training, to compare with; 0 is off
 
     def __post_init__(self):
         """Fill what was left open from the loss's row, and refuse what contradicts itself."""
@@ -179,8 +180,8 @@ def main(cfg: Config) -> None:
         records, training, heldout, identical = [], [], [], 0
         if not cfg.online:
             records, training, heldout, identical = train_reward.read_pairs(cfg.data)
-        for path in filter(None, (cfg.init, cfg.reward_model)):
-            run.load_checkpoint(path)
+        run.check_kind(cfg.init, "policy")
+        run.check_kind(cfg.reward_model, "reward model")
     init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, 0), **run.same(cfg, "task"))
     reward_path = cfg.reward_model
     if cfg.judge == "model" and not reward_path:
@@ -190,12 +191,11 @@ def main(cfg: Config) -> None:
         tokenizer = run.tokenizer_from(initial)
         policy = run.model_from(checkpoint or initial, device)
         start = run.model_from(initial, device).requires_grad_(False)
-        reward_model = None
-        if reward_path:
-            reward_model = run.scalar_model_from(run.load_checkpoint(reward_path), device).requires_grad_(False)
+        reward_model = load_reward_model(reward_path, tokenizer, device) if reward_path else None
         prompts, chosen, rejected = train_reward.render_pairs(records, tokenizer, policy.config.context, cfg.data)
         asked = prompts if cfg.data else [tokenizer.render(problem.prompt) for problem in task.examples()]
-        check_room(policy, asked, cfg.max_new_tokens)
+        for model in filter(None, (policy, reward_model)):
+            check_room(model, asked, cfg.max_new_tokens)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)

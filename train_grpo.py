@@ -326,6 +326,8 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
+        if not checkpoint:
+            run.check_kind(cfg.init, "policy")
         task = choose_task(cfg.task, cfg.difficulty, cfg.data)
         demonstrations = train_sft.training_records(cfg.demonstrations, task) if cfg.likelihood_coef else []
         stories = read_text(DATA / "stories_heldout.txt")

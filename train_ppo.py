@@ -50,6 +50,7 @@ from nanorl.rollout import (
     describe,
     evaluate,
     learned_rewards,
+    load_reward_model,
     means,
     micro_batches,
     minibatches,
@@ -84,7 +85,7 @@ class Config(run.RunConfig):
     lam: run.Share = 1.0        # of GAE: 1 trusts the rewards to go, 0 the critic
     clip_low: run.Share = 0.2   # the band of the ratio is 1 - clip_low ...
     clip_high: run.Positive = 0.2    # ... to 1 + clip_high
-    value_clip: run.Positive = 0.5    # how far a value may move per rollout
+    value_clip: run.Positive = 0.5    # a value this far from where it was is not pushed further towards its return
     value_coef: run.NonNegative = 0.5    # weight of the value loss
     entropy_coef: run.NonNegative = 0.0    # weight of the entropy bonus
     kl_coef: run.NonNegative | None = None    # reward that a nat of KL to the initial policy costs (default: 0; stories 0.1)
@@ -93,7 +94,7 @@ class Config(run.RunConfig):
     minibatches: run.Count = 2  # optimizer steps per pass
     micro_batch: run.Count = 64  # rows in memory at a time
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
-    grad_clip: run.Positive = 1.0    # bound on the gradient's norm
+    grad_clip: run.Positive = 1.0    # bound on the gradient's norm, of policy and critic together
     eval_problems: run.Count | None = None    # held-out problems (default: 500; stories 200)
     best_of: run.Natural = 16   # answers per problem for best-of-n before training, to compare with; 0 is off
 
@@ -172,14 +173,28 @@ def steer(kl_coef, kl, target):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def state_values(critic, rollout, size):
+    """The critic's value of the state that each token was chosen in, and of the one behind the last token.
+
+    -> values [B, T-1], of which [:, t] belongs to tokens[:, t+1], 0 where nothing was sampled; last_value [B]
+    """
+    values, last_value = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp[:, 0])
+    for rows, T in micro_batches(torch.arange(len(values), device=values.device), rollout.lengths, size):
+        v = critic(rollout.tokens[rows, :T]).float()                                        # [rows, T]
+        values[rows, : T - 1] = v[:, :-1]
+        last_value[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)
+    return values.masked_fill(~rollout.mask, 0.0), last_value
+
+
 def main(cfg: Config) -> None:
     # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
         task = choose_task(cfg.task, cfg.difficulty, cfg.data, needs_verifier=cfg.reward == "verifier")
-        for path in filter(None, (cfg.init, cfg.reward_model)):
-            run.load_checkpoint(path)
+        run.check_kind(cfg.init, "policy")
+        run.check_kind(cfg.reward_model, "reward model")
     init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
                                         **run.same(cfg, "task", "difficulty"))
     reward_path = cfg.reward_model
@@ -191,10 +206,9 @@ def main(cfg: Config) -> None:
         policy = run.model_from(checkpoint or initial, device)
         reference = run.model_from(initial, device).requires_grad_(False)
         critic = ScalarGPT(policy if cfg.critic == "shared" else run.model_from(initial, device)).to(device)
-        reward_model = None
-        if reward_path:
-            reward_model = run.scalar_model_from(run.load_checkpoint(reward_path), device).requires_grad_(False)
-        check_room(policy, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
+        reward_model = load_reward_model(reward_path, tokenizer, device) if reward_path else None
+        for model in filter(None, (policy, reward_model)):
+            check_room(model, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
 
     optimizer = run.Optimizers(nn.ModuleDict({"policy": policy, "critic": critic}), "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
@@ -223,16 +237,6 @@ def main(cfg: Config) -> None:
         show_answers(out, experience)
         return metrics
 
-    @torch.no_grad()
-    def value_all(rollout):
-        """The critic's value of every state, and of the one after the last token.       -> [B, T-1], [B]"""
-        values, last = torch.zeros_like(rollout.logp), torch.zeros(len(rollout.tokens), device=device)
-        for rows, T in micro_batches(torch.arange(len(values), device=device), rollout.lengths, cfg.micro_batch):
-            v = critic(rollout.tokens[rows, :T]).float()                                    # [rows, T]
-            values[rows, : T - 1] = v[:, :-1]
-            last[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)
-        return values, last
-
     for step in out.steps():
         # 2. Look: held-out prompts.
         if step % cfg.eval_every == 0:
@@ -249,7 +253,7 @@ def main(cfg: Config) -> None:
                 rewards = learned_rewards(reward_model, rollout, cfg.micro_batch)
             old_logp = score_rollout(policy, rollout, cfg.temperature, cfg.micro_batch)     # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
-            old_values, last_value = value_all(rollout)
+            old_values, last_value = state_values(critic, rollout, cfg.micro_batch)
         ended = rollout.finished | (cfg.truncated == "score")
         facts = describe(fresh)
         if reward_model:
@@ -262,7 +266,9 @@ def main(cfg: Config) -> None:
         kl_coef = out.state["kl_coef"]
         adv, returns = credit(rewards, ended, old_logp, ref_logp, old_values, last_value, mask,
                               kl_coef=kl_coef, gamma=cfg.gamma, lam=cfg.lam)
-        unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
+        if spread := float(returns[mask].var(correction=0)):
+            error = float((returns - old_values)[mask].var(correction=0))
+            out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
 
         # 5. Update: a few passes over the rollout. The weights are the whole optimizer step's.
@@ -290,7 +296,7 @@ def main(cfg: Config) -> None:
         if cfg.kl_target:
             out.state["kl_coef"] = steer(kl_coef, kl, cfg.kl_target)
         out.log(means(totals, tokens))
-        out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef, "train/explained_variance": 1 - unexplained, "train/lr": lr,
+        out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef, "train/lr": lr,
                  "time/update_s": time.perf_counter() - started},
                 show={name: f"{facts[name]:.2f}" for name in ("reward", "learned_reward", "hidden_reward") if name in facts}
                 | {"length": f"{facts['length']:.1f}", "kl": f"{kl:.1f}"})

@@ -87,6 +87,8 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
+        if not checkpoint:
+            run.check_kind(cfg.init, "policy")
         records, training, heldout, identical = read_pairs(cfg.data)
     stage = dict(out="runs/sft-stories", task="stories", **run.same(cfg))
     init = "" if checkpoint else cfg.init or run.ensure_stage(train_sft, **stage)
@@ -205,8 +207,8 @@ def word_margins(training, heldout):
     def count(record, key):
         return Counter(re.findall(r"\w+|[^\w\s]", record[key].lower()))
 
-    vocabulary = {word: i for i, word in enumerate(sorted({word for record in training for key in ("chosen", "rejected")
-                                                           for word in count(record, key)}))}
+    words = sum((count(record, key) for record in training for key in ("chosen", "rejected")), Counter())
+    vocabulary = {word: i for i, (word, _) in enumerate(words.most_common(5000))}
 
     def differences(records):
         x = torch.zeros(len(records), len(vocabulary), dtype=torch.float64)

@@ -99,6 +99,8 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
+        if not checkpoint:
+            run.check_kind(cfg.init, "policy")
         task = make_task(cfg.task, cfg.difficulty or None, needs_verifier=False)
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
         training, heldout = split(records, cfg.data)

@@ -22,7 +22,7 @@ from nanorl.search import best_of_n_curve, best_of_n_kl
 from nanorl.tasks import Stories
 from train_reward import RANKERS
 
-# Label: the script and its flags. {reward} is the reward model of the same seed, {stories} and {sums} the initial models.
+# Label: the script and its flags. {reward} is the reward model of the same seed, {stories} and {addition} the initial models.
 REWARD = {"reward model": "train_reward.py --init {stories}"}
 STORIES = {
     "DPO": "train_dpo.py --init {stories}",
@@ -30,8 +30,11 @@ STORIES = {
     "PPO": "train_ppo.py --reward model --reward-model {reward} --init {stories} --kl-coef 0.1",
     "PPO without a leash": "train_ppo.py --reward model --reward-model {reward} --init {stories} --kl-coef 0",
 }
-SUMS = {"PPO, verifier": "train_ppo.py --init {sums}"} | {
-    f"group loss: {loss}": f"train_group_dpo.py --init {{sums}} --loss {loss}" for loss in ("pairs", "scaled", "mean", "hinge")}
+ADDITION = {
+    "PPO, verifier": "train_ppo.py --init {addition}",
+    **{f"group loss: {loss}": f"train_group_dpo.py --init {{addition}} --loss {loss}"
+       for loss in ("pairs", "scaled", "mean", "hinge")},
+}
 COMMON = {"train_reward.py": "",
           "train_dpo.py": "--eval-every 20 --best-of 0",
           "train_ppo.py": "--steps 30 --eval-every 5 --best-of 0",
@@ -44,7 +47,7 @@ def train(args: argparse.Namespace, rows: dict[str, str]) -> None:
     for seed in range(args.seeds):
         for label, line in rows.items():
             script, flags = line.split(" ", 1)
-            flags = flags.format(stories=args.stories, sums=args.sums, reward=directory(args.out, "reward model", seed))
+            flags = flags.format(stories=args.stories, addition=args.addition, reward=directory(args.out, "reward model", seed))
             runs.append((directory(args.out, label, seed), script, f"{flags} --seed {seed} {COMMON[script]}"))
     train_all(runs, args.jobs)
 
@@ -77,23 +80,25 @@ def reward_table(logs: list[list[dict]]) -> str:
 
 
 def stories_table(logs: dict[str, list[list[dict]]], best: list[dict[int, float]]) -> str:
-    lines = ["| | hidden reward | of it, for praise | learned reward, change | KL to the start, nats |",
-             "|---|---|---|---|---|"]
+    lines = ["| | hidden reward | of it, for praise | learned reward, change | KL to the start, nats | cut at the limit |",
+             "|---|---|---|---|---|---|"]
     start = [log[0] for log in logs["PPO"]]
     lines.append(f"| the start | {cell([line['eval/hidden_reward'] for line in start], 2)} | "
-                 f"{cell([line['eval/hidden_praise'] for line in start], 2)} | 0 | 0 |")
-    lines.append(f"| best of {N} | {cell([curve[N] for curve in best], 2)} | – | – | at most {best_of_n_kl(N):.2f} |")
+                 f"{cell([line['eval/hidden_praise'] for line in start], 2)} | 0 | 0 | "
+                 f"{cell([line['eval/truncated'] for line in start], 2)} |")
+    lines.append(f"| best of {N} | {cell([curve[N] for curve in best], 2)} | – | – | at most {best_of_n_kl(N):.2f} | – |")
     for label, runs in logs.items():
         last, first = [log[-1] for log in runs], [log[0] for log in runs]
         learned = [a["eval/learned_reward"] - b["eval/learned_reward"] if "eval/learned_reward" in a else None
                    for a, b in zip(last, first, strict=True)]
         cells = (cell([line["eval/hidden_reward"] for line in last], 2), cell([line["eval/hidden_praise"] for line in last], 2),
-                 cell(learned, 2), cell([line["eval/answer_kl"] for line in last], 1))
+                 cell(learned, 2), cell([line["eval/answer_kl"] for line in last], 1),
+                 cell([line["eval/truncated"] for line in last], 2))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def sums_table(logs: dict[str, list[list[dict]]]) -> str:
+def addition_table(logs: dict[str, list[list[dict]]]) -> str:
     lines = ["| | accuracy, sampled: before | after | steps | KL to the start, nats |", "|---|---|---|---|---|"]
     for label, runs in logs.items():
         before, after = ([log[k]["eval/accuracy_sampled"] for log in runs] for k in (0, -1))
@@ -123,11 +128,12 @@ def calibration(folders: list[Path], bins: int = 8) -> tuple[list[float], list[f
     for part in ((predicted * bins).long().clamp(max=bins - 1) == b for b in range(bins)):
         if n := int(part.sum()):
             p = float(actual[part].mean())
+            n /= len(folders)           # every seed has the same held-out pairs
             points.append((float(predicted[part].mean()), p, (max(p * (1 - p), 1 / n) / n) ** 0.5))
     return tuple(map(list, zip(*points, strict=True)))
 
 
-def draw(args: argparse.Namespace, stories: dict, sums: dict, best: list[dict[int, float]]) -> None:
+def draw(args: argparse.Namespace, stories: dict, addition: dict, best: list[dict[int, float]]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -159,11 +165,11 @@ def draw(args: argparse.Namespace, stories: dict, sums: dict, best: list[dict[in
     hacked.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     hacked.set(title="learned and hidden reward during PPO", xlabel="step", ylabel="reward, change since the start")
 
-    for (label, logs), colour in zip(sums.items(), PALETTE, strict=False):
+    for (label, logs), colour in zip(addition.items(), PALETTE, strict=False):
         for k, log in enumerate(logs):
             step, accuracy = curve(log, "step", "eval/accuracy_sampled")
             groups.plot(step, accuracy, color=colour, linewidth=1.2, label=label if k == 0 else None)
-    groups.set(title="sums, by a verifier", xlabel="step", ylabel="held-out accuracy, sampled", ylim=(0, 1.02))
+    groups.set(title="addition, by a verifier", xlabel="step", ylabel="held-out accuracy, sampled", ylim=(0, 1.02))
 
     for axis in (knows, plane, hacked, groups):
         axis.spines[["top", "right"]].set_visible(False)
@@ -175,7 +181,7 @@ def draw(args: argparse.Namespace, stories: dict, sums: dict, best: list[dict[in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", default="runs/sft-stories", help="the model of stories to start from")
-    parser.add_argument("--sums", default="runs/sft", help="the model of sums to start from")
+    parser.add_argument("--addition", default="runs/sft", help="the model of addition to start from")
     parser.add_argument("--out", type=Path, default=Path("runs/preferences"), help="directory of the runs")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/preferences.png", help="the PNG to write")
     parser.add_argument("--seeds", type=int, default=3)
@@ -184,13 +190,13 @@ def main() -> None:
     args = parser.parse_args()
     if not args.draw:
         train(args, REWARD)
-        train(args, STORIES | SUMS)
+        train(args, STORIES | ADDITION)
     logs = {label: [read_metrics(directory(args.out, label, seed)) for seed in range(args.seeds)]
-            for label in REWARD | STORIES | SUMS}
+            for label in REWARD | STORIES | ADDITION}
     best = [search(args, seed) for seed in range(args.seeds)]
-    stories, sums = ({label: logs[label] for label in rows} for rows in (STORIES, SUMS))
-    print("\n\n".join((reward_table(logs["reward model"]), stories_table(stories, best), sums_table(sums))))
-    draw(args, stories, sums, best)
+    stories, addition = ({label: logs[label] for label in rows} for rows in (STORIES, ADDITION))
+    print("\n\n".join((reward_table(logs["reward model"]), stories_table(stories, best), addition_table(addition))))
+    draw(args, stories, addition, best)
     print(f"\nDrew {args.figure}.")
 
 

@@ -275,8 +275,8 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """max( (V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2 ) / 2.       [...] each -> [...]     (PPO's code, 2017)
 
-    The gradient is zero where V has moved further than `clip` from where it was, towards R: pessimistic, like the clipped
-    surrogate. clip = inf is the squared error.
+    Pessimistic, like the clipped surrogate: the gradient is zero where V has moved further than `clip` from where it was and
+    is nearer to R than a smaller step would have been. clip = inf is the squared error.
     """
     assert not (old_values.requires_grad or returns.requires_grad), "old values and returns are constants: detach them"
     clipped = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)

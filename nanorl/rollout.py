@@ -14,18 +14,28 @@ from torch import Tensor
 from nanorl.data import read_records, shift
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import kl_divergence
-from nanorl.run import Run, derive, generator
+from nanorl.run import Run, check_kind, derive, generator, load_checkpoint, scalar_model_from
 from nanorl.sample import Rollout, generate, token_log_probs
 from nanorl.tasks import MARKER, FileTask, Problem, Task, is_worked, make_task
 from nanorl.tokenizer import Tokenizer
 
 
-def check_room(model: GPT, prompts: list[list[int]], max_new_tokens: int) -> None:
+def check_room(model: GPT | ScalarGPT, prompts: list[list[int]], max_new_tokens: int) -> None:
     """ValueError when these prompts and `max_new_tokens` do not fit the model's context."""
     longest = max(map(len, prompts))
     if longest + max_new_tokens > model.config.context:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
                          f"{model.config.context} has room for {max(0, model.config.context - longest)}")
+
+
+def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> ScalarGPT:
+    """The reward model of a run, which must read the same token ids as the policy. Its weights are constants."""
+    check_kind(path, "reward model")
+    checkpoint = load_checkpoint(path)
+    if checkpoint["tokenizer"] != tokenizer.state_dict():
+        raise ValueError(f"{path}: made with another tokenizer than the policy's; expected one that starts from the same "
+                         "pretraining")
+    return scalar_model_from(checkpoint, device).requires_grad_(False)
 
 
 def choose_task(name: str, difficulty: int, data: str, needs_verifier: bool = True) -> Task:
@@ -253,6 +263,7 @@ def before_and_after(title: str, before: dict[str, float], after: dict[str, floa
                         ("reward_direct", "accuracy when blurted"), ("hidden_reward", "hidden reward"),
                         ("hidden_praise", "  of it, for praise"), ("hidden_short", "  of it, for being short"),
                         ("learned_reward", "learned reward"), ("length", "tokens per answer"),
+                        ("truncated", "share cut at the limit"),
                         ("answer_kl", "KL to the start, nats"),
                         ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right")):
         values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after)]

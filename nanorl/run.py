@@ -311,17 +311,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def check_kind(path: str, what: Literal["policy", "reward model"]) -> None:
+    """ValueError when a path that was given does not lead to a checkpoint of this kind."""
+    if path:
+        found = "reward model" if "scalar.weight" in load_checkpoint(path)["model"] else "policy"
+        if found != what:
+            script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
+            raise ValueError(f"{path}: holds a {found}; expected a {what}, as {script} makes it")
+
+
 def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:
     """The policy of a checkpoint, with its weights."""
-    if "scalar.weight" in checkpoint["model"]:
-        raise ValueError("the checkpoint holds a reward model; expected a policy, as pretraining and fine-tuning make it")
     return _with_weights(GPT(GPTConfig(**checkpoint["gpt"])), checkpoint, device)
 
 
 def scalar_model_from(checkpoint: dict[str, Any], device: torch.device) -> ScalarGPT:
     """The reward model of a checkpoint, with its weights."""
-    if "scalar.weight" not in checkpoint["model"]:
-        raise ValueError("the checkpoint holds a policy; expected a reward model, as train_reward.py makes it")
     return _with_weights(ScalarGPT(GPT(GPTConfig(**checkpoint["gpt"]))), checkpoint, device)
 
 

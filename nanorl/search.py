@@ -31,7 +31,7 @@ def best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n-1)/n: how far best-of-n is from the policy it samples, in nats, at most.     (Beirami et al. 2024, thm. 1)"""
+    """log n - (n-1)/n: how far best-of-n is from the policy it samples, in nats, at most.     (Beirami et al. 2024)"""
     return math.log(n) - (n - 1) / n
 
 
@@ -41,9 +41,14 @@ def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, *, samples: in
 
     Chosen by the reward model where there is one, by the task itself otherwise: a verifier, or the hidden reward.
     """
-    experience = answer(model, tokenizer, task, heldout_problems(task, problems, seed), samples=samples,
-                        seed=derive(seed, "best_of_n"), **how)
-    values = experience.rewards
-    scores = learned_rewards(reward_model, experience.rollout, size).cpu().view_as(values) if reward_model else values
+    asked, values, scores = heldout_problems(task, problems, seed), [], []
+    for i in range(0, problems, size):          # few at a time: their caches take memory
+        experience = answer(model, tokenizer, task, asked[i : i + size], samples=samples,
+                            seed=derive(seed, "best_of_n", i), **how)
+        values.append(experience.rewards)
+        if reward_model:
+            scores.append(learned_rewards(reward_model, experience.rollout, size).cpu().view_as(experience.rewards))
+    values = torch.cat(values)
+    scores = torch.cat(scores) if reward_model else values
     counts = [2**k for k in range(samples.bit_length()) if 2**k < samples] + [samples]
     return {n: float(best_of_n(scores, values, n).mean()) for n in counts}

@@ -545,6 +545,10 @@ class Stories(Task):
     def draw(self, rng):
         return Problem(*tell(rng))
 
+    def examples(self):
+        """More than other tasks need: openings are of many lengths."""
+        return [self.draw(Random(i)) for i in range(1000)]
+
     def continuation(self, prompt: str, rng: Random) -> str:
         """Another way for the story to go on."""
         words = re.findall(r"\w+", prompt)

@@ -16,6 +16,7 @@ from nanorl.ops import (
     AGGREGATES,
     bradley_terry,
     center,
+    clipped_away,
     clipped_surrogate,
     clipped_value_loss,
     entropy_from_logits,
@@ -1053,6 +1054,18 @@ def test_the_surrogate_is_pessimistic_and_flat_exactly_where_rho_left_in_As_favo
     edge = (ratio == 1 - low) | (ratio == 1 + high)             # a kink has no gradient to speak of
     assert (g[left] == 0).all()
     assert_close(g[~left & ~edge], (ratio * adv)[~left & ~edge])
+
+
+@given(surrogate_arguments())
+def test_what_is_counted_as_clipped_away_is_what_has_no_gradient(case):
+    """Below the band only where A < 0, above it only where A > 0. A = 0 has no gradient either, and is not counted."""
+    logp, old_logp, adv, low, high = case
+    x, ratio = leaf(logp), (logp - old_logp).exp()
+    below, above = clipped_away(ratio, adv, low, high)
+    flat = (grad(clipped_surrogate(x, old_logp, adv, low, high), x) == 0) & (adv != 0)
+    edge = (ratio == 1 - low) | (ratio == 1 + high)
+    assert torch.equal((below | above)[~edge], flat[~edge]) and not (below & above).any()
+    assert (ratio[below] < 1).all() and (ratio[above] > 1).all()
 
 
 @given(surrogate_arguments(), st.floats(0.01, 2.0))

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_rollout import HOW, MODEL, TOKENIZER, Parity, scorer
 
 import train_grpo
 import train_ppo
 from nanorl.checks import Batch, batches, generators, leaf, masks, partition, poisons, policies, randn
 from nanorl.ops import clipped_value_loss, gae
+from nanorl.rollout import collect
 from nanorl.tabular import expectation, log_probs, sequence_kl
 
 pytestmark = pytest.mark.math
@@ -25,7 +27,7 @@ def assert_close(actual, expected, tol=1e-10):
 
 @st.composite
 def answers(draw):
-    """What `credit` takes, each row of the mask one run or none: scores, scored, logp, ref_logp, values, last_value, mask."""
+    """What `credit` takes, each row of the mask one run or none: rewards, ended, logp, ref_logp, values, last_value, mask."""
     mask, g = draw(masks(kinds=("empty", "full", "run"))), draw(generators)
     B = len(mask)
     return (randn(g, B), torch.rand(B, generator=g) < 0.5, -randn(g, *mask.shape).abs(), -randn(g, *mask.shape).abs(),
@@ -39,48 +41,48 @@ coefficients = st.sampled_from([0.0, 0.1, 2.0])
 def test_an_answers_return_is_its_score_less_the_price_of_its_divergence(case, kl_coef):
     """gamma = lam = 1, all scored: the return at the first token is score - kl_coef sum_t log(pi / ref), whatever the critic's
     last value says."""
-    scores, _, logp, ref_logp, values, last_value, mask = case
-    _, returns = train_ppo.credit(scores, torch.ones_like(mask[:, 0]), logp, ref_logp, values, last_value, mask,
+    rewards, _, logp, ref_logp, values, last_value, mask = case
+    _, returns = train_ppo.credit(rewards, torch.ones_like(mask[:, 0]), logp, ref_logp, values, last_value, mask,
                                   kl_coef=kl_coef, gamma=1.0, lam=1.0)
     first = mask & (mask.cumsum(-1) == 1)
-    total = scores - kl_coef * (logp - ref_logp).masked_fill(~mask, 0.0).sum(-1)
+    total = rewards - kl_coef * (logp - ref_logp).masked_fill(~mask, 0.0).sum(-1)
     assert_close(returns[first], total[mask.any(-1)])
 
 
 @given(answers())
 def test_the_score_lands_on_the_last_token_alone(case):
     """With a critic of 0 and lam = 0, an advantage is the reward of its own token."""
-    scores, _, logp, ref_logp, values, last_value, mask = case
-    adv, _ = train_ppo.credit(scores, torch.ones_like(mask[:, 0]), logp, ref_logp, torch.zeros_like(values), last_value, mask,
+    rewards, _, logp, ref_logp, values, last_value, mask = case
+    adv, _ = train_ppo.credit(rewards, torch.ones_like(mask[:, 0]), logp, ref_logp, torch.zeros_like(values), last_value, mask,
                               kl_coef=0.0, gamma=1.0, lam=0.0)
     last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
-    assert_close(adv, torch.where(last, scores[:, None], 0.0))
+    assert_close(adv, torch.where(last, rewards[:, None], 0.0))
 
 
 @given(answers(), coefficients, st.floats(0, 1), st.floats(0, 1))
-def test_a_scored_answer_has_ended_and_an_unscored_one_is_continued_by_the_critic(case, kl_coef, gamma, lam):
-    """Never both: the score of an unscored answer and the last value of a scored one change no bit."""
-    scores, scored, logp, ref_logp, values, last_value, mask = case
+def test_an_answer_that_has_ended_gets_its_reward_and_another_the_critics_last_value(case, kl_coef, gamma, lam):
+    """Never both: the reward of the one and the last value of the other change no bit."""
+    rewards, ended, logp, ref_logp, values, last_value, mask = case
     kwargs = dict(kl_coef=kl_coef, gamma=gamma, lam=lam)
-    found = train_ppo.credit(scores, scored, logp, ref_logp, values, last_value, mask, **kwargs)
-    other = train_ppo.credit(torch.where(scored, scores, 99.0), scored, logp, ref_logp, values,
-                             torch.where(scored, 99.0, last_value), mask, **kwargs)
+    found = train_ppo.credit(rewards, ended, logp, ref_logp, values, last_value, mask, **kwargs)
+    other = train_ppo.credit(torch.where(ended, rewards, 99.0), ended, logp, ref_logp, values,
+                             torch.where(ended, 99.0, last_value), mask, **kwargs)
     for a, b in zip(found, other, strict=True):
         assert torch.equal(a, b)
-    rewards = -kl_coef * (logp - ref_logp).masked_fill(~mask, 0.0)
-    for row in (~scored).nonzero().flatten().tolist():
-        alone = gae(rewards[row, None], values[row, None], mask[row, None], gamma, lam, last_value[row, None])
+    token_rewards = -kl_coef * (logp - ref_logp).masked_fill(~mask, 0.0)
+    for row in (~ended).nonzero().flatten().tolist():
+        alone = gae(token_rewards[row, None], values[row, None], mask[row, None], gamma, lam, last_value[row, None])
         for a, b in zip(found, alone, strict=True):
             assert_close(a[row], b[0])
 
 
 @given(answers(), poisons)
 def test_padding_has_no_part_in_credit(case, poison):
-    scores, scored, logp, ref_logp, values, last_value, mask = case
+    rewards, ended, logp, ref_logp, values, last_value, mask = case
     kwargs = dict(kl_coef=0.1, gamma=0.9, lam=0.8)
-    found = train_ppo.credit(scores, scored, logp, ref_logp, values, last_value, mask, **kwargs)
+    found = train_ppo.credit(rewards, ended, logp, ref_logp, values, last_value, mask, **kwargs)
     poisoned = [x.masked_fill(~mask, poison) for x in (logp, ref_logp, values)]
-    for a, b in zip(found, train_ppo.credit(scores, scored, *poisoned, last_value, mask, **kwargs), strict=True):
+    for a, b in zip(found, train_ppo.credit(rewards, ended, *poisoned, last_value, mask, **kwargs), strict=True):
         assert torch.equal(a, b)
 
 
@@ -96,6 +98,19 @@ def test_rewards_to_go_with_their_divergence_follow_the_leashed_objective(pair, 
     estimate = torch.autograd.grad(expectation(pi, (adv * log_probs(table)).sum(-1)), table)[0]
     exact = torch.autograd.grad(expectation(table, r) - kl_coef * sequence_kl(table, ref), table)[0]
     assert_close(estimate, exact, 1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_value_is_the_critics_at_the_state_that_the_token_was_chosen_in(size):
+    """values[b, t] of each row alone, read at position t, before tokens[:, t+1]; the last value behind the last token."""
+    critic = scorer()
+    rollout = collect(MODEL, TOKENIZER, Parity(), prompts=5, samples=2, seed=1, **HOW).rollout
+    values, last_value = train_ppo.state_values(critic, rollout, size)
+    assert not values.requires_grad and len(values[rollout.mask].unique()) > 5 and (values[~rollout.mask] == 0).all()
+    for row, (start, end) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)):
+        alone = critic(rollout.tokens[row : row + 1, :end])[0].float()                      # [end]
+        assert_close(values[row, start - 1 : end - 1], alone[start - 1 : end - 1], 1e-5)
+        assert_close(last_value[row], alone[end - 1], 1e-5)
 
 
 # ---- The objective ----

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanorl import run
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.rollout import (
     Experience,
@@ -21,6 +22,7 @@ from nanorl.rollout import (
     describe,
     evaluate,
     learned_rewards,
+    load_reward_model,
     score_rollout,
     show_answers,
 )
@@ -226,6 +228,17 @@ def test_stories_are_described_by_their_hidden_reward_and_its_points():
 
 
 # ---- Scoring ----
+
+
+def test_a_reward_model_must_read_the_policys_tokens(tmp_path):
+    """Another tokenizer, even of the same size, would make the same ids mean other text."""
+    other = Tokenizer.train("Who knows what this is about? Nobody.\n" * 3, TOKENIZER.vocab_size)
+    model = scorer()
+    torch.save({"format": run.FORMAT, "gpt": vars(model.config), "model": model.state_dict(),
+                "tokenizer": TOKENIZER.state_dict()}, tmp_path / "ckpt.pt")
+    assert not any(p.requires_grad for p in load_reward_model(str(tmp_path), TOKENIZER, torch.device("cpu")).parameters())
+    with pytest.raises(ValueError, match="another tokenizer"):
+        load_reward_model(str(tmp_path), other, torch.device("cpu"))
 
 
 def scorer(seed: int = 0) -> ScalarGPT:
