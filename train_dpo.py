@@ -199,6 +199,8 @@ def main(cfg: Config) -> None:
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
+    with run.user_errors():
+        out.started_from(initial_policy=start, reward_model=reward_model)
     reference = start
     if cfg.refresh_reference:
         reference = copy.deepcopy(start)

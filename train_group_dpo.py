@@ -121,6 +121,8 @@ def main(cfg: Config) -> None:
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
+    with run.user_errors():
+        out.started_from(initial_policy=reference)
     del initial, checkpoint
     compiled = run.wants_compile(cfg, device)
     if compiled:

@@ -349,6 +349,9 @@ def main(cfg: Config) -> None:
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
+    if not refreshed:
+        with run.user_errors():
+            out.started_from(initial_policy=reference)
     del start, initial, checkpoint, refreshed
     compiled = run.wants_compile(cfg, device)
     if compiled:

@@ -212,6 +212,8 @@ def main(cfg: Config) -> None:
 
     optimizer = run.Optimizers(nn.ModuleDict({"policy": policy, "critic": critic}), "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
+    with run.user_errors():
+        out.started_from(initial_policy=reference, reward_model=reward_model)
     if "critic" in out.state:
         critic.load_state_dict(out.state["critic"])
     out.state |= {"critic": critic.state_dict(), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}

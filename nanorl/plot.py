@@ -22,7 +22,7 @@ PANELS = [
                                               "train/capped": "capped", "train/masked": "masked"}),
     ("KL to the reference, nats per token", {"train/kl": "k3"}),
     ("reward of stories", {"eval/hidden_reward": "hidden", "eval/learned_reward": "learned"}),
-    ("KL to the start, nats per answer", {"eval/answer_kl": "k3"}),
+    ("KL to the start, nats per answer", {"eval/answer_kl": "exact per token"}),
     ("pairs ranked right", {"train/accuracy": "training", "eval/pair_accuracy": "held out",
                             "eval/agreement_model_labels": "held out"}),
     ("margin of chosen over rejected", {"train/margin": "training", "eval/margin": "held out"}),

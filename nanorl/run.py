@@ -450,6 +450,18 @@ class Run:
             raise ValueError(f"--out {out}: {nearest} is not a directory that can be written to")
         return None
 
+    def started_from(self, **models: nn.Module | None) -> None:
+        """Models that a resumed run loads again must be those that it began with; ValueError names one that is not."""
+        for name, model in models.items():
+            if model is None:
+                continue
+            digest = hashlib.sha256()
+            for key, x in model.state_dict().items():
+                digest.update(key.encode() + x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            if self.state.setdefault(f"sha256 of {name}", digest.hexdigest()) != digest.hexdigest():
+                raise ValueError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected the one "
+                                 "that it started from")
+
     def _cut(self, name: str) -> None:
         """Drop what the checkpoint knows nothing of: lines of its own step and later, and a torn last one."""
         kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_lines(self.out / name) if r["step"] < self.step]

@@ -372,6 +372,24 @@ def test_a_stage_that_was_cut_short_is_continued_first(world, tmp_path, monkeypa
     assert metrics("runs/pretrain") == metrics(world / "pretrain")
 
 
+@pytest.mark.parametrize(("name", "model"), [("dpo", "sft"), ("online", "reward"), ("group", "sft"), ("rlhf", "reward"),
+                                             ("grpo-full", "sft")])
+def test_a_run_does_not_resume_with_another_model_than_it_began_with(name, model, tmp_path, capsys):
+    """The reference and the reward model are read again: one that was made anew in between would change everything."""
+    script, flags = SCRIPTS[name]
+    shutil.copytree(model, tmp_path / model)
+    flags = re.sub(rf"(--init|--reward-model) {model}(?= |$)", rf"\1 {tmp_path / model}", flags)
+    start(script, flags, tmp_path / "run")
+    with open(tmp_path / "run/metrics.jsonl", "r+b") as f:              # as if killed before the final line
+        f.truncate(f.read().rstrip().rindex(b"\n") + 1)
+    checkpoint = run.load_checkpoint(tmp_path / model)
+    next(iter(checkpoint["model"].values()))[0] += 1.0
+    torch.save(checkpoint, tmp_path / model / "ckpt.pt")
+    with pytest.raises(SystemExit) as exit:
+        start(script, "--resume --quiet", tmp_path / "run")
+    assert exit.value.code == 2 and "has changed since this run began" in capsys.readouterr().err
+
+
 # ---- preferences ----
 
 
