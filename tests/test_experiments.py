@@ -1,10 +1,13 @@
 """What experiments/ makes of finished runs; the runs themselves take an hour."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from experiments import family
+from experiments import family, preferences
+from experiments.runs import directory, train
 
 
 @pytest.fixture
@@ -13,7 +16,7 @@ def runs(tmp_path):
     for block in family.BLOCKS:
         for label in block:
             for seed in range(2):
-                run = family.directory(tmp_path, label, seed)
+                run = directory(tmp_path, label, seed)
                 run.mkdir()
                 lines = [{"step": 0, "eval/accuracy_sampled": 0.5, "rollout/tokens": 1000, "train/entropy": 0.2,
                           "train/clipped_low": 0.01, "train/clipped_high": 0.02},
@@ -24,14 +27,14 @@ def runs(tmp_path):
 
 
 def test_a_curve_counts_the_tokens_before_each_evaluation(runs):
-    curve = family.curve(family.directory(runs, "grpo", 0))
+    curve = family.curve(directory(runs, "grpo", 0))
     assert curve == {"tokens": [0, 1, 3], "accuracy": [0.5, 0.8, 0.95], "entropy": [0.2, 0.1], "entropy_tokens": [1, 3],
                      "bounded": [0.03, 0.0]}
     assert family.tokens_to(curve, 0.5) == 0 and family.tokens_to(curve, 0.9) == 3 and family.tokens_to(curve, 1.0) > 1e9
 
 
 def test_the_table_has_the_mean_and_the_range_over_seeds(runs):
-    curves = {"grpo": [family.curve(family.directory(runs, "grpo", seed)) for seed in range(2)]}
+    curves = {"grpo": [family.curve(directory(runs, "grpo", seed)) for seed in range(2)]}
     row = family.table(curves).splitlines()[-1]
     assert row == "| grpo | clip 0.2 0.2 | 0.900 (0.850 to 0.950) | inf (3 to inf) | 0.1000 | 3.0 % |"
 
@@ -43,3 +46,67 @@ def test_the_figure_is_drawn_from_the_runs_that_are_there(runs, monkeypatch, cap
     family.main()
     assert (runs / "family.png").read_bytes().startswith(b"\x89PNG")
     assert sum(line.startswith("| ") for line in capsys.readouterr().out.splitlines()) == 16
+
+
+# ---- Preferences ----
+
+
+@pytest.fixture
+def preference_runs(tmp_path):
+    """Two seeds of everything: three held-out pairs, evaluations at the start and at the end, the second seed 0.1 higher."""
+    for label in preferences.REWARD | preferences.STORIES | preferences.ADDITION:
+        for seed in range(2):
+            folder = directory(tmp_path, label, seed)
+            folder.mkdir()
+            last = {"step": 30, "eval/accuracy_sampled": 0.9, "eval/hidden_reward": 3.0 + 0.1 * seed, "eval/hidden_praise": 1.0,
+                    "eval/answer_kl": 2.0, "eval/truncated": 0.0, "eval/agreement_model_labels": 0.7,
+                    "eval/agreement_model_clear": 0.95 + 0.02 * seed}
+            if "PPO" in label:
+                last["eval/learned_reward"] = 1.5
+            first = {"step": 0} | {name: 0.5 for name in last if name != "step"} | {"eval/answer_kl": 0.0}
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, last)))
+            margins = [3.0, 0.5, -0.5]
+            (folder / "samples.jsonl").write_text("".join(json.dumps({"margin": margin}) + "\n" for margin in margins))
+    for seed in range(2):
+        (tmp_path / f"best_of_n-{seed}.json").write_text(json.dumps({1: 2.0, 16: 3.5}))
+    return tmp_path
+
+
+def test_the_tables_and_the_figure_of_preferences_are_those_of_the_runs(preference_runs, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("sys.argv", ["preferences", "--draw", "--seeds", "2", "--out", str(preference_runs),
+                                     "--figure", str(preference_runs / "figure.png")])
+    preferences.main()
+    printed = capsys.readouterr().out
+    assert "| the reward model | 0.700 | – | 0.960 (0.950 to 0.970) |" in printed
+    assert "| best of 16 | 3.50 | – | – | at most 1.84 | – |" in printed
+    assert "| PPO | 3.05 (3.00 to 3.10) | 1.00 | 1.00 | 2.0 | 0.00 |" in printed
+    assert "| DPO | 3.05 (3.00 to 3.10) | 1.00 | – | 2.0 | 0.00 |" in printed
+    assert "| group loss: hinge | 0.500 | 0.900 | 30 | 2.0 |" in printed
+    assert (preference_runs / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_calibration_sees_each_pair_from_both_sides(preference_runs):
+    """Margins 3, 1/2 and -1/2 in four bins: the extremes are each other's complement, and their error is that of one seed."""
+    folders = [directory(preference_runs, "reward model", seed) for seed in range(2)]
+    predicted, actual, error = preferences.calibration(folders, bins=4)
+    assert predicted == pytest.approx([0.0474, 0.3775, 0.6225, 0.9526], abs=1e-4) and actual == [0.0, 0.5, 0.5, 1.0]
+    assert error == pytest.approx([1.0, 0.5, 0.5, 1.0])
+
+
+def test_a_run_is_kept_as_long_as_its_flags_are_the_same(tmp_path, monkeypatch):
+    """... and made anew with others; a failure that is no result is raised with its message."""
+    calls = []
+
+    def command(argv, **_):
+        calls.append(argv)
+        Path(argv[3]).mkdir()
+        return SimpleNamespace(returncode=2 if "--bad" in argv else 0, stderr="no contrast")
+
+    monkeypatch.setattr("subprocess.run", command)
+    for flags, times in ((["--a"], 1), (["--a"], 1), (["--b"], 2)):
+        train(tmp_path / "run", "train_grpo.py", flags, 1)
+        assert len(calls) == times
+    train(tmp_path / "bad", "train_grpo.py", ["--bad"], 1, may_end_with="no contrast")
+    with pytest.raises(RuntimeError, match="no contrast"):
+        train(tmp_path / "worse", "train_grpo.py", ["--bad"], 1)
