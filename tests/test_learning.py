@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import train_dpo
+import train_group_dpo
 import train_grpo
+import train_ppo
 import train_pretrain
+import train_reward
 import train_sft
 from nanorl import run
 
@@ -59,3 +63,32 @@ def test_twice_the_fine_tuning_changes_little(base, monkeypatch):
         train_sft.main(run.parse(train_sft.Config, ["--steps", str(steps), "--eval-every", "600", "--out", out, "--quiet"]))
         accuracy[steps] = lines(out)[-1]["eval/accuracy_sampled"]
     assert accuracy[600] < 0.60 and abs(accuracy[600] - accuracy[300]) < 0.10
+
+
+def test_readers_preferences_are_learned_by_a_reward_model_by_dpo_and_by_ppo(base, monkeypatch):
+    """The reward model knows more than words and lengths; stories that follow it, or the pairs, please the readers more."""
+    monkeypatch.chdir(base)
+    short = ["--best-of", "0", "--quiet"]
+    train_sft.main(run.parse(train_sft.Config, ["--task", "stories", "--quiet"]))
+    train_reward.main(run.parse(train_reward.Config, ["--quiet"]))
+    found = lines("runs/reward")[-1]
+    assert found["eval/agreement_model_clear"] >= 0.85
+    assert found["eval/agreement_model_clear"] > max(found["eval/agreement_words_clear"], found["eval/agreement_length_clear"])
+    train_dpo.main(run.parse(train_dpo.Config, ["--steps", "60", "--eval-every", "60", *short]))
+    train_ppo.main(run.parse(train_ppo.Config, ["--reward", "model", "--steps", "10", "--eval-every", "10", *short]))
+    for out in ("runs/dpo", "runs/ppo-stories"):
+        first, last = lines(out)[0], lines(out)[-1]
+        assert last["eval/hidden_reward"] > first["eval/hidden_reward"] + 0.7
+        assert 0 == first["eval/answer_kl"] < last["eval/answer_kl"] < 8
+
+
+def test_right_and_wrong_answers_are_learned_from_by_ppo_and_by_every_group_loss(base, monkeypatch):
+    monkeypatch.chdir(base)
+    train_sft.main(run.parse(train_sft.Config, ["--out", "runs/sft-again", "--init", "runs/pretrain", "--quiet"]))
+    short = ["--init", "runs/sft-again", "--best-of", "0", "--quiet"]
+    train_ppo.main(run.parse(train_ppo.Config, ["--steps", "10", *short]))
+    assert lines("runs/ppo")[-1]["eval/accuracy_sampled"] >= 0.9
+    for loss in ("pairs", "scaled", "mean", "hinge"):
+        train_group_dpo.main(run.parse(train_group_dpo.Config, ["--steps", "12", "--loss", loss, "--out", f"runs/{loss}", *short]))
+        first, last = lines(f"runs/{loss}")[0], lines(f"runs/{loss}")[-1]
+        assert last["eval/accuracy_sampled"] > first["eval/accuracy_sampled"] + 0.2
