@@ -203,27 +203,27 @@ def describe(experience: Experience) -> dict[str, float]:
     """
     reward = experience.rewards.flatten().double()
     length = (experience.rollout.lengths - experience.rollout.prompt_lengths).cpu().double()
-    means = {"reward": reward.mean(), "length": length.mean(),
+    facts = {"reward": reward.mean(), "length": length.mean(),
              "truncated": 1 - experience.rollout.finished.cpu().double().mean()}
     P, G = experience.rewards.shape
     if G > 1:
-        means["distinct"] = sum(len(set(experience.texts[p * G : (p + 1) * G])) for p in range(P)) / P
+        facts["distinct"] = sum(len(set(experience.texts[p * G : (p + 1) * G])) for p in range(P)) / P
     if experience.task.verifiable:
         worked = torch.tensor([is_worked(text) for text in experience.texts])
         direct = torch.tensor([MARKER in text for text in experience.texts]) & ~worked
-        means["worked"] = worked.double().mean()
+        facts["worked"] = worked.double().mean()
         if G > 1:
-            means["no_contrast"] = 1 - contrast(experience.rewards).double().mean()
+            facts["no_contrast"] = 1 - contrast(experience.rewards).double().mean()
         for name, x, where in (("length_correct", length, reward == 1), ("length_wrong", length, reward < 1),
                                ("reward_worked", reward, worked), ("reward_direct", reward, direct)):
             if where.any():
-                means[name] = x[where].mean()
+                facts[name] = x[where].mean()
     else:
-        means["hidden_reward"] = means.pop("reward")
+        facts["hidden_reward"] = facts.pop("reward")
         features = [experience.task.features(experience.problems[row // G].prompt, text)
                     for row, text in enumerate(experience.texts)]
-        means |= {f"hidden_{name}": sum(f[name] for f in features) / len(features) for name in features[0]}
-    return {name: float(x) for name, x in means.items()}
+        facts |= {f"hidden_{name}": sum(f[name] for f in features) / len(features) for name in features[0]}
+    return {name: float(x) for name, x in facts.items()}
 
 
 def heldout_problems(task: Task, count: int, seed: int) -> list[Problem]:

@@ -89,6 +89,7 @@ def test_right_and_wrong_answers_are_learned_from_by_ppo_and_by_every_group_loss
     train_ppo.main(run.parse(train_ppo.Config, ["--steps", "10", *short]))
     assert lines("runs/ppo")[-1]["eval/accuracy_sampled"] >= 0.9
     for loss in ("pairs", "scaled", "mean", "hinge"):
-        train_group_dpo.main(run.parse(train_group_dpo.Config, ["--steps", "12", "--loss", loss, "--out", f"runs/{loss}", *short]))
+        flags = ["--steps", "12", "--loss", loss, "--out", f"runs/{loss}", *short]
+        train_group_dpo.main(run.parse(train_group_dpo.Config, flags))
         first, last = lines(f"runs/{loss}")[0], lines(f"runs/{loss}")[-1]
         assert last["eval/accuracy_sampled"] > first["eval/accuracy_sampled"] + 0.2
