@@ -36,7 +36,7 @@ STORIES = {
 ADDITION = {
     "PPO, verifier": "train_ppo.py --init {addition}",
     **{f"group loss: {loss}": f"train_group_dpo.py --init {{addition}} --loss {loss}"
-       for loss in ("pairs", "scaled", "mean", "hinge")},
+       for loss in ("pairs", "scaled", "mean", "hinge", "hinge --margin 0.2")},
 }
 COMMON = {"train_reward.py": "",
           "train_dpo.py": "--eval-every 20 --best-of 0",
