@@ -83,7 +83,7 @@ class Config(run.RunConfig):
     refresh_reference: run.Count | None = None    # every so many steps the policy becomes the reference (default: never)
 
     online: bool = False        # sample fresh pairs from the policy instead of reading them
-    judge: Literal["hidden", "model", "verifier"] | None = None    # online: who prefers (default: model; with sums, verifier)
+    judge: Literal["hidden", "model", "verifier"] | None = None    # online: who prefers (default: model or verifier)
     reward_model: str = ""      # a run of train_reward.py: judges with --judge model (default: runs/reward), else only logged
     task: str = "stories"       # stories, or with --online also addition, sums, sorting, reversal or countdown
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; stories 140)
