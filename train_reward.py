@@ -98,7 +98,7 @@ def main(cfg: Config) -> None:
         model = run.scalar_model_from(start, device) if checkpoint else ScalarGPT(run.model_from(start, device)).to(device)
         prompts, chosen, rejected = render_pairs(records, tokenizer, model.config.context, cfg.data)
 
-    # Muon fits a few thousand pairs in fewer steps than AdamW, which has hardly begun after two passes over them.
+    # Muon needs fewer passes over a few thousand pairs than AdamW.
     optimizer = run.Optimizers(model, "muon", cfg.lr, cfg.weight_decay)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
     del start, checkpoint
