@@ -130,9 +130,8 @@ def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef,
     answer that was rewarded has ended, even at the length limit: nothing comes after it. The critic's last value stands for
     what comes after an answer that has not ended, and that gets no reward. Never both.
     """
-    token_rewards = -kl_coef * kl_k1(logp, ref_logp).masked_fill(~mask, 0.0)
     last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
-    token_rewards = token_rewards + torch.where(last & ended[:, None], rewards[:, None], 0.0)
+    token_rewards = -kl_coef * kl_k1(logp, ref_logp) + torch.where(last & ended[:, None], rewards[:, None], 0.0)
     return gae(token_rewards, values, mask, gamma, lam, last_value.masked_fill(ended, 0.0))
 
 

@@ -470,7 +470,6 @@ MUTANTS = [
     Mutant("answers that have not ended are rewarded, too", PPO, "torch.where(last & ended[:, None]", "torch.where(last"),
     Mutant("answers that have ended are continued by the critic", PPO, "last_value.masked_fill(ended, 0.0)", "last_value"),
     Mutant("answers that have not ended end", PPO, "last_value.masked_fill(ended, 0.0)", "last_value.masked_fill(~ended, 0.0)"),
-    Mutant("divergence of padding is paid for", PPO, "kl_k1(logp, ref_logp).masked_fill(~mask, 0.0)", "kl_k1(logp, ref_logp)"),
     Mutant("the critic is pushed away from the returns", PPO, "- value_coef * value_loss", "+ value_coef * value_loss"),
     Mutant("PPO's loss is maximised", PPO, "return -(weights * gain).sum()", "return (weights * gain).sum()"),
     Mutant("PPO's entropy bonus is a penalty", PPO, "gain = gain + entropy_coef", "gain = gain - entropy_coef"),

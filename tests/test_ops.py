@@ -945,7 +945,7 @@ def test_whitened_values_have_mean_zero_and_variance_one_over_the_mask(mask, gen
 
 @given(masks(), st.floats(-1e3, 1e3))
 def test_equal_values_are_whitened_to_exactly_zero(mask, value):
-    assert (whiten(torch.full(mask.shape, value), mask) == 0).all()
+    assert (whiten(torch.full(mask.shape, value, dtype=torch.float64), mask) == 0).all()
 
 
 value_cases = st.builds(lambda g, scale: scale * randn(g, 3, 3, 5), generators, st.sampled_from([0.3, 1.0, 3.0]))

@@ -93,10 +93,10 @@ def test_ties_are_half_right():
 def test_agreement_is_counted_against_labels_against_the_hidden_reward_and_against_its_clear_cases():
     """Where labels err (a negative hidden margin), agreeing with them is disagreeing with the hidden reward; its ties are left
     out, and what differs by a label temperature or less is not clear."""
-    margin, hidden = torch.tensor([1.0, 1.0, -1.0, 2.0, -2.0]), torch.tensor([1.0, -1.0, 3.0, 0.0, -2.0])
+    margin, hidden = torch.tensor([1.0, -1.0, -1.0, 2.0, -2.0]), torch.tensor([1.0, -1.0, 3.0, 0.0, -2.0])
     assert train_reward.agreement("x", margin, hidden) == {
-        "eval/agreement_x_labels": pytest.approx(3 / 5), "eval/agreement_x_hidden": 2 / 4, "eval/agreement_x_clear": 1 / 2}
-    assert train_reward.agreement("x", margin) == {"eval/agreement_x_labels": pytest.approx(3 / 5)}
+        "eval/agreement_x_labels": pytest.approx(2 / 5), "eval/agreement_x_hidden": 3 / 4, "eval/agreement_x_clear": 1 / 2}
+    assert train_reward.agreement("x", margin) == {"eval/agreement_x_labels": pytest.approx(2 / 5)}
 
 
 def test_calibration_is_exact_when_confidence_is_accuracy():
