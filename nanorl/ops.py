@@ -324,7 +324,12 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: flo
 
 
 def clipped_away(ratio: Tensor, adv: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Where the clipped surrogate has no gradient: below the band with A < 0, above it with A > 0.       bool [B, T] each"""
+    """Where the clipped surrogate has lost its gradient.                         (Schulman et al. 2017, eq. 7)
+
+        low:  rho < 1 - clip_low and A < 0          high:  rho > 1 + clip_high and A > 0
+
+    ratio rho [B, T]; adv [B, T] or [B, 1] -> (low, high), bool [B, T] each.
+    """
     return (ratio < 1 - clip_low) & (adv < 0), (ratio > 1 + clip_high) & (adv > 0)
 
 

@@ -59,6 +59,12 @@ def metrics(out):
     return [{name: x for name, x in line.items() if not name.startswith("time/")} for line in lines]
 
 
+def cut_final_line(out):
+    """As if the run had been killed before it wrote its final line."""
+    with open(Path(out) / "metrics.jsonl", "r+b") as f:
+        f.truncate(f.read().rstrip().rindex(b"\n") + 1)
+
+
 def parameters(out):
     return run.load_checkpoint(out)["model"]
 
@@ -187,8 +193,7 @@ def test_a_run_resumes_without_the_stages_before_it(world, tmp_path, monkeypatch
     shutil.copytree("grpo", tmp_path / "moved")
     shutil.copy("wanted.jsonl", tmp_path)
     monkeypatch.chdir(tmp_path)
-    with open("moved/metrics.jsonl", "r+b") as f:                       # as if killed before the final line
-        f.truncate(f.read().rstrip().rindex(b"\n") + 1)
+    cut_final_line("moved")
     start(train_grpo, "--resume --quiet", "moved")
     assert metrics("moved") == metrics(world / "grpo")
 
@@ -311,8 +316,7 @@ def test_a_refreshed_reference_needs_no_file_to_resume(tmp_path):
     flags = GRPO.replace("--init sft", f"--init {tmp_path / 'sft'}") + " --kl-coef 0.1 --refresh-reference 1"
     start(train_grpo, flags, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    with open(tmp_path / "cut/metrics.jsonl", "r+b") as f:              # as if killed before the final line
-        f.truncate(f.read().rstrip().rindex(b"\n") + 1)
+    cut_final_line(tmp_path / "cut")
     shutil.rmtree(tmp_path / "sft")
     start(train_grpo, "--resume --quiet", tmp_path / "cut")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
@@ -380,8 +384,7 @@ def test_a_run_does_not_resume_with_another_model_than_it_began_with(name, model
     shutil.copytree(model, tmp_path / model)
     flags = re.sub(rf"(--init|--reward-model) {model}(?= |$)", rf"\1 {tmp_path / model}", flags)
     start(script, flags, tmp_path / "run")
-    with open(tmp_path / "run/metrics.jsonl", "r+b") as f:              # as if killed before the final line
-        f.truncate(f.read().rstrip().rindex(b"\n") + 1)
+    cut_final_line(tmp_path / "run")
     checkpoint = run.load_checkpoint(tmp_path / model)
     next(iter(checkpoint["model"].values()))[0] += 1.0
     torch.save(checkpoint, tmp_path / model / "ckpt.pt")
