@@ -180,14 +180,16 @@ def main(cfg: Config) -> None:
         records, training, heldout, identical = [], [], [], 0
         if not cfg.online:
             records, training, heldout, identical = train_reward.read_pairs(cfg.data)
-        run.check_kind(cfg.init, "policy")
-        run.check_kind(cfg.reward_model, "reward model")
+        if cfg.init:
+            run.load_checkpoint(cfg.init, "policy")
+        if cfg.reward_model:
+            run.load_checkpoint(cfg.reward_model, "reward model")
     init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, 0), **run.same(cfg, "task"))
     reward_path = cfg.reward_model
     if cfg.judge == "model" and not reward_path:
         reward_path = run.ensure_stage(train_reward, out="runs/reward", **run.same(cfg))
     with run.user_errors():
-        initial = run.load_checkpoint(init)
+        initial = run.load_checkpoint(init, "policy")
         tokenizer = run.tokenizer_from(initial)
         policy = run.model_from(checkpoint or initial, device)
         start = run.model_from(initial, device).requires_grad_(False)
@@ -226,7 +228,9 @@ def main(cfg: Config) -> None:
 
     @torch.no_grad()
     def ask(model, batch):
-        """The batch with a reference's log-probs of its responses behind it."""
+        """The batch with a reference's log-probs of its responses behind it; zeros where the loss has no reference."""
+        if cfg.loss in REFERENCE_FREE:
+            return *batch, *torch.zeros(len(batch[-1]), device=device).chunk(2)
         return *batch, *log_probs(model, *batch)[:2]
 
     def from_file(picks):

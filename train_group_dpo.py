@@ -108,12 +108,11 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        run.check_kind(cfg.init, "policy")
         task = choose_task(cfg.task, cfg.difficulty, cfg.data)
     init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
                                         **run.same(cfg, "task", "difficulty"))
     with run.user_errors():
-        initial = run.load_checkpoint(init)
+        initial = run.load_checkpoint(init, "policy")
         tokenizer = run.tokenizer_from(initial)
         policy = run.model_from(checkpoint or initial, device)
         reference = run.model_from(initial, device).requires_grad_(False)

@@ -326,8 +326,6 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        if not checkpoint:
-            run.check_kind(cfg.init, "policy")
         task = choose_task(cfg.task, cfg.difficulty, cfg.data)
         demonstrations = train_sft.training_records(cfg.demonstrations, task) if cfg.likelihood_coef else []
         stories = read_text(DATA / "stories_heldout.txt")
@@ -340,7 +338,7 @@ def main(cfg: Config) -> None:
                                 **run.same(cfg, "task", "difficulty"))
     with run.user_errors():
         if needs_init:
-            initial = run.load_checkpoint(init)
+            initial = run.load_checkpoint(init, "policy")
         start = checkpoint or initial
         policy, tokenizer = run.model_from(start, device), run.tokenizer_from(start)
         reference = run.model_from(initial, device).requires_grad_(False) if cfg.kl_coef else None

@@ -192,15 +192,17 @@ def main(cfg: Config) -> None:
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
         task = choose_task(cfg.task, cfg.difficulty, cfg.data, needs_verifier=cfg.reward == "verifier")
-        run.check_kind(cfg.init, "policy")
-        run.check_kind(cfg.reward_model, "reward model")
+        if cfg.init:
+            run.load_checkpoint(cfg.init, "policy")
+        if cfg.reward_model:
+            run.load_checkpoint(cfg.reward_model, "reward model")
     init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
                                         **run.same(cfg, "task", "difficulty"))
     reward_path = cfg.reward_model
     if cfg.reward == "model" and not reward_path:
         reward_path = run.ensure_stage(train_reward, out="runs/reward", **run.same(cfg))
     with run.user_errors():
-        initial = run.load_checkpoint(init)
+        initial = run.load_checkpoint(init, "policy")
         tokenizer = run.tokenizer_from(initial)
         policy = run.model_from(checkpoint or initial, device)
         reference = run.model_from(initial, device).requires_grad_(False)

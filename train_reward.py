@@ -87,13 +87,11 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        if not checkpoint:
-            run.check_kind(cfg.init, "policy")
         records, training, heldout, identical = read_pairs(cfg.data)
     stage = dict(out="runs/sft-stories", task="stories", **run.same(cfg))
     init = "" if checkpoint else cfg.init or run.ensure_stage(train_sft, **stage)
     with run.user_errors():
-        start = checkpoint or run.load_checkpoint(init)
+        start = checkpoint or run.load_checkpoint(init, "policy")
         tokenizer = run.tokenizer_from(start)
         model = run.scalar_model_from(start, device) if checkpoint else ScalarGPT(run.model_from(start, device)).to(device)
         prompts, chosen, rejected = render_pairs(records, tokenizer, model.config.context, cfg.data)
@@ -120,17 +118,14 @@ def main(cfg: Config) -> None:
         parts = [rewards(picks[i : i + cfg.micro_batch]) for i in range(0, len(picks), cfg.micro_batch)]
         return torch.cat([better - worse for better, worse in parts]).cpu()
 
-    def look():
-        if not heldout:
-            return {}
-        margin = margins(heldout)
+    def worth(margin):
         return {"eval/pair_loss": float(bradley_terry(margin).mean()), "eval/margin": float(margin.mean()),
                 "eval/calibration_error": calibration_error(margin), **agreement("model", margin, hidden)}
 
     for step in out.steps():
         # 2. Look at what it would choose by now.
-        if step % cfg.eval_every == 0:
-            out.log(look())
+        if heldout and step % cfg.eval_every == 0:
+            out.log(worth(margins(heldout)))
 
         # 3. One step. Both responses of a pair stay together; the weights are the whole step's.
         picks, totals = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)], {}
@@ -147,12 +142,14 @@ def main(cfg: Config) -> None:
                 show={"loss": f"{totals['train/loss']:.3f}", "accuracy": f"{totals['train/accuracy']:.2f}"})
 
     # 5. What it is worth, beside the baselines and the ceiling. The held-out pairs with their margins go to samples.jsonl.
-    final = look()
+    final = {}
     if heldout:
-        final |= agreement("words", word_margins(*pairs), hidden) | agreement("length", length_margins(*pairs), hidden)
+        margin = margins(heldout)
+        final = worth(margin) | agreement("words", word_margins(*pairs), hidden)
+        final |= agreement("length", length_margins(*pairs), hidden)
         if hidden is not None:
             final["eval/agreement_ceiling_labels"] = float((hidden.abs() / Stories.label_temperature).sigmoid().mean())
-        out.samples([{**record, "margin": margin} for record, margin in zip(pairs[1], margins(heldout).tolist(), strict=True)])
+        out.samples([{**record, "margin": m} for record, m in zip(pairs[1], margin.tolist(), strict=True)])
     out.finish(final)
     print(report(final, len(heldout)) + f"\nSaved in {cfg.out}.")
 

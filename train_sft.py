@@ -99,14 +99,12 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        if not checkpoint:
-            run.check_kind(cfg.init, "policy")
         task = make_task(cfg.task, cfg.difficulty or None, needs_verifier=False)
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
         training, heldout = split(records, cfg.data)
     init = "" if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
     with run.user_errors():
-        start = checkpoint or run.load_checkpoint(init)
+        start = checkpoint or run.load_checkpoint(init, "policy")
         tokenizer, model = run.tokenizer_from(start), run.model_from(start, device)
         prompts, responses = render(records, tokenizer, model.config.context, cfg.data or task.name)
         check_room(model, prompts, cfg.max_new_tokens)

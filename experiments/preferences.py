@@ -18,6 +18,7 @@ import torch
 from experiments.runs import ROOT, cell, directory, train_all
 from nanorl import run
 from nanorl.plot import PALETTE, read_metrics
+from nanorl.rollout import load_reward_model
 from nanorl.search import best_of_n_curve, best_of_n_kl
 from nanorl.tasks import Stories
 from train_reward import RANKERS
@@ -59,11 +60,11 @@ def search(args: argparse.Namespace, seed: int) -> dict[int, float]:
     """The hidden reward of the best of 1, 2, ... N stories by the initial model, as this seed's reward model chooses."""
     path = args.out / f"best_of_n-{seed}.json"
     if not path.exists():
-        device = torch.device("cpu")
-        start = run.load_checkpoint(args.stories)
-        reward_model = run.scalar_model_from(run.load_checkpoint(directory(args.out, "reward model", seed)), device)
-        best = best_of_n_curve(run.model_from(start, device), run.tokenizer_from(start), Stories(), samples=N, problems=200,
-                               seed=seed, reward_model=reward_model, max_new_tokens=Stories.room)
+        device, start = torch.device("cpu"), run.load_checkpoint(args.stories, "policy")
+        tokenizer = run.tokenizer_from(start)
+        reward_model = load_reward_model(str(directory(args.out, "reward model", seed)), tokenizer, device)
+        best = best_of_n_curve(run.model_from(start, device), tokenizer, Stories(), samples=N, problems=200, seed=seed,
+                               reward_model=reward_model, max_new_tokens=Stories.room)
         path.write_text(json.dumps(best))
     return {int(n): value for n, value in json.loads(path.read_text()).items()}
 

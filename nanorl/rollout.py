@@ -14,7 +14,7 @@ from torch import Tensor
 from nanorl.data import read_records, shift
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import kl_divergence
-from nanorl.run import Run, check_kind, derive, generator, load_checkpoint, scalar_model_from
+from nanorl.run import Run, derive, generator, load_checkpoint, scalar_model_from
 from nanorl.sample import Rollout, generate, token_log_probs
 from nanorl.tasks import MARKER, FileTask, Problem, Task, is_worked, make_task
 from nanorl.tokenizer import Tokenizer
@@ -30,8 +30,7 @@ def check_room(model: GPT | ScalarGPT, prompts: list[list[int]], max_new_tokens:
 
 def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> ScalarGPT:
     """The reward model of a run, which must read the same token ids as the policy. Its weights are constants."""
-    check_kind(path, "reward model")
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, "reward model")
     if checkpoint["tokenizer"] != tokenizer.state_dict():
         raise ValueError(f"{path}: made with another tokenizer than the policy's; expected one that starts from the same "
                          "pretraining")

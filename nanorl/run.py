@@ -294,8 +294,11 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         os.close(directory)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run."""
+def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | None = None) -> dict[str, Any]:
+    """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
+
+    ValueError when it is none, or when `what` is given and it holds something else.
+    """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.exists():
@@ -308,16 +311,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path}: not a nanorl checkpoint of format {FORMAT} (found {found})")
+    holds = "reward model" if "scalar.weight" in checkpoint["model"] else "policy"
+    if what not in (None, holds):
+        script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
+        raise ValueError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
     return checkpoint
-
-
-def check_kind(path: str, what: Literal["policy", "reward model"]) -> None:
-    """ValueError when a path that was given does not lead to a checkpoint of this kind."""
-    if path:
-        found = "reward model" if "scalar.weight" in load_checkpoint(path)["model"] else "policy"
-        if found != what:
-            script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
-            raise ValueError(f"{path}: holds a {found}; expected a {what}, as {script} makes it")
 
 
 def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:
