@@ -171,6 +171,7 @@ def judged_pairs(scores):
     return 2 * decided + best, 2 * decided + 1 - best
 
 
+@run.ends_well
 def main(cfg: Config) -> None:
     # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():

@@ -8,6 +8,7 @@ import json
 import random
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,14 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path}: no such file; expected a UTF-8 text file")
     if not path.is_file():
         raise ValueError(f"{path}: not a file; expected a UTF-8 text file")
+    with open(path, "rb") as f:
+        content = f.read(1 << 20)
+        if b"\0" not in content:        # else a binary file, or a hole of a gigabyte: no need to read it all
+            content += f.read()
+    if b"\0" in content:
+        raise ValueError(f"{path}: not text (byte {content.index(0)} is 0x00); expected a UTF-8 text file")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not UTF-8 text (byte {e.start} is 0x{e.object[e.start]:02x})") from None
     if not text.strip():
@@ -31,8 +38,16 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return record
+
+
 def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
-    """JSON objects, one a line, each with a non-empty string under every key of `keys`. Blank lines are skipped.
+    """JSON objects, one a line, each with a non-empty string under every key of `keys` and no key twice. Blank lines are
+    skipped.
 
     Lines end at "\\n" only: a string may well contain other separators, such as U+2028.
     """
@@ -42,7 +57,7 @@ def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{where}: not JSON ({e}); expected an object with {', '.join(keys)}") from None
         if not isinstance(record, dict):
@@ -52,6 +67,8 @@ def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]
                 raise ValueError(f"{where}: no {key!r}; expected an object with {', '.join(keys)}")
             if not isinstance(record[key], str) or not record[key]:
                 raise ValueError(f"{where}: {key!r} is {str(record[key])[:40]!r}; expected a non-empty string")
+            if any("\ud800" <= character <= "\udfff" for character in record[key]):
+                raise ValueError(f"{where}: {key!r} holds half of a surrogate pair; expected characters")
         records.append(record)
     return records
 

@@ -16,7 +16,7 @@ from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import kl_divergence
 from nanorl.run import Run, derive, generator, load_checkpoint, scalar_model_from
 from nanorl.sample import Rollout, generate, token_log_probs
-from nanorl.tasks import MARKER, FileTask, Problem, Task, is_worked, make_task
+from nanorl.tasks import FileTask, Problem, Task, make_task
 from nanorl.tokenizer import Tokenizer
 
 
@@ -69,8 +69,7 @@ def answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem]
     prompts = [tokenizer.render(problem.prompt) for problem in problems]
     rollout = generate(model, prompts, stop_ids={tokenizer.end}, samples_per_prompt=samples, **how)
     texts = [tokenizer.decode(ids) for ids in rollout.responses()]
-    rewards = [task.grade(problems[row // samples], text, finished)
-               for row, (text, finished) in enumerate(zip(texts, rollout.finished.tolist(), strict=True))]
+    rewards = task.grades([problem for problem in problems for _ in range(samples)], texts, rollout.finished.tolist())
     return Experience(task, rollout, problems, texts, torch.tensor(rewards).view(len(problems), samples))
 
 
@@ -208,8 +207,8 @@ def describe(experience: Experience) -> dict[str, float]:
     if G > 1:
         facts["distinct"] = sum(len(set(experience.texts[p * G : (p + 1) * G])) for p in range(P)) / P
     if experience.task.verifiable:
-        worked = torch.tensor([is_worked(text) for text in experience.texts])
-        direct = torch.tensor([MARKER in text for text in experience.texts]) & ~worked
+        ways = [experience.task.way(text) for text in experience.texts]
+        worked, direct = (torch.tensor([way == name for way in ways]) for name in ("worked", "direct"))
         facts["worked"] = worked.double().mean()
         if G > 1:
             facts["no_contrast"] = 1 - contrast(experience.rewards).double().mean()

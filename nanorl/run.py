@@ -9,12 +9,12 @@ purpose, step), so the step is all the random state there is to save.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import sys
@@ -103,6 +103,17 @@ def _not_none(hint: Any) -> Any:
     return parts[0] if parts[1:] == (types.NoneType,) else hint
 
 
+def _misfit(value: Any, hint: Any) -> str:
+    """What was expected of a flag, if this is no value for it."""
+    if get_origin(hint) is Annotated:
+        kind, bound = get_args(hint)
+        right = type(value) is kind or (kind is float and type(value) is int)
+        return "" if right and bound.holds(value) else bound.says
+    if get_origin(hint) is Literal:
+        return "" if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
+    return "" if type(value) is hint else f"a {hint.__name__}"
+
+
 def parse(config_class: type, argv: list[str] | None = None):
     """Command line -> config. Help texts are the comments behind the fields; bounds are the fields' types.
 
@@ -130,10 +141,8 @@ def parse(config_class: type, argv: list[str] | None = None):
     with user_errors():
         typed = vars(parser.parse_args(argv))
         for name, value in typed.items():
-            if get_origin(hints[name]) is Annotated:
-                bound = get_args(hints[name])[1]
-                if not bound.holds(value):
-                    raise ValueError(f"--{name.replace('_', '-')} {value}: expected {bound.says}")
+            if expected := _misfit(value, hints[name]):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected {expected}")
         saved = {}
         if typed.get("resume"):
             out = typed.get("out") or config_class(**defaults | typed).out      # its default may depend on other flags
@@ -143,6 +152,9 @@ def parse(config_class: type, argv: list[str] | None = None):
                     raise ValueError(f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}; leave the "
                                      "flag out, or start another run")
             saved = {name: value for name, value in saved.items() if name in defaults} | {"out": out}
+            for name, value in saved.items():
+                if value != defaults[name] and (expected := _misfit(value, hints[name])):
+                    raise ValueError(f"{Path(out) / 'config.json'}: {name} is {value!r:.40}; expected {expected}")
         return config_class(**defaults | saved | typed)
 
 
@@ -151,9 +163,12 @@ def read_config(out: Path) -> dict[str, Any]:
     if not (out / "config.json").exists():
         raise ValueError(f"--resume: {out} holds no run to continue (no config.json)")
     try:
-        return json.loads((out / "config.json").read_text())
-    except ValueError as e:
+        flags = json.loads((out / "config.json").read_text())
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{out / 'config.json'}: not JSON ({e})") from None
+    if not isinstance(flags, dict):
+        raise ValueError(f"{out / 'config.json'}: a {type(flags).__name__}; expected an object with the flags of a run")
+    return flags
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,16 +255,22 @@ class Optimizers:
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
                                                adjust_lr_fn="match_rms_adamw"))
-        self.parameters = [p for _, p in named]
+        self.named = named
 
     def step(self, lr: float, grad_clip: float) -> torch.Tensor:
         """Clip the gradients' total norm, take one step, clear them. Returns the norm before clipping.
 
         A gradient of exactly zero takes no step: there is nothing to learn, but momentum would still move the weights.
+        FloatingPointError when the gradient is not finite; no weight has changed then.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, grad_clip, error_if_nonfinite=True)
+        parameters = [p for _, p in self.named]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not norm.isfinite():
+            check_finite({f"the gradient of {name}": p.grad for name, p in self.named})
+            raise FloatingPointError("the norm of the gradient is too large for float32")
         if norm == 0:
             return norm
+        nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
@@ -278,16 +299,32 @@ def schedule(step: int, steps: int, warmup: float = 0.0, decay: float = 0.0) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1      # raised when a checkpoint's meaning changes
+PARTS = {"step": int, "config": dict, "gpt": dict, "tokenizer": dict, "model": dict, "optimizer": list, "state": dict}
+
+
+def check_finite(x: Any, name: str = "") -> None:
+    """FloatingPointError names the first tensor or number, in nested dicts and lists, that holds nan or inf."""
+    if isinstance(x, dict | list | tuple):
+        for key, part in x.items() if isinstance(x, dict) else enumerate(x):
+            check_finite(part, f"{name}.{key}".lstrip("."))
+    elif isinstance(x, torch.Tensor) and x.is_floating_point() and not x.isfinite().all():
+        raise FloatingPointError(f"{name} holds {'nan' if x.isnan().any() else 'inf'}")
+    elif isinstance(x, float) and not math.isfinite(x):
+        raise FloatingPointError(f"{name} is {x}")
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
     """A kill at any moment leaves the old file or the new one, never a part: temporary file, sync, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:               # a full disk: do not fill it with half a file
+        temporary.unlink(missing_ok=True)
+        raise
     if os.name == "posix":              # elsewhere a directory cannot be synced
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
@@ -297,42 +334,60 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | None = None) -> dict[str, Any]:
     """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
 
-    ValueError when it is none, or when `what` is given and it holds something else.
+    ValueError when it is none, when its weights are not finite, or when `what` is given and it holds something else.
     """
+    def shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(x.shape) for name, x in weights.items()}
+
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except Exception as e:              # whatever a damaged archive or a pickle that is not ours leads to
         why = (str(e) or "empty file").splitlines()[0][:100]
         raise ValueError(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path}: not a nanorl checkpoint of format {FORMAT} (found {found})")
+        raise ValueError(f"{path}: not a nanorl checkpoint of format {FORMAT} (found {found!s:.40})")
+    for name, kind in PARTS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise ValueError(f"{path}: not a whole checkpoint; its {name!r} is {checkpoint.get(name)!r:.40}, expected a "
+                             f"{kind.__name__}")
     holds = "reward model" if "scalar.weight" in checkpoint["model"] else "policy"
     if what not in (None, holds):
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise ValueError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
+    try:
+        check_finite(checkpoint["model"])
+        with torch.device("meta"):      # the sizes that its configuration asks for, without memory
+            model = GPT(GPTConfig(**checkpoint["gpt"]))
+            wanted = shapes((ScalarGPT(model) if holds == "reward model" else model).state_dict())
+        found = shapes(checkpoint["model"])
+        for name in wanted | found:
+            if found.get(name) != wanted.get(name):
+                raise ValueError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
+        size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
+        if size != model.config.vocab_size:
+            raise ValueError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
+    except (FloatingPointError, TypeError, ValueError, AttributeError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path}: not a sound checkpoint ({why})") from None
     return checkpoint
 
 
 def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:
     """The policy of a checkpoint, with its weights."""
-    return _with_weights(GPT(GPTConfig(**checkpoint["gpt"])), checkpoint, device)
+    model = GPT(GPTConfig(**checkpoint["gpt"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device)
 
 
 def scalar_model_from(checkpoint: dict[str, Any], device: torch.device) -> ScalarGPT:
     """The reward model of a checkpoint, with its weights."""
-    return _with_weights(ScalarGPT(GPT(GPTConfig(**checkpoint["gpt"]))), checkpoint, device)
-
-
-def _with_weights(model: nn.Module, checkpoint: dict[str, Any], device: torch.device) -> nn.Module:
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as e:
-        raise ValueError(f"the checkpoint's weights do not fit its own configuration: {e}") from None
+    model = ScalarGPT(GPT(GPTConfig(**checkpoint["gpt"])))
+    model.load_state_dict(checkpoint["model"])
     return model.to(device)
 
 
@@ -386,13 +441,41 @@ def ensure_stage(script: types.ModuleType, **flags) -> str:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file of a run. A line without its end was torn by a kill: it is not there."""
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in whole]
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            records.append(json.loads(line))
+            records[-1]["step"] + 0
+        except (ValueError, RecursionError, TypeError, KeyError):
+            raise ValueError(f"{path}, line {number}: {line[:60]!r}; expected a JSON object with a step") from None
+    return records
 
 
 def _finished(cfg: RunConfig, step: int) -> bool:
     """The last step is done and its final line is written."""
     return step >= cfg.steps and any(r["step"] == cfg.steps for r in read_lines(Path(cfg.out) / "metrics.jsonl"))
+
+
+def ends_well(main: Callable[[Any], None]) -> Callable[[Any], None]:
+    """For a script's main: a run that cannot go on says in one sentence what went wrong and what is safe.
+
+    That is when a number is nan or inf (FloatingPointError), when the disk is full (OSError), and at Ctrl-C outside of the
+    steps. Nothing that is not finite is ever saved, and no checkpoint is lost to the next one.
+    """
+    @functools.wraps(main)
+    def wrapper(cfg: RunConfig) -> None:
+        try:
+            main(cfg)
+        except (FloatingPointError, OSError, KeyboardInterrupt) as e:
+            what = "interrupted" if isinstance(e, KeyboardInterrupt) else " ".join(str(e).split())
+            out = Path(cfg.out)
+            with user_errors():
+                step, saved = len(read_lines(out / "metrics.jsonl")), "no checkpoint has been written yet"
+                if (out / "ckpt.pt").exists():
+                    saved = f"the last good checkpoint, {out / 'ckpt.pt'}, is after step {load_checkpoint(out)['step']}"
+            print(f"{Path(sys.argv[0]).name}: error: {out}, step {step}: {what}; {saved}", file=sys.stderr)
+            raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 2) from None
+    return wrapper
 
 
 class Run:
@@ -432,9 +515,12 @@ class Run:
 
         A finished run has nothing to resume: that is the end of the program.
         """
+        if not cfg.out:
+            raise ValueError("--out '': expected a directory")
         out = Path(cfg.out)
         if cfg.resume:
             checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
+            read_lines(out / "samples.jsonl")
             if checkpoint and _finished(cfg, checkpoint["step"]):
                 print(f"{out} is finished: {cfg.steps} steps.")
                 raise SystemExit(0)
@@ -510,8 +596,10 @@ class Run:
         print("\nFinishing this step, then saving. Once more to stop at once.", file=sys.stderr)
 
     def log(self, metrics: dict[str, Any], show: dict[str, str] | None = None) -> None:
-        """Add to this step's line of metrics.jsonl; `show` goes to the progress bar."""
-        self._line |= {name: float(value) for name, value in metrics.items()}
+        """Add to this step's line of metrics.jsonl; `show` goes to the progress bar. FloatingPointError at nan or inf."""
+        line = {name: float(value) for name, value in metrics.items()}
+        check_finite(line)
+        self._line |= line
         if show:
             self._bar.set_postfix_str("  ".join(f"{name} {value}" for name, value in show.items()))
 
@@ -544,4 +632,5 @@ class Run:
         checkpoint = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.cfg),
                       "gpt": dataclasses.asdict(self.model.config), "tokenizer": self.tokenizer.state_dict(),
                       "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "state": self.state}
+        check_finite({name: checkpoint[name] for name in ("model", "optimizer", "state")})
         write_atomically(self.out / "ckpt.pt", lambda f: torch.save(checkpoint, f))

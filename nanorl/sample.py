@@ -58,7 +58,7 @@ def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     cdf = logp.exp().cumsum(-1)                                                             # [B, V]
     # Rounding may leave the last entry beside 1, and u may round up to 1: stay strictly below the last entry.
     u = u.to(cdf.dtype).clamp(max=1 - 2 * torch.finfo(cdf.dtype).eps)[:, None] * cdf[:, -1:]
-    ids = torch.searchsorted(cdf, u, right=True)                                            # [B, 1]
+    ids = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[-1] - 1)            # [B, 1], a token even of nans
     return ids.squeeze(-1), logp.gather(-1, ids).squeeze(-1)
 
 
@@ -132,6 +132,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, tempe
     temperature 0 is greedy (and logp 0: a point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for
     all its samples. Randomness is one uniform per (seed, row, position): a row does not depend on the rows beside it.
     Eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as CUDA graphs need it.
+    FloatingPointError when a logit was nan or inf.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate: every prompt needs at least one token")
@@ -173,7 +174,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, tempe
 
     for t in range(max_new_tokens):
         if temperature == 0:
-            ids, ids_logp = logits.argmax(-1), logp.new_zeros(len(rows))
+            largest, ids = logits.max(-1)
+            ids_logp = 0.0 * largest                    # 0, unless a logit is nan or inf
         else:
             ids, ids_logp = draw(sampling_logits(logits, temperature, top_k, top_p), u[rows, t])
         running, at = ~finished[rows], lengths[rows]
@@ -191,6 +193,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, tempe
             rows, ids = rows[running], ids[running]
         logits = step(model, ids, cache)
 
+    if not logp.isfinite().all():
+        raise FloatingPointError("a logit of the policy is nan or inf")
     T = int(lengths.max())
     return Rollout(tokens[:, :T], prompt_lengths, lengths, logp[:, : T - 1], finished, prompt_index)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from nanorl.ops import token_weights
 from nanorl.rollout import Experience
 from nanorl.run import uses_bfloat16
-from nanorl.tasks import Task, adversarial
+from nanorl.tasks import Task
 
 
 class SelfCheckFailed(RuntimeError):
@@ -36,7 +36,7 @@ def check_verifier(task: Task) -> None:
     for problem in task.examples()[:20]:
         gold = task.direct(problem, Random(0))
         expect(task.verify(problem, gold) == 1.0, f"the verifier refuses its own {gold[:60]!r} to {problem.prompt[:60]!r}")
-        for text in adversarial(problem):
+        for text in task.adversarial(problem):
             expect(task.verify(problem, text) == 0.0, f"the verifier pays for {text[:60]!r} to {problem.prompt[:60]!r}")
 
 

@@ -19,9 +19,11 @@ Randomness is always a `random.Random` that the caller made.
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
+
+from nanorl.sandbox import sandbox
 
 MARKER = "Answer: "
 MAX_ANSWER = 256  # characters; whatever is longer is not an answer
@@ -62,15 +64,6 @@ def worked(steps: Iterable[str], answer: str) -> str:
 def integers(text: str) -> list[int]:
     """The numbers in a prompt of ours, in order. Never for model output."""
     return [int(digits) for digits in re.findall(r"[0-9]+", text)]
-
-
-def adversarial(problem: Problem) -> list[str]:
-    """Responses that must not pay, whatever the problem: echoes, several answers, additions to the right one, code."""
-    gold = MARKER + problem.answer
-    texts = ["", MARKER, problem.prompt, problem.answer, MARKER + problem.prompt, MARKER + "1 " + gold, gold + " " + gold,
-             gold + "\n" + MARKER, gold + "\0", gold + " or so", f"{gold}={problem.answer}", gold + " " * 300 + "x",
-             MARKER + "9**9**9", MARKER + "__import__('os').abort()", MARKER + "(" * 5000, MARKER + "9" * 100_000]
-    return [text for text in texts if (final_answer(text) or "").split() != problem.answer.split()]
 
 
 class Task:
@@ -134,6 +127,22 @@ class Task:
     def grade(self, problem: Problem, response: str, finished: bool) -> float:
         """The reward of a sampled response. One that was cut off gets 0: whoever has not stopped has not answered."""
         return self.verify(problem, response) if finished else 0.0
+
+    def grades(self, problems: list[Problem], responses: list[str], finished: list[bool]) -> list[float]:
+        """The rewards of many responses."""
+        return [self.grade(*each) for each in zip(problems, responses, finished, strict=True)]
+
+    def adversarial(self, problem: Problem) -> list[str]:
+        """Responses that must not pay: echoes, several answers, additions to the right one, code."""
+        gold = MARKER + problem.answer
+        texts = ["", MARKER, problem.prompt, problem.answer, MARKER + problem.prompt, MARKER + "1 " + gold, gold + " " + gold,
+                 gold + "\n" + MARKER, gold + "\0", gold + " or so", f"{gold}={problem.answer}", gold + " " * 300 + "x",
+                 MARKER + "9**9**9", MARKER + "__import__('os').abort()", MARKER + "(" * 5000, MARKER + "9" * 100_000]
+        return [text for text in texts if (final_answer(text) or "").split() != problem.answer.split()]
+
+    def way(self, response: str) -> str:
+        """How a response answers: "direct", "worked", or "" if it does not."""
+        return "" if MARKER not in response else "worked" if is_worked(response) else "direct"
 
 
 class Addition(Task):
@@ -313,6 +322,93 @@ def arithmetic(text: str, max_depth: int = 8, max_digits: int = 6) -> tuple[int,
     except ValueError:
         return None
     return None if tokens else (value, sorted(numbers))
+
+
+OPERATIONS = {  # phrase: the expression of a list x, and what it means; {n} is a number from 1 to 9
+    "add {n}": ("[v+{n} for v in {x}]", lambda x, n: [v + n for v in x]),
+    "times {n}": ("[v*{n} for v in {x}]", lambda x, n: [v * n for v in x]),
+    "keep over {n}": ("[v for v in {x} if v>{n}]", lambda x, n: [v for v in x if v > n]),
+    "keep odd": ("[v for v in {x} if v%2]", lambda x, n: [v for v in x if v % 2 == 1]),
+    "keep even": ("[v for v in {x} if v%2==0]", lambda x, n: [v for v in x if v % 2 == 0]),
+    "drop {n}": ("{x}[{n}:]", lambda x, n: x[n:]),
+    "reverse": ("{x}[::-1]", lambda x, n: x[::-1]),
+    "sort": ("sorted({x})", lambda x, n: sorted(x)),
+}
+
+
+class Code(Task):
+    """Write f(x): add 3, keep odd, sort.    def f(x): x=[v+3 for v in x]; x=[v for v in x if v%2]; return sorted(x)
+
+    Who blurts writes one expression, inside out: sorted([v for v in [v+3 for v in x] if v%2]). The verifier runs the program
+    on lists that nobody has seen, in the sandbox of nanorl/sandbox.py; what comes out is compared here.
+    """
+
+    name, knob, room = "code", "operations", 120
+    lowest, default, highest = 1, 3, 5
+    longest = 2_000  # characters: whatever is longer is not run
+
+    def __init__(self, difficulty: int | None = None):
+        super().__init__(difficulty)
+        sandbox()  # where there can be none, the task is refused
+
+    def draw(self, rng):
+        """Operations that leave something over: a function that is always [] could be had for nothing."""
+        while True:
+            phrases = (phrase.format(n=rng.randint(1, 9)) for phrase in rng.sample(sorted(OPERATIONS), self.difficulty))
+            prompt, nested = f"Write f(x): {', '.join(phrases)}.", "x"
+            for expression, _, n in self.operations(prompt):
+                nested = expression.format(x=nested, n=n)
+            problem = Problem(prompt, f"def f(x): return {nested}")
+            if len({tuple(y) for _, y in self.tests(problem)}) >= 3:
+                return problem
+
+    @staticmethod
+    def operations(prompt: str) -> Iterator[tuple[str, Callable, int | None]]:
+        """The expression, the meaning and the number of each phrase in a prompt of ours."""
+        for phrase in prompt.removeprefix("Write f(x): ").removesuffix(".").split(", "):
+            number = integers(phrase)
+            yield *OPERATIONS[re.sub(r"[0-9]+", "{n}", phrase)], *(number or [None])
+
+    def direct(self, problem, rng):
+        return problem.answer
+
+    def work(self, problem, rng):
+        """One operation after the other, in the order of the prompt."""
+        *first, last = (expression.format(x="x", n=n) for expression, _, n in self.operations(problem.prompt))
+        return "def f(x): " + "".join(f"x={step}; " for step in first) + f"return {last}"
+
+    def adversarial(self, problem):
+        """Programs that must not pay: no function, half of one, one that raises, prints, exits or returns nothing."""
+        gold = problem.answer
+        return ["", problem.prompt, gold[:-1], gold + "\0", gold.replace("def f", "def g"), gold.replace("return", "print"),
+                gold + "\nraise SystemExit(0)", gold + "\nf = None", f"print({gold!r})", "import os; os._exit(0)",
+                *(f"def f(x): return {y}" for y in ("[]", "None", "x.clear()", "print(x)", "1/0", "f(x)", "open('tests')"))]
+
+    def way(self, response):
+        return "" if "return" not in response else "worked" if ";" in response else "direct"
+
+    def tests(self, problem: Problem) -> list[tuple[list[int], list[int]]]:
+        """Lists to try a program on, and what must come out: hidden in that no prompt and no program gets to see them."""
+        rng, tests = Random(problem.prompt), []
+        for length in (0, 1, 4, 10, 41):
+            x = rng.sample(range(-20, 21), length)
+            y = x
+            for _, meaning, n in self.operations(problem.prompt):
+                y = meaning(y, n)
+            tests.append((x, y))
+        return tests
+
+    def verify(self, problem, response):
+        return self.grades([problem], [response], [True])[0]
+
+    def grades(self, problems, responses, finished):
+        """1.0 for each program that finished, runs, and is right on every test. 1.0 and True are not 1."""
+        tests = [tuple(zip(*self.tests(problem), strict=True)) for problem in problems]
+        run = [i for i, text in enumerate(responses) if finished[i] and len(text) <= self.longest]
+        grades = [0.0] * len(problems)
+        for i, outputs in zip(run, sandbox().run([(responses[i], list(tests[i][0])) for i in run]), strict=True):
+            grades[i] = float(repr(outputs) == repr(list(tests[i][1])))
+        return grades
 
 
 class FileTask(Task):
@@ -616,7 +712,7 @@ class Stories(Task):
         return records, identical
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sorting, Reversal, Countdown, Stories)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sorting, Reversal, Countdown, Code, Stories)}
 
 
 def make_task(name: str, difficulty: int | None = None, needs_verifier: bool = True) -> Task:

@@ -1,4 +1,4 @@
-"""Every script, run in-process from one tiny chain: it runs, resumes bit for bit, and refuses what it cannot do."""
+"""Every script, run in-process from one tiny chain: it runs, learns what it should, and resumes bit for bit."""
 
 import dataclasses
 import json
@@ -11,6 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from world import (
+    DPO,
+    GROUP,
+    GRPO,
+    ONLINE,
+    PPO,
+    PRETRAIN,
+    ROOT,
+    SCRIPTS,
+    SFT,
+    cut_final_line,
+    metrics,
+    same_parameters,
+    start,
+    write_records,
+)
 
 import train_dpo
 import train_group_dpo
@@ -20,78 +36,7 @@ import train_pretrain
 import train_reward
 import train_sft
 from nanorl import run
-from nanorl.data import DATA
 from nanorl.tasks import Stories, is_heldout
-
-ROOT = Path(__file__).parent.parent
-TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
-EVAL = " --eval-problems 3 --max-new-tokens 16"
-PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --vocab-size 300" + TINY
-SFT = "--steps 40 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY
-GRPO = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --init sft" + EVAL + TINY
-BEST = EVAL + " --best-of 2"
-DPO = "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft --max-new-tokens 16" + TINY
-ONLINE = "--steps 3 --batch 8 --online --init sft" + BEST + TINY
-GROUP = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --loss hinge --init sft" + BEST + TINY
-PPO = "--steps 3 --prompts 4 --group 2 --init sft" + BEST + TINY
-SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO),
-           "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
-                                            "--truncated mask --aggregate token_mean --advantage leave_one_out"),
-           "stale": (train_grpo, GRPO + " --algo cispo --stale 1 --kl-coef 0.1 --kl k1 --kl-in weighted --refresh-reference 1 "
-                                        "--overlong 0.5 --no-selfcheck"),
-           "masked": (train_grpo, GRPO + " --algo masked_is"),
-           "reward": (train_reward, "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft" + TINY),
-           "dpo": (train_dpo, DPO), "refreshed": (train_dpo, DPO + " --loss ipo --nll-coef 0.1 --refresh-reference 1"),
-           "online": (train_dpo, ONLINE + " --judge model --reward-model reward"),
-           "group": (train_group_dpo, GROUP), "ppo": (train_ppo, PPO + " --data wanted.jsonl --entropy-coef 0.01"),
-           "rlhf": (train_ppo, PPO + " --reward model --reward-model reward --critic shared --kl-coef 0.1 --kl-target 1 "
-                                     "--truncated bootstrap"),
-           "reinforce": (train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --likelihood-coef 0.1 "
-                                            "--demonstrations letters.jsonl --kl-coef 0.1 --kl k1 --kl-in reward")}
-
-
-def start(script, flags, out, *extra):
-    script.main(run.parse(script.Config, [*flags.split(), "--out", str(out), *extra]))
-
-
-def metrics(out):
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in line.items() if not name.startswith("time/")} for line in lines]
-
-
-def cut_final_line(out):
-    """As if the run had been killed before it wrote its final line."""
-    with open(Path(out) / "metrics.jsonl", "r+b") as f:
-        f.truncate(f.read().rstrip().rindex(b"\n") + 1)
-
-
-def parameters(out):
-    return run.load_checkpoint(out)["model"]
-
-
-def same_parameters(a, b):
-    a, b = parameters(a), parameters(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def write_records(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A directory with one finished run of every script: a model that says x or y, and is rewarded for x."""
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "text.txt").write_text((DATA / "text.txt").read_text()[:20_000])
-    write_records(folder / "letters.jsonl", ({"prompt": f"Say {i}.", "response": f"Answer: {'xy'[i % 2]}"} for i in range(99)))
-    write_records(folder / "wanted.jsonl", ({"prompt": f"Say {i}.", "answer": "x"} for i in range(99)))
-    write_records(folder / "pairs.jsonl", ({"prompt": f"Say {i}.", "chosen": "Answer: x", "rejected": f"Answer: {'yx'[i == 7]}"}
-                                           for i in range(99)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name, (script, flags) in SCRIPTS.items():
-            start(script, flags, name)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -510,97 +455,6 @@ def test_groups_of_one_kind_train_nothing_and_are_counted(tmp_path, monkeypatch)
     start(train_group_dpo, GROUP + " --steps 2", tmp_path / "run")
     assert [line["rollout/no_contrast"] for line in metrics(tmp_path / "run")[:-1]] == [1.0, 1.0]
     assert same_parameters(tmp_path / "run", "sft")
-
-
-# ---- bad input ----
-
-
-BAD = [
-    (train_pretrain, "--text missing.txt", "missing.txt"), (train_pretrain, "--text empty.txt", "empty.txt"),
-    (train_pretrain, "--text .", "not a file"), (train_pretrain, "--text binary.txt", "not UTF-8"),
-    (train_pretrain, "--text tiny.txt", "tiny.txt"), (train_pretrain, "--vocab-size 100", "261"),
-    (train_pretrain, "--tokenizer gpt3", "gpt3"), (train_pretrain, "--tokenizer text.txt", "text.txt, line 1"),
-    (train_pretrain, "--length 1000", "--length 1000"), (train_pretrain, "--preset huge", "--preset"),
-    (train_sft, "--data missing.jsonl", "missing.jsonl"), (train_sft, "--data bad.jsonl --init pretrain", "bad.jsonl, line 2"),
-    (train_sft, "--task cooking --init pretrain", "cooking"), (train_sft, "--difficulty 99 --init pretrain", "difficulty"),
-    (train_sft, "--init nowhere", "nowhere"), (train_sft, "--init text.txt", "text.txt"),
-    (train_sft, "--data long.jsonl --init pretrain", "record 1"),
-    (train_pretrain, "--init pretrain --preset mini", "--preset mini"), (train_pretrain, "--out text.txt/new", "text.txt"),
-    (train_grpo, "--init sft --data one.jsonl", "one.jsonl"), (train_grpo, "--init nowhere", "nowhere"),
-    (train_grpo, "--group 1 --init sft", "--group 1"),
-    (train_grpo, "--minibatches 1000 --init sft", "--minibatches 1000"), (train_grpo, "--temperature 0", "--temperature 0.0"),
-    (train_grpo, "--clip-low 2", "--clip-low"), (train_grpo, "--algo magic", "--algo"),
-    (train_grpo, "--max-new-tokens 1000 --init sft", "--max-new-tokens 1000"),
-    (train_grpo, "--advantage best", "--advantage"), (train_grpo, "--init sft --data bad.jsonl", "bad.jsonl, line 1"),
-    (train_grpo, "--device tpu", "--device"), (train_grpo, "--out sft", "sft"),
-    (train_grpo, "--out nowhere --resume", "nowhere"), (train_grpo, "--stale 40 --init sft", "--stale 40"),
-    *((train_grpo, flags, named) for flags, named in [
-        ("--bound mask --clip-low 0.1", "--clip-low 0.1"), ("--algo cispo --clip-high 0.3", "--clip-high 0.3"),
-        ("--cap 5", "--cap 5.0"), ("--baseline-decay 0.9", "--baseline-decay 0.9"), ("--kl k2", "--kl-coef"),
-        ("--kl-in reward", "--kl-coef"), ("--refresh-reference 5", "--kl-coef"),
-        ("--kl-coef 0.1 --kl k1", "--kl k1 --kl-in loss"), ("--kl-coef 0.1 --kl k3 --kl-in reward", "follows no divergence"),
-        ("--ratio none", "--ratio none --bound clip"), ("--ratio sequence --aggregate token_mean", "--aggregate token_mean"),
-        ("--bound mask --mask-low 9", "--mask-low 9.0"), ("--bound mask --mask-high 0.5", "--mask-high 0.5"),
-        ("--bound truncate --cap 0.5", "--cap 0.5"), ("--algo reinforce --baseline-decay 1", "--baseline-decay 1.0"),
-        ("--algo raft --overlong 0.2", "--overlong 0.2"), ("--kl-coef 0.1 --kl-in reward", "--advantage zscore"),
-        ("--init sft --likelihood-coef 0.1 --demonstrations heldout.jsonl", "heldout.jsonl"),
-        ("--mask-high inf --bound mask", "--mask-high inf"),
-        ("--advantage positive --kl-coef 0.1 --kl k1 --kl-in reward", "--advantage positive"),
-        ("--algo raft --group 1 --groups drop", "--group 1"), ("--demonstrations letters.jsonl", "--likelihood-coef"),
-        ("--task stories", "no verifier"), ("--overlong 2", "--overlong 2.0"),
-        ("--init sft --likelihood-coef 0.1 --data wanted.jsonl", "no demonstrations"),
-        ("--init sft --likelihood-coef 0.1 --demonstrations long.jsonl", "long.jsonl, record 1")]),
-    *((train_reward, flags, named) for flags, named in [
-        ("--data missing.jsonl", "missing.jsonl"), ("--data bad.jsonl", "bad.jsonl, line 1"),
-        ("--init sft --data longpairs.jsonl", "longpairs.jsonl, record 1"), ("--data same.jsonl", "same.jsonl"),
-        ("--init reward --data pairs.jsonl", "reward model"), ("--data heldoutpairs.jsonl", "heldoutpairs.jsonl"),
-        ("--batch 0", "--batch 0"), ("--lr nan", "--lr nan")]),
-    *((train_dpo, flags, named) for flags, named in [
-        ("--data same.jsonl", "same.jsonl"), ("--loss kto", "--loss"), ("--loss slic --beta 0.1", "--beta 0.1"),
-        ("--label-noise 0.1", "--label-noise 0.1"), ("--gamma 1", "--gamma 1.0"), ("--delta 1", "--delta 1.0"),
-        ("--loss simpo --refresh-reference 3", "--refresh-reference 3"), ("--judge hidden", "--judge hidden"),
-        ("--online --data pairs.jsonl", "--data pairs.jsonl"), ("--online --judge verifier", "--judge verifier"),
-        ("--online --task addition --judge model", "--judge model"), ("--task addition", "--task addition"),
-        ("--task cooking", "--task cooking"), ("--init reward --data pairs.jsonl", "reward model"), ("--beta 0", "--beta 0.0"),
-        ("--init sft --reward-model sft", "holds a policy"), ("--init sft --reward-model nowhere", "nowhere"),
-        ("--online --init nowhere", "nowhere"), ("--data pairs.jsonl --reward-model reward", "--reward-model reward"),
-        ("--init sft --data pairs.jsonl --max-new-tokens 999", "--max-new-tokens 999")]),
-    *((train_group_dpo, flags, named) for flags, named in [
-        ("--group 1", "--group 1"), ("--margin 2", "only --loss hinge"), ("--loss hinge --margin 0", "--margin 0.0"),
-        ("--task stories", "no verifier"), ("--data one.jsonl", "one.jsonl"), ("--init reward", "reward model"),
-        ("--loss triplet", "--loss"), ("--init sft --data wanted.jsonl --max-new-tokens 999", "--max-new-tokens 999")]),
-    *((train_ppo, flags, named) for flags, named in [
-        ("--reward-model reward", "--reward-model reward"), ("--kl-target 3", "--kl-target 3.0"),
-        ("--minibatches 1000", "--minibatches 1000"), ("--task stories", "no verifier"), ("--gamma 2", "--gamma 2.0"),
-        ("--reward human", "--reward"), ("--reward model --reward-model sft --init sft", "holds a policy"),
-        ("--reward model --reward-model nowhere", "nowhere"), ("--reward model --init nowhere", "nowhere"),
-        ("--init reward", "reward model"), ("--lam nan", "--lam nan"),
-        ("--init sft --data wanted.jsonl --max-new-tokens 999", "--max-new-tokens 999"),
-        ("--value-clip 0", "--value-clip 0.0")]),
-]
-
-
-@pytest.mark.parametrize("script, flags, named", BAD)
-def test_bad_input_is_one_sentence_and_exit_code_2_and_loses_nothing(script, flags, named, world, capsys, monkeypatch):
-    Path("empty.txt").write_text("\n")
-    Path("tiny.txt").write_text("a b")
-    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
-    Path("bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
-    heldout = [f"Say {i}." for i in range(99) if is_heldout(f"Say {i}.")]
-    write_records(Path("heldout.jsonl"), ({"prompt": prompt, "response": "x"} for prompt in heldout))
-    Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
-    Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
-    write_records(Path("same.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "b"}])
-    write_records(Path("longpairs.jsonl"), [{"prompt": "a " * 500, "chosen": "b", "rejected": "c"}])
-    write_records(Path("heldoutpairs.jsonl"), ({"prompt": prompt, "chosen": "x", "rejected": "y"} for prompt in heldout))
-    files = {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
-    argv = flags.split() if "--out" in flags else [*flags.split(), "--out", "new"]
-    with pytest.raises(SystemExit) as exit:
-        script.main(run.parse(script.Config, [*argv, "--quiet"]))
-    error = capsys.readouterr().err
-    assert exit.value.code == 2
-    assert named in error and error.count("\n") == 1 and "Traceback" not in error
-    assert {p: p.read_bytes() for p in world.rglob("*") if p.is_file()} == files
 
 
 @pytest.mark.slow

@@ -1,0 +1,225 @@
+"""A place to run Python that nobody has read: the programs that a model writes.
+
+    trainer  -- code, inputs -->  server  -- fork -->  child: limits, seccomp, then the code and f(input) for each input
+             <-- outputs --------          <-- pipe --
+
+The server is a bare Python: isolated mode, an empty environment, an empty directory, another user where we are root. It
+forks a child for every program, so that none sees what another has done, and a fork takes a millisecond. What holds a child:
+
+    seccomp     the kernel refuses every system call but those for memory, for its own end, and for writing to its pipe:
+                no file, no process, no signal, no network, no timer
+    limits      of memory, CPU time, files (none) and processes (none)
+    the clock   the server kills what has not answered in time, and reads no more than 64 KB
+
+What a child knows is the code and the inputs. The expected outputs stay with the trainer, which reads what comes back as
+JSON: a program that prints, exits, patches its judge or looks around for the tests finds nothing to fake an answer with.
+
+This is a fence around a toy's programs, not a vault. It trusts the kernel, and it does not hide how long things take.
+Where the kernel has no seccomp (macOS, Windows), nothing is run at all.
+"""
+
+import ctypes
+import functools
+import json
+import os
+import platform
+import queue
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+MEMORY = 256 << 20      # bytes of address space
+CPU_SECONDS = 0.2
+WALL_SECONDS = 2.0      # for a program that waits without computing; generous, for the machine may be busy
+OUTPUT = 1 << 16        # bytes
+
+# The system calls that remain: write, exit, exit_group, mmap, munmap, mremap, brk, madvise, futex, rt_sigreturn.
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+ALLOWED = {"x86_64": (1, 60, 231, 9, 11, 25, 12, 28, 202, 15), "aarch64": (64, 93, 94, 222, 215, 216, 214, 233, 98, 139)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The child and its server: this part runs as `python -I -S sandbox.py` and imports the standard library alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def seccomp_filter(machine: str) -> bytes:
+    """A BPF program over struct seccomp_data {nr, arch, ...}: calls in ALLOWED pass, others fail with EPERM.
+
+    Each instruction is (code, jump if true, jump if false, constant), as in linux/filter.h.
+    """
+    load, equal, answer = 0x20, 0x15, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050000 | 1, 0x80000000
+    calls = ALLOWED[machine]
+    program = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (answer, 0, 0, kill), (load, 0, 0, 0)]
+    program += [(equal, len(calls) - i, 0, number) for i, number in enumerate(calls)]
+    program += [(answer, 0, 0, refuse), (answer, 0, 0, allow)]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
+
+
+def _prctl(*arguments) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(*(x if isinstance(x, ctypes._SimpleCData) else ctypes.c_ulong(x) for x in arguments)):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def confine(pipe: int) -> None:
+    """In the child: give up everything but memory, time and one pipe. There is no way back."""
+    import resource
+    set_pdeathsig, set_no_new_privs, set_seccomp, filter_mode = 1, 38, 22, 2
+    _prctl(set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    os.closerange(0, pipe)
+    os.closerange(pipe + 1, 1 << 16)
+    sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None    # print() says nothing
+    for kind, bound in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, 1 + int(CPU_SECONDS)), (resource.RLIMIT_FSIZE, 0),
+                        (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 0), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(kind, (bound, bound))
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)       # its signal kills, and no handler can be installed any more
+    instructions = ctypes.create_string_buffer(seccomp_filter(platform.machine()))
+    program = _Program((len(instructions) - 1) // 8, ctypes.addressof(instructions))
+    _prctl(set_no_new_privs, 1, 0, 0, 0)
+    _prctl(set_seccomp, filter_mode, ctypes.c_void_p(ctypes.addressof(program)), 0, 0)
+
+
+def child(job: dict[str, Any], pipe: int) -> None:
+    """Run one program; write the list of its outputs to the pipe, as JSON, or the name of what it raised."""
+    confine(pipe)
+    try:
+        names: dict[str, Any] = {"__name__": "program"}
+        exec(compile(job["code"], "program", "exec"), names)
+        answer = json.dumps([names["f"](x) for x in job["inputs"]])
+    except BaseException as e:      # also SystemExit and KeyboardInterrupt: whatever it is, it ends here
+        answer = json.dumps(type(e).__name__)
+    os.write(pipe, answer.encode())
+
+
+def serve() -> None:
+    """Answer each line {"code", "inputs"} on stdin by a line on stdout: the text that the child wrote, as a JSON string."""
+    import collections  # noqa: F401    what a program may import, for a child can read no file
+    import itertools  # noqa: F401
+    import math  # noqa: F401
+    import resource  # noqa: F401
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(job, writing)
+            finally:
+                os._exit(0)
+        os.close(writing)
+        written, deadline = b"", time.monotonic() + WALL_SECONDS
+        while len(written) <= OUTPUT and select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            part = os.read(reading, OUTPUT)
+            if not part:
+                break
+            written += part
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reading)
+        print(json.dumps(written[:OUTPUT].decode("ascii", "replace")), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer's side
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A first program for every server: it must be refused all of this.
+PROBE = """
+import os
+def f(call):
+    try:
+        {"open": lambda: os.open("/", 0), "fork": os.fork, "kill": lambda: os.kill(0, 0), "pipe": os.pipe}[call]()
+    except PermissionError:
+        return "refused"
+"""
+PROBED = ("open", "fork", "kill", "pipe")
+
+
+class Sandbox:
+    """Servers that run programs, as many at a time as there are `workers`."""
+
+    def __init__(self, workers: int | None = None):
+        if sys.platform != "linux" or platform.machine() not in ALLOWED:
+            raise ValueError(f"a model's programs run only where Linux can confine them (seccomp, on {' or '.join(ALLOWED)}); "
+                             f"here are {sys.platform} and {platform.machine()}")
+        workers = workers or os.cpu_count() or 1
+        self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+        for _ in range(workers):
+            self._idle.put(self._start())
+        self._threads = ThreadPoolExecutor(workers)
+
+    def run(self, programs: list[tuple[str, list]]) -> list[list | None]:
+        """f(input) for each input of each (code, inputs); None for a program that did not get that far.
+
+        Inputs and outputs are what JSON can say. An output is the program's word, of at most 64 KB in all.
+        """
+        return list(self._threads.map(self._run, programs))
+
+    def _run(self, program: tuple[str, list]) -> list | None:
+        server = self._idle.get()
+        try:
+            for _ in range(2):
+                if line := self._ask(server, program):
+                    return outputs_of(json.loads(line), len(program[1]))
+                server.kill()
+                server = self._start()
+        finally:
+            self._idle.put(server)
+        raise OSError("the server of the sandbox died twice on the same program")
+
+    @staticmethod
+    def _ask(server: subprocess.Popen, program: tuple[str, list]) -> str:
+        """The server's line, empty if it has died."""
+        try:
+            server.stdin.write(json.dumps(dict(zip(("code", "inputs"), program, strict=True))) + "\n")
+            server.stdin.flush()
+            return server.stdout.readline()
+        except BrokenPipeError:
+            return ""
+
+    def _start(self) -> subprocess.Popen:
+        with tempfile.TemporaryDirectory() as empty:        # it is gone as soon as the server is there
+            server = subprocess.Popen([sys.executable, "-I", "-S", __file__], cwd=empty, env={}, text=True,
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                      start_new_session=True)       # Ctrl-C is for the trainer
+            line = self._ask(server, (PROBE, list(PROBED)))
+        if not line or outputs_of(json.loads(line), len(PROBED)) != ["refused"] * len(PROBED):
+            server.kill()
+            raise ValueError("a model's programs run only where Linux can confine them; here the kernel does not (is seccomp "
+                             "switched off in this container?)")
+        return server
+
+
+def outputs_of(text: str, count: int) -> list | None:
+    """What a child wrote, if it is a list of `count` outputs. The text is untrusted."""
+    try:
+        outputs = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return outputs if isinstance(outputs, list) and len(outputs) == count else None
+
+
+@functools.cache
+def sandbox() -> Sandbox:
+    """The sandbox of this process."""
+    return Sandbox()
+
+
+if __name__ == "__main__":
+    serve()

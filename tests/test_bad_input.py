@@ -1,0 +1,409 @@
+"""Bad input ends in one sentence that names it, with exit code 2 and no traceback, and nothing is written over.
+
+A case is a script, its flags, and what the sentence has to name.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from world import DPO, SCRIPTS, cut_final_line, write_records
+
+import train_dpo
+import train_group_dpo
+import train_grpo
+import train_ppo
+import train_pretrain
+import train_reward
+import train_sft
+from nanorl import run
+from nanorl.data import read_records, read_text
+from nanorl.tasks import is_heldout
+from nanorl.tokenizer import Tokenizer
+
+ALL = (train_pretrain, train_sft, train_reward, train_dpo, train_group_dpo, train_grpo, train_ppo)
+
+
+@pytest.fixture(autouse=True)
+def inside(world, monkeypatch):
+    monkeypatch.chdir(world)
+
+
+def refused(capsys, script, argv):
+    """The one sentence with which the script refuses `argv`, having changed nothing."""
+    files = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in Path().rglob("*")}
+    with pytest.raises(SystemExit) as exit:
+        script.main(run.parse(script.Config, [*argv, *([] if "--out" in argv else ["--out", "new"]), "--quiet"]))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2, error
+    assert error.count("\n") == 1 and len(error) < 600 and "Traceback" not in error, error
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in Path().rglob("*")} == files
+    return error
+
+
+# ---- flags ----
+
+
+@pytest.mark.parametrize(("flags", "named"), [
+    ("--stepz 3", "--stepz"), ("--step 3", "--step"), ("3", "3"), ("--steps", "--steps"), ("--steps 1.5", "--steps"),
+    ("--steps 0", "--steps 0"), ("--lr -1", "--lr -1.0"), ("--lr nan", "--lr nan"), ("--lr fast", "--lr"),
+    ("--seed -1", "--seed -1"), ("--device cuda", "--device cuda"), ("--dtype float8", "--dtype"),
+    ("--eval-every 0", "--eval-every 0"), ("--save-every inf", "--save-every"),
+    ("--quiet=yes", "--quiet"), ("--resume --out nowhere", "nowhere"), ("--out text.txt", "text.txt")])
+@pytest.mark.parametrize("script", ALL, ids=lambda script: script.__name__)
+def test_flags_that_every_script_has(script, flags, named, capsys):
+    if flags == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert named in refused(capsys, script, flags.split())
+
+
+BAD = [
+    (train_pretrain, "--text missing.txt", "missing.txt"), (train_pretrain, "--text empty.txt", "empty.txt"),
+    (train_pretrain, "--text .", "not a file"), (train_pretrain, "--text binary.txt", "not UTF-8"),
+    (train_pretrain, "--text tiny.txt", "tiny.txt"), (train_pretrain, "--vocab-size 100", "261"),
+    (train_pretrain, "--tokenizer gpt3", "gpt3"), (train_pretrain, "--tokenizer text.txt", "text.txt, line 1"),
+    (train_pretrain, "--length 1000", "--length 1000"), (train_pretrain, "--preset huge", "--preset"),
+    (train_sft, "--data missing.jsonl", "missing.jsonl"), (train_sft, "--data bad.jsonl --init pretrain", "bad.jsonl, line 2"),
+    (train_sft, "--task cooking --init pretrain", "cooking"), (train_sft, "--difficulty 99 --init pretrain", "difficulty"),
+    (train_sft, "--init nowhere", "nowhere"), (train_sft, "--init text.txt", "text.txt"),
+    (train_sft, "--data long.jsonl --init pretrain", "record 1"),
+    (train_pretrain, "--init pretrain --preset mini", "--preset mini"), (train_pretrain, "--out text.txt/new", "text.txt"),
+    (train_grpo, "--init sft --data one.jsonl", "one.jsonl"), (train_grpo, "--init nowhere", "nowhere"),
+    (train_grpo, "--group 1 --init sft", "--group 1"),
+    (train_grpo, "--minibatches 1000 --init sft", "--minibatches 1000"), (train_grpo, "--temperature 0", "--temperature 0.0"),
+    (train_grpo, "--clip-low 2", "--clip-low"), (train_grpo, "--algo magic", "--algo"),
+    (train_grpo, "--max-new-tokens 1000 --init sft", "--max-new-tokens 1000"),
+    (train_grpo, "--advantage best", "--advantage"), (train_grpo, "--init sft --data bad.jsonl", "bad.jsonl, line 1"),
+    (train_grpo, "--device tpu", "--device"), (train_grpo, "--out sft", "sft"),
+    (train_grpo, "--out nowhere --resume", "nowhere"), (train_grpo, "--stale 40 --init sft", "--stale 40"),
+    *((train_grpo, flags, named) for flags, named in [
+        ("--bound mask --clip-low 0.1", "--clip-low 0.1"), ("--algo cispo --clip-high 0.3", "--clip-high 0.3"),
+        ("--cap 5", "--cap 5.0"), ("--baseline-decay 0.9", "--baseline-decay 0.9"), ("--kl k2", "--kl-coef"),
+        ("--kl-in reward", "--kl-coef"), ("--refresh-reference 5", "--kl-coef"),
+        ("--kl-coef 0.1 --kl k1", "--kl k1 --kl-in loss"), ("--kl-coef 0.1 --kl k3 --kl-in reward", "follows no divergence"),
+        ("--ratio none", "--ratio none --bound clip"), ("--ratio sequence --aggregate token_mean", "--aggregate token_mean"),
+        ("--bound mask --mask-low 9", "--mask-low 9.0"), ("--bound mask --mask-high 0.5", "--mask-high 0.5"),
+        ("--bound truncate --cap 0.5", "--cap 0.5"), ("--algo reinforce --baseline-decay 1", "--baseline-decay 1.0"),
+        ("--algo raft --overlong 0.2", "--overlong 0.2"), ("--kl-coef 0.1 --kl-in reward", "--advantage zscore"),
+        ("--init sft --likelihood-coef 0.1 --demonstrations heldout.jsonl", "heldout.jsonl"),
+        ("--mask-high inf --bound mask", "--mask-high inf"),
+        ("--advantage positive --kl-coef 0.1 --kl k1 --kl-in reward", "--advantage positive"),
+        ("--algo raft --group 1 --groups drop", "--group 1"), ("--demonstrations letters.jsonl", "--likelihood-coef"),
+        ("--task stories", "no verifier"), ("--overlong 2", "--overlong 2.0"),
+        ("--init sft --likelihood-coef 0.1 --data wanted.jsonl", "no demonstrations"),
+        ("--init sft --likelihood-coef 0.1 --demonstrations long.jsonl", "long.jsonl, record 1")]),
+    *((train_reward, flags, named) for flags, named in [
+        ("--data missing.jsonl", "missing.jsonl"), ("--data bad.jsonl", "bad.jsonl, line 1"),
+        ("--init sft --data longpairs.jsonl", "longpairs.jsonl, record 1"), ("--data same.jsonl", "same.jsonl"),
+        ("--init reward --data pairs.jsonl", "reward model"), ("--data heldoutpairs.jsonl", "heldoutpairs.jsonl"),
+        ("--batch 0", "--batch 0"), ("--lr nan", "--lr nan")]),
+    *((train_dpo, flags, named) for flags, named in [
+        ("--data same.jsonl", "same.jsonl"), ("--loss kto", "--loss"), ("--loss slic --beta 0.1", "--beta 0.1"),
+        ("--label-noise 0.1", "--label-noise 0.1"), ("--gamma 1", "--gamma 1.0"), ("--delta 1", "--delta 1.0"),
+        ("--loss simpo --refresh-reference 3", "--refresh-reference 3"), ("--judge hidden", "--judge hidden"),
+        ("--online --data pairs.jsonl", "--data pairs.jsonl"), ("--online --judge verifier", "--judge verifier"),
+        ("--online --task addition --judge model", "--judge model"), ("--task addition", "--task addition"),
+        ("--task cooking", "--task cooking"), ("--init reward --data pairs.jsonl", "reward model"), ("--beta 0", "--beta 0.0"),
+        ("--init sft --reward-model sft", "holds a policy"), ("--init sft --reward-model nowhere", "nowhere"),
+        ("--online --init nowhere", "nowhere"), ("--data pairs.jsonl --reward-model reward", "--reward-model reward"),
+        ("--init sft --data pairs.jsonl --max-new-tokens 999", "--max-new-tokens 999")]),
+    *((train_group_dpo, flags, named) for flags, named in [
+        ("--group 1", "--group 1"), ("--margin 2", "only --loss hinge"), ("--loss hinge --margin 0", "--margin 0.0"),
+        ("--task stories", "no verifier"), ("--data one.jsonl", "one.jsonl"), ("--init reward", "reward model"),
+        ("--loss triplet", "--loss"), ("--init sft --data wanted.jsonl --max-new-tokens 999", "--max-new-tokens 999")]),
+    *((train_ppo, flags, named) for flags, named in [
+        ("--reward-model reward", "--reward-model reward"), ("--kl-target 3", "--kl-target 3.0"),
+        ("--minibatches 1000", "--minibatches 1000"), ("--task stories", "no verifier"), ("--gamma 2", "--gamma 2.0"),
+        ("--reward human", "--reward"), ("--reward model --reward-model sft --init sft", "holds a policy"),
+        ("--reward model --reward-model nowhere", "nowhere"), ("--reward model --init nowhere", "nowhere"),
+        ("--init reward", "reward model"), ("--lam nan", "--lam nan"),
+        ("--init sft --data wanted.jsonl --max-new-tokens 999", "--max-new-tokens 999"),
+        ("--value-clip 0", "--value-clip 0.0")]),
+]
+
+
+
+
+@pytest.mark.parametrize(("script", "flags", "named"), BAD)
+def test_flags_and_files_of_a_script(script, flags, named, capsys):
+    Path("empty.txt").write_text("\n")
+    Path("tiny.txt").write_text("a b")
+    Path("binary.txt").write_bytes(b"\xff\xfe")
+    Path("bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
+    heldout = [f"Say {i}." for i in range(99) if is_heldout(f"Say {i}.")]
+    write_records(Path("heldout.jsonl"), ({"prompt": prompt, "response": "x"} for prompt in heldout))
+    Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
+    write_records(Path("same.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    write_records(Path("longpairs.jsonl"), [{"prompt": "a " * 500, "chosen": "b", "rejected": "c"}])
+    write_records(Path("heldoutpairs.jsonl"), ({"prompt": prompt, "chosen": "x", "rejected": "y"} for prompt in heldout))
+    assert named in refused(capsys, script, flags.split())
+
+
+# ---- text and records ----
+
+
+TEXTS = {
+    "one character": (b"a", "1 held out"),
+    "a word": (b"word", "tokens to train on"),
+    "blanks": (b" \n\t\r\n", "empty"),
+    "only a byte order mark": (b"\xef\xbb\xbf", "empty"),
+    "a NUL": (b"text\0more", "byte 4 is 0x00"),
+    "invalid UTF-8": (b"abc\xff", "byte 3 is 0xff"),
+    "half a character": (b"abc\xf0\x9f\x99", "not UTF-8"),
+    "UTF-16": ("text".encode("utf-16"), "0x00"),
+    "a surrogate": (b"\xed\xa0\x80", "not UTF-8"),
+    "an archive": (b"PK\x03\x04\0\0", "0x00"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts(name, capsys):
+    content, named = TEXTS[name]
+    Path("bad.txt").write_bytes(content)
+    error = refused(capsys, train_pretrain, ["--text", "bad.txt"])
+    assert "bad.txt" in error and named in error
+
+
+def test_a_sparse_gigabyte_is_refused_at_once(capsys):
+    with open("hole.txt", "wb") as f:
+        f.truncate(1 << 30)
+    assert "byte 0 is 0x00" in refused(capsys, train_pretrain, ["--text", "hole.txt"])
+    os.remove("hole.txt")
+
+
+def test_what_is_no_file(capsys):
+    for name in ("nowhere", "nowhere/deeper", "sft", "/dev/null"):
+        assert name in refused(capsys, train_pretrain, ["--text", name])
+        assert name in refused(capsys, train_sft, ["--data", name, "--init", "pretrain"])
+
+
+GOOD = '{"prompt": "a", "response": "b"}'
+RECORDS = {
+    "not JSON": ("hello", "not JSON"),
+    "half an object": ('{"prompt": "a"', "not JSON"),
+    "two objects": (GOOD + GOOD, "not JSON"),
+    "single quotes": (GOOD.replace('"', "'"), "not JSON"),
+    "a comma too many": ('{"prompt": "a", "response": "b",}', "not JSON"),
+    "a list": ('["a", "b"]', "list"),
+    "a string": ('"a"', "str"),
+    "null": ("null", "NoneType"),
+    "a number": ("3", "int"),
+    "NaN": ("NaN", "float"),
+    "an array over all lines": ("[" + GOOD + ",", "not JSON"),
+    "no response": ('{"prompt": "a"}', "'response'"),
+    "no prompt": ('{"response": "a"}', "'prompt'"),
+    "no key": ("{}", "'prompt'"),
+    "another case": ('{"Prompt": "a", "response": "b"}', "'prompt'"),
+    "empty response": ('{"prompt": "a", "response": ""}', "non-empty"),
+    "empty prompt": ('{"prompt": "", "response": "a"}', "non-empty"),
+    "null response": ('{"prompt": "a", "response": null}', "None"),
+    "a number as response": ('{"prompt": "a", "response": 3}', "'3'"),
+    "a list as prompt": ('{"prompt": ["a"], "response": "b"}', "a"),
+    "messages": ('{"messages": [{"role": "user", "content": "a"}]}', "'prompt'"),
+    "true": ('{"prompt": true, "response": "b"}', "True"),
+    "a key twice": ('{"prompt": "a", "prompt": "b", "response": "c"}', "twice"),
+    "half a surrogate pair": ('{"prompt": "a\\ud800", "response": "b"}', "surrogate"),
+    "a million digits": ('{"prompt": "a", "response": ' + "9" * 1_000_000 + "}", "not JSON"),
+    "a million digits in another key": ('{"prompt": "a", "response": "b", "n": ' + "9" * 1_000_000 + "}", "not JSON"),
+    "deep nesting": ('{"prompt": ' + "[" * 100_000, "not JSON"),
+    "a raw NUL": ('{"prompt": "a\0", "response": "b"}', "0x00"),
+    "a raw tab": ('{"prompt": "a\t", "response": "b"}', "not JSON"),
+    "a bad escape": ('{"prompt": "\\x", "response": "b"}', "not JSON"),
+    "too long for the context": (json.dumps({"prompt": "a " * 500, "response": "b"}), "context"),
+    "a long answer": (json.dumps({"prompt": "a", "response": "b " * 500}), "context"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records(name, capsys):
+    """The bad line is the third: the sentence says so (or says which record, where it is the model that has no room)."""
+    line, named = RECORDS[name]
+    Path("bad.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
+    error = refused(capsys, train_sft, ["--data", "bad.jsonl", "--init", "pretrain"])
+    assert "bad.jsonl" in error and named in error
+    assert "line 3" in error or "record 2" in error or "0x00" in error
+
+
+def test_records_that_only_look_bad_are_read(tmp_path):
+    """A byte order mark, CRLF, blank lines, further keys, and U+2028, U+0085 and an escaped NUL inside of a string."""
+    path, strange = tmp_path / "fine.jsonl", "a\u2028b\u0085c\0d\x1f"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n\r\n".encode() + json.dumps({"prompt": strange, "response": "é", "id": 7},
+                     ensure_ascii=False).replace("\0", "\\u0000").encode() + b"\n  \n" + GOOD.encode())
+    assert [r["prompt"] for r in read_records(path, ("prompt", "response"))] == ["a", strange, "a"]
+    path.write_text("a\u2028b\r\n")
+    assert read_text(path) == "a\u2028b\r\n"
+
+
+# ---- tokenizers ----
+
+
+def rank_lines():
+    return Tokenizer.train("a tiny text, a tiny text", 270).state_dict()["ranks"].splitlines()
+
+
+TOKENIZERS = {
+    "empty": (lambda lines: [], "line 1"),
+    "unsorted": (lambda lines: lines[::-1], "line 1"),
+    "a duplicate": (lambda lines: [*lines, lines[0].split()[0] + f" {len(lines)}"], "line 1"),
+    "a byte is missing": (lambda lines: [f"{line.split()[0]} {i}" for i, line in enumerate(lines[1:])], "byte 0"),
+    "a gap": (lambda lines: lines[:5] + lines[6:], "line 6"),
+    "no rank": (lambda lines: [lines[0].split()[0]], "line 1"),
+    "not base64": (lambda lines: ["!!! 0"], "line 1"),
+    "a rank of letters": (lambda lines: [lines[0].split()[0] + " x"], "line 1"),
+    "three words": (lambda lines: [lines[0] + " 0"], "line 1"),
+    "a negative rank": (lambda lines: ["AA== -1"], "line 1"),
+    "JSON": (lambda lines: ['{"model": {"vocab": {}}}'], "line 1"),
+    "a million digits": (lambda lines: ["AA== " + "9" * 10**6], "line 1"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizer_files(name, capsys):
+    change, named = TOKENIZERS[name]
+    Path("bad.tiktoken").write_text("\n".join(change(rank_lines())) + "\n")
+    error = refused(capsys, train_pretrain, ["--text", "text.txt", "--tokenizer", "bad.tiktoken"])
+    assert "bad.tiktoken" in error and named in error
+
+
+# ---- checkpoints ----
+
+
+class Exploding:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def without(key):
+    return lambda c: {name: part for name, part in c.items() if name != key}
+
+
+def with_weight(change):
+    """A checkpoint whose first matrix is changed."""
+    def changed(checkpoint):
+        name = next(name for name, x in checkpoint["model"].items() if x.ndim == 2)
+        return checkpoint | {"model": checkpoint["model"] | {name: change(checkpoint["model"][name].clone())}}
+    return changed
+
+
+def with_gpt(**flags):
+    return lambda c: c | {"gpt": c["gpt"] | flags}
+
+
+CHECKPOINTS = {
+    "code": (lambda c: c | {"state": {"x": Exploding()}}, "not a readable checkpoint"),
+    "a tensor": (lambda c: torch.zeros(3), "Tensor"),
+    "a list": (lambda c: [c], "list"),
+    "bare weights": (lambda c: c["model"], "format"),
+    "an older version": (lambda c: c | {"format": 0}, "found 0"),
+    "a future version": (lambda c: c | {"format": 2}, "found 2"),
+    "no version": (without("format"), "found None"),
+    **{f"no {key}": (without(key), f"'{key}'") for key in run.PARTS},
+    "a step of words": (lambda c: c | {"step": "3"}, "'step'"),
+    "weights in a list": (lambda c: c | {"model": [1]}, "'model'"),
+    "a nan weight": (with_weight(lambda x: x.fill_(torch.nan)), "nan"),
+    "an inf weight": (with_weight(lambda x: x.fill_(-torch.inf)), "inf"),
+    "a weight of another shape": (with_weight(lambda x: x[:-1]), "has the shape"),
+    "a weight that is none": (with_weight(lambda x: 1), "ckpt.pt"),
+    "no weights": (lambda c: c | {"model": {}}, "has the shape None"),
+    "a weight too many": (lambda c: c | {"model": c["model"] | {"x": torch.ones(2)}}, "x"),
+    "another width": (with_gpt(width=64), "has the shape"),
+    "more layers": (with_gpt(layers=5), "has the shape None"),
+    "odd heads": (with_gpt(heads=5), "heads=5"),
+    "no layers": (with_gpt(layers=0), "layers=0"),
+    "words for a width": (with_gpt(width="wide"), "ckpt.pt"),
+    "another architecture": (lambda c: c | {"gpt": {"n_embd": 768}}, "n_embd"),
+    "other positions": (with_gpt(positions="alibi"), "alibi"),
+    "another tokenizer": (lambda c: c | {"tokenizer": Tokenizer.train("other", 270).state_dict()}, "tokenizer of"),
+    "no such tokenizer": (lambda c: c | {"tokenizer": {"name": "gpt3"}}, "gpt3"),
+    "half a tokenizer": (lambda c: c | {"tokenizer": {"ranks": "AA== 0"}}, "byte 1"),
+    "a tokenizer of tensors": (lambda c: c | {"tokenizer": {"ranks": torch.ones(3)}}, "ckpt.pt"),
+    "an empty tokenizer": (lambda c: c | {"tokenizer": {}}, "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(name, capsys):
+    change, named = CHECKPOINTS[name]
+    Path("bad").mkdir(exist_ok=True)
+    torch.save(change(run.load_checkpoint("sft")), "bad/ckpt.pt")
+    error = refused(capsys, train_grpo, ["--init", "bad", "--data", "wanted.jsonl"])
+    assert "bad/ckpt.pt" in error and named in error
+    assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 5_000, -1000, -1])
+def test_truncated_checkpoints(length, capsys):
+    Path("bad").mkdir(exist_ok=True)
+    Path("bad/ckpt.pt").write_bytes(Path("sft/ckpt.pt").read_bytes()[:length])
+    assert "bad/ckpt.pt" in refused(capsys, train_grpo, ["--init", "bad", "--data", "wanted.jsonl"])
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\x80\x02}q\x00.", b"PK\x03\x04", b"\0" * 1000],
+                         ids=["text", "pickle", "zip", "NUL"])
+def test_files_that_are_no_checkpoint(content, capsys):
+    Path("bad.pt").write_bytes(content)
+    assert "bad.pt" in refused(capsys, train_sft, ["--init", "bad.pt"])
+    assert "bad.pt" in refused(capsys, train_ppo, ["--init", "sft", "--reward", "model", "--reward-model", "bad.pt"])
+
+
+def test_a_reward_model_of_another_tokenizer(capsys):
+    checkpoint = run.load_checkpoint("reward")
+    *lines, a, b = [line.split()[0] for line in checkpoint["tokenizer"]["ranks"].splitlines()]
+    ranks = "".join(f"{token} {rank}\n" for rank, token in enumerate([*lines, b, a]))
+    torch.save(checkpoint | {"tokenizer": {"ranks": ranks}}, "bad.pt")
+    argv = [*DPO.replace("--data pairs.jsonl", "--online").split(), "--reward-model", "bad.pt"]
+    assert "another tokenizer" in refused(capsys, train_dpo, argv)
+
+
+# ---- runs that somebody has touched ----
+
+
+def with_flag(name, value):
+    return "config.json", lambda content: json.dumps(json.loads(content) | {name: value}).encode()
+
+
+RUNS = {
+    "no JSON": (("config.json", lambda content: content[:50]), "config.json"),
+    "a list": (("config.json", lambda content: b"[]"), "list"),
+    "steps of words": (with_flag("steps", "many"), "steps is 'many'"),
+    "half a step": (with_flag("steps", 1.5), "steps is 1.5"),
+    "a negative rate": (with_flag("lr", -1), "lr is -1"),
+    "a true rate": (with_flag("lr", True), "lr is True"),
+    "no such loss": (with_flag("loss", "kto"), "loss is"),
+    "a seed of null": (with_flag("seed", None), "seed is None"),
+    "a directory of 3": (with_flag("init", 3), "init is 3"),
+    "a line of garbage": (("metrics.jsonl", lambda content: b"garbage\n" + content), "metrics.jsonl, line 1"),
+    "a line without a step": (("metrics.jsonl", lambda content: content + b"{}\n"), "metrics.jsonl, line 4"),
+    "a step of words in a line": (("metrics.jsonl", lambda content: content + b'{"step": "x"}\n'), "metrics.jsonl, line 4"),
+    "garbage in the samples": (("samples.jsonl", lambda content: content + b"\xff\n"), "samples.jsonl, line"),
+    "an empty checkpoint": (("ckpt.pt", lambda content: b""), "ckpt.pt"),
+    "half a checkpoint": (("ckpt.pt", lambda content: content[:-9999]), "ckpt.pt"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs(name, capsys):
+    """... and resumed: the sentence names the file, and the rest of the run is as it was."""
+    (file, change), named = RUNS[name]
+    shutil.rmtree("touched", ignore_errors=True)
+    shutil.copytree("dpo", "touched")
+    cut_final_line("touched")
+    path = Path("touched", file)
+    path.write_bytes(change(path.read_bytes()))
+    error = refused(capsys, train_dpo, ["--out", "touched", "--resume"])
+    assert file in error and named in error
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_used_directory_is_never_written_over(name, capsys):
+    script, flags = SCRIPTS[name]
+    assert name in refused(capsys, script, [*flags.split(), "--out", name])
+
+
+def test_this_corpus_has_at_least_150_cases():
+    flags = 17 * len(ALL) + len(BAD)
+    assert flags + len(TEXTS) + len(RECORDS) + len(TOKENIZERS) + len(CHECKPOINTS) + len(RUNS) >= 150

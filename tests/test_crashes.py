@@ -1,0 +1,339 @@
+"""Nothing is lost: a run that is killed, stopped, interrupted or out of disk space goes on as if nothing had happened."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from world import GRPO, ONE_OF_EACH, PRETRAIN, ROOT, SCRIPTS, SFT, metrics, same_parameters, start
+
+import train_grpo
+import train_pretrain
+import train_sft
+from nanorl import run
+
+MOMENTS = ("write", "sync", "rename")
+
+
+@pytest.fixture(autouse=True)
+def inside(world, monkeypatch):
+    monkeypatch.chdir(world)
+
+
+class Crash(BaseException):
+    """As sudden as a power cut, for as much of Python as can still run."""
+
+
+def crash_at(moment, patch, when=lambda path: True, crash=Crash):
+    """From now on, `write_atomically` ends at this moment: with half of the bytes, before the sync, or before the rename."""
+    real = run.write_atomically
+
+    def write_atomically(path, write):
+        def half(f):
+            write(f)
+            f.flush()
+            f.truncate(f.tell() // 2)
+            raise crash
+
+        def fail(*_):
+            raise crash
+
+        if not when(path):
+            return real(path, write)
+        with pytest.MonkeyPatch.context() as inner:
+            if moment != "write":
+                inner.setattr(run.os, {"sync": "fsync", "rename": "replace"}[moment], fail)
+            return real(path, half if moment == "write" else write)
+
+    patch.setattr(run, "write_atomically", write_atomically)
+
+
+# ---- one file ----
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_file_is_the_old_one_or_the_new_one(moment, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    run.write_atomically(path, lambda f: f.write(b"old"))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(moment, patch)
+        run.write_atomically(path, lambda f: f.write(b"the new content"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
+    run.write_atomically(path, lambda f: f.write(b"new"))
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_keeps_the_old_file_and_frees_what_it_took(tmp_path):
+    """Also when torch is writing, which may say it in its own words."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    for write in (lambda f: f.write(b"x" * 10**6), lambda f: torch.save({"x": torch.ones(10**6)}, f)):
+        (tmp_path / "file.tmp").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left") as error:
+            run.write_atomically(path, write)
+        assert error.value.errno == errno.ENOSPC
+        assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
+
+
+# ---- a run ----
+
+
+def finish(script, out, flags):
+    """Go on with a run, or begin it where it did not get as far as its config.json."""
+    start(script, "--resume --quiet" if Path(out, "config.json").exists() else flags, out)
+
+
+@pytest.mark.parametrize(("name", "moment"), [("pretrain", "write"), ("grpo-full", "sync"), ("rlhf", "rename")])
+def test_a_crash_inside_any_write_of_a_run_loses_nothing(name, moment, tmp_path):
+    """Config, first checkpoint, second checkpoint: before every one of them, and again when the run is resumed."""
+    script, flags = SCRIPTS[name]
+    for count in range(4):
+        out, writes = tmp_path / f"run{count}", iter(range(100))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+            crash_at(moment, patch, lambda path, n=count, writes=writes: next(writes) == n)
+            start(script, flags, out)
+        steps = run.load_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0
+        assert steps == max(0, count - 1)
+        if (out / "config.json").exists():
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+                crash_at(moment, patch)
+                start(script, "--resume --quiet", out)
+            assert (run.load_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0) == steps
+        finish(script, out, flags)
+        assert metrics(out) == metrics(name) and same_parameters(out, name)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_full_disk_ends_a_run_in_one_sentence_and_it_goes_on_when_there_is_room(name, tmp_path, capsys):
+    """The second checkpoint finds no space: the first is whole, the sentence names it, nothing half-written stays."""
+    script, flags = SCRIPTS[name]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    count = iter(range(100))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+        crash_at("write", patch, lambda path: path.name == "ckpt.pt" and next(count) == 1, full)
+        start(script, flags, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1
+    assert "No space left on device" in error and "step 2" in error and "ckpt.pt, is after step 1" in error
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    start(script, "--resume --quiet", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(name) and same_parameters(tmp_path / "run", name)
+
+
+def test_a_full_disk_in_the_middle_of_a_line_leaves_no_torn_line(tmp_path, monkeypatch, capsys):
+    """Half of the third step's line is written; resumed, the file is that of a run left alone."""
+    real = run.Run._append
+
+    def append(self, name, record):
+        if name == "metrics.jsonl" and record["step"] == 2:
+            with open(self.out / name, "a") as f:
+                f.write('{"step": 2, "tra')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, name, record)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(run.Run, "_append", append)
+        start(train_pretrain, PRETRAIN, tmp_path / "run")
+    assert exit.value.code == 2 and "No space left" in capsys.readouterr().err
+    start(train_pretrain, "--resume --quiet", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics("pretrain")
+
+
+@pytest.mark.parametrize(("name", "number"), zip(ONE_OF_EACH, [signal.SIGINT, signal.SIGTERM] * 4, strict=False))
+def test_ctrl_c_and_sigterm_finish_the_step_save_and_leave(name, number, tmp_path, monkeypatch, capsys):
+    script, flags = SCRIPTS[name]
+    real = run.Run._write_line
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(run.Run, "_write_line", lambda self: (self.step == 1 and os.kill(os.getpid(), number), real(self)))
+        start(script, flags + " --save-every 100", tmp_path / "run")
+    assert exit.value.code == 128 + number
+    assert run.load_checkpoint(tmp_path / "run")["step"] == 2
+    start(script, "--resume --quiet", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(name) and same_parameters(tmp_path / "run", name)
+
+
+def test_ctrl_c_outside_of_the_steps_is_one_sentence(tmp_path, monkeypatch, capsys):
+    """In the last evaluation, after the last checkpoint: nothing but that is left to do."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(run.Run, "finish", interrupt)
+        start(train_sft, SFT, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert exit.value.code == 130 and error.count("\n") == 1 and "interrupted" in error and "is after step 40" in error
+    start(train_sft, "--resume --quiet", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics("sft")
+
+
+# ---- numbers gone wrong ----
+
+
+@pytest.mark.parametrize(("name", "bad"), zip(ONE_OF_EACH, [torch.nan, torch.inf] * 4, strict=False))
+def test_a_gradient_that_is_not_finite_stops_the_run_and_is_not_saved(name, bad, tmp_path, monkeypatch, capsys):
+    """In the second step, in one entry: the sentence names step, tensor and checkpoint, and the checkpoint is finite."""
+    script, flags = SCRIPTS[name]
+    real, calls = run.Optimizers.step, []
+
+    def step(self, lr, grad_clip):
+        calls.append(1)
+        if len(calls) == late:
+            key, p = next((key, p) for key, p in self.named if p.grad is not None)
+            p.grad.view(-1)[0] = bad
+            named.append(key)
+        return real(self, lr, grad_clip)
+
+    named, late = [], 9 if name == "sft" else 3 if name == "stale" else 2
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(run.Optimizers, "step", step)
+        start(script, flags, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1
+    assert f"the gradient of {named[0]} holds {bad}" in error and ", step " in error
+    if (tmp_path / "run/ckpt.pt").exists():
+        run.check_finite(run.load_checkpoint(tmp_path / "run"))
+    start(script, "--resume --quiet", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(name) and same_parameters(tmp_path / "run", name)
+
+
+@pytest.mark.parametrize("name", ["grpo", "online", "group", "ppo", "sft", "pretrain"])
+def test_a_logit_that_is_not_finite_stops_the_run(name, tmp_path, monkeypatch, capsys):
+    """The head of the policy breaks after the second step: the next sample notices, greedy or not."""
+    script, flags = SCRIPTS[name]
+    real = run.Run.save
+
+    def save(self):
+        real(self)
+        if self.step == 2:
+            with torch.no_grad():
+                self.model.head.weight[7] = torch.nan
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(run.Run, "save", save)
+        start(script, flags, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and "is after step 2" in error
+    assert "a logit of the policy is nan or inf" in error or "train/loss is nan" in error or "eval/text_loss is nan" in error
+    start(script, "--resume --quiet", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(name) and same_parameters(tmp_path / "run", name)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+    """Broken behind the optimizer's back, in the step before a checkpoint."""
+    real = run.Optimizers.step
+
+    def step(self, lr, grad_clip):
+        norm = real(self, lr, grad_clip)
+        with torch.no_grad():
+            self.named[0][1][0] = torch.nan
+        return norm
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(run.Optimizers, "step", step)
+        start(train_grpo, GRPO, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert "model.embedding.weight holds nan" in error and "no checkpoint has been written yet" in error
+    assert not (tmp_path / "run/ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_bfloat16_autocast_trains_on_a_cpu_with_weights_in_float32(name, tmp_path):
+    """Its first training loss or gradient norm is close to that of float32, and not the same."""
+    script, flags = SCRIPTS[name]
+    start(script, flags + " --dtype bfloat16", tmp_path / "run")
+    key = next(key for key in ("train/grad_norm", "train/grad_norm_max") if key in metrics(name)[0])
+    half, whole = metrics(tmp_path / "run")[0][key], metrics(name)[0][key]
+    assert half != whole and half == pytest.approx(whole, rel=0.5)
+    assert all(x.dtype == torch.float32 for x in run.load_checkpoint(tmp_path / "run")["model"].values())
+
+
+# ---- a hundred kills ----
+
+
+# Children of a process that has imported everything and computed nothing: a kill costs a second or two.
+DRIVER = """
+import os, random, signal, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import train_dpo, train_group_dpo, train_grpo, train_ppo, train_pretrain, train_reward, train_sft
+from nanorl import run
+sys.argv[0] = "killed"
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(rng):
+    # How this child dies: at a random moment, or in the n-th write, sync or rename.
+    how, n = rng.choice(["clock", "SIGTERM", "write", "fsync", "replace"]), rng.randrange(12)
+    if how in ("clock", "SIGTERM"):
+        if how == "clock":
+            signal.signal(signal.SIGALRM, kill)
+        else:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.01, 2.5))
+    elif how == "write":
+        save, count = run.torch.save, iter(range(100))
+        def half(checkpoint, f):
+            save(checkpoint, f)
+            if next(count) == n % 3:
+                f.flush()
+                f.truncate(f.tell() // 2)
+                kill()
+        run.torch.save = half
+    else:
+        real, count = getattr(os, how), iter(range(1000))
+        setattr(os, how, lambda *a: (next(count) == n and kill(), real(*a)))
+
+for line in sys.stdin:
+    script, seed, *argv = line.split()
+    pid = os.fork()
+    if pid == 0:
+        os.close(0)
+        try:
+            arm(random.Random(seed))
+            script = sys.modules[script]
+            script.main(run.parse(script.Config, argv))
+        except SystemExit as e:
+            os._exit(e.code or 0)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_hundred_kills_lose_nothing(name, tmp_path):
+    """Six ends for every script, by SIGKILL or SIGTERM at a random moment or by SIGKILL inside a write, sync or rename; then
+    the run goes on to its end, and is the run that was left alone. No kill costs a checkpoint, none leaves a torn line."""
+    script, flags = SCRIPTS[name]
+    out, rng, ends, kept = tmp_path / "run", random.Random(name), [], 0
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER.format(root=str(ROOT))], stdin=subprocess.PIPE, text=True,
+                              stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while len([code for code in ends if code]) < 6 and len(ends) < 30:
+        argv = ["--resume", "--quiet"] if (out / "config.json").exists() else flags.split()
+        driver.stdin.write(" ".join([script.__name__, str(rng.randrange(10**9)), *argv, "--out", str(out)]) + "\n")
+        driver.stdin.flush()
+        while (line := driver.stdout.readline().strip()) and not line.lstrip("-").isdigit():
+            pass                                            # what the script itself has to say
+        ends.append(int(line))
+        assert ends[-1] in (0, -9, 143, -15), (name, ends)
+        assert not (out / "ckpt.pt").exists() or run.load_checkpoint(out)["step"] >= kept
+        kept = run.load_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0
+        run.read_lines(out / "metrics.jsonl")
+        if ends[-1] == 0:                                   # it was faster than its end: once more
+            assert metrics(out) == metrics(name) and same_parameters(out, name)
+            shutil.rmtree(out)
+            kept = 0
+    driver.stdin.close()
+    assert len([code for code in ends if code]) == 6, ends
+    if not (out / "ckpt.pt").exists() or metrics(out)[-1]["step"] < run.load_checkpoint(out)["config"]["steps"]:
+        finish(script, out, flags)
+    assert metrics(out) == metrics(name) and same_parameters(out, name)
+    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt"}

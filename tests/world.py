@@ -1,0 +1,86 @@
+"""A tiny chain of every script, made once: what the tests of scripts, bad input and crashes start from."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_dpo
+import train_group_dpo
+import train_grpo
+import train_ppo
+import train_pretrain
+import train_reward
+import train_sft
+from nanorl import run
+from nanorl.data import DATA
+
+ROOT = Path(__file__).parent.parent
+TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
+EVAL = " --eval-problems 3 --max-new-tokens 16"
+PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --vocab-size 300" + TINY
+SFT = "--steps 40 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY
+GRPO = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --init sft" + EVAL + TINY
+BEST = EVAL + " --best-of 2"
+DPO = "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft --max-new-tokens 16" + TINY
+ONLINE = "--steps 3 --batch 8 --online --init sft" + BEST + TINY
+GROUP = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --loss hinge --init sft" + BEST + TINY
+PPO = "--steps 3 --prompts 4 --group 2 --init sft" + BEST + TINY
+SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO),
+           "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
+                                            "--truncated mask --aggregate token_mean --advantage leave_one_out"),
+           "stale": (train_grpo, GRPO + " --algo cispo --stale 1 --kl-coef 0.1 --kl k1 --kl-in weighted --refresh-reference 1 "
+                                        "--overlong 0.5 --no-selfcheck"),
+           "masked": (train_grpo, GRPO + " --algo masked_is"),
+           "reward": (train_reward, "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft" + TINY),
+           "dpo": (train_dpo, DPO), "refreshed": (train_dpo, DPO + " --loss ipo --nll-coef 0.1 --refresh-reference 1"),
+           "online": (train_dpo, ONLINE + " --judge model --reward-model reward"),
+           "group": (train_group_dpo, GROUP), "ppo": (train_ppo, PPO + " --data wanted.jsonl --entropy-coef 0.01"),
+           "rlhf": (train_ppo, PPO + " --reward model --reward-model reward --critic shared --kl-coef 0.1 --kl-target 1 "
+                                     "--truncated bootstrap"),
+           "reinforce": (train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --likelihood-coef 0.1 "
+                                            "--demonstrations letters.jsonl --kl-coef 0.1 --kl k1 --kl-in reward")}
+
+ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo")       # script
+
+
+def start(script, flags, out, *extra):
+    script.main(run.parse(script.Config, [*flags.split(), "--out", str(out), *extra]))
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if not name.startswith("time/")} for line in lines]
+
+
+def cut_final_line(out):
+    """As if the run had been killed before it wrote its final line."""
+    with open(Path(out) / "metrics.jsonl", "r+b") as f:
+        f.truncate(f.read().rstrip().rindex(b"\n") + 1)
+
+
+def parameters(out):
+    return run.load_checkpoint(out)["model"]
+
+
+def same_parameters(a, b):
+    a, b = parameters(a), parameters(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_world(folder):
+    """In this directory, one finished run of every script: a model that says x or y, and is rewarded for x."""
+    (folder / "text.txt").write_text((DATA / "text.txt").read_text()[:20_000])
+    write_records(folder / "letters.jsonl", ({"prompt": f"Say {i}.", "response": f"Answer: {'xy'[i % 2]}"} for i in range(99)))
+    write_records(folder / "wanted.jsonl", ({"prompt": f"Say {i}.", "answer": "x"} for i in range(99)))
+    write_records(folder / "pairs.jsonl", ({"prompt": f"Say {i}.", "chosen": "Answer: x", "rejected": f"Answer: {'yx'[i == 7]}"}
+                                           for i in range(99)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, (script, flags) in SCRIPTS.items():
+            start(script, flags, name)
