@@ -85,8 +85,8 @@ class Config(run.RunConfig):
     online: bool = False        # sample fresh pairs from the policy instead of reading them
     judge: Literal["hidden", "model", "verifier"] | None = None    # online: who prefers (default: model or verifier)
     reward_model: str = ""      # a run of train_reward.py: judges with --judge model (default: runs/reward), else only logged
-    task: str = "stories"       # stories, or with --online also addition, sums, sorting, reversal or countdown
-    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; stories 140)
+    task: str = "stories"       # stories, or with --online also addition, sums, sorting, reversal, countdown or code
+    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120; stories 140)
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
     eval_problems: run.Count = 200    # held-out prompts to answer (not with --data)
     best_of: run.Natural = 16   # answers to each of them for best-of-n before training, to compare with; 0 is off

@@ -43,6 +43,7 @@ from nanorl.rollout import (
 )
 from nanorl.sample import token_log_probs
 from nanorl.search import best_of_n_curve
+from nanorl.tasks import answer_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +53,12 @@ class Config(run.RunConfig):
     lr: run.Positive = 1e-4
     eval_every: run.Count = 10
 
-    task: str = "addition"      # addition, sums, sorting, reversal or countdown
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
     difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
     prompts: run.Count = 32     # P, prompts per step
     group: run.Count = 8        # G, answers sampled per prompt
-    max_new_tokens: run.Count = 80    # an answer longer than this is cut, and loses
+    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120), and loses
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
 
     loss: Literal["pairs", "scaled", "mean", "hinge"] = "mean"    # see the table above
@@ -71,6 +72,7 @@ class Config(run.RunConfig):
 
     def __post_init__(self):
         self.default("out", run.stage_dir("group_dpo", self.task, self.difficulty))
+        self.default("max_new_tokens", answer_room(self.task))
         self.expect(self.loss == "hinge" or self.margin is None, "loss margin", "only --loss hinge looks at --margin")
         if self.loss == "hinge":
             self.default("margin", 1.0)

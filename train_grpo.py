@@ -65,6 +65,7 @@ from nanorl.rollout import (
 )
 from nanorl.sample import Rollout, token_log_probs
 from nanorl.selfcheck import SelfCheckFailed, selfcheck, tolerance
+from nanorl.tasks import answer_room
 
 STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so that only forgetting is measured
 
@@ -143,12 +144,12 @@ class Config(run.RunConfig):
     lr: run.Positive = 1e-4
     eval_every: run.Count = 10
 
-    task: str = "addition"      # addition, sums, sorting, reversal or countdown
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
     difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
     prompts: run.Count = 32     # P, prompts per step
     group: run.Count = 8        # G, answers sampled per prompt
-    max_new_tokens: run.Count = 80    # an answer longer than this is cut, and scores 0
+    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120), and scores 0
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
 
     algo: Literal[*ALGORITHMS] = "grpo"    # a row of the table above; the flags that follow override it
@@ -187,6 +188,7 @@ class Config(run.RunConfig):
         """Fill what was left open from the algorithm's row, and refuse what contradicts itself."""
         row = ALGORITHMS[self.algo]
         self.default("out", run.stage_dir("grpo", self.task, self.difficulty))
+        self.default("max_new_tokens", answer_room(self.task))
         for axis in AXES:
             self.default(axis, getattr(row, axis))
         for flag, (axis, choice, value) in NUMBERS.items():

@@ -76,7 +76,7 @@ class Config(run.RunConfig):
     data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
     prompts: run.Count = 128    # P, prompts per step
     group: run.Count = 1        # G, answers sampled per prompt
-    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; stories 140)
+    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120; stories 140)
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
     truncated: Literal["score", "bootstrap"] = "score"    # a cut answer: reward it as it is, or take the critic's value instead
 

@@ -28,7 +28,7 @@ class Config(run.RunConfig):
     lr: run.Positive = 2e-3
     eval_every: run.Count = 100
 
-    task: str = "addition"      # addition, sums, sorting, reversal, countdown or stories: what is demonstrated and evaluated
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown, code or stories: demonstrated and evaluated
     difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "response"} to learn from instead of the task's demonstrations
     demonstrations: run.Count = 20_000    # of the task; data/TASK.jsonl shows the first 4,000
@@ -38,7 +38,7 @@ class Config(run.RunConfig):
     decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
     weight_decay: run.NonNegative = 0.0    # decoupled; gains are left alone
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
-    max_new_tokens: run.Count | None = None    # of an answer in the evaluation (default: 80; stories 140)
+    max_new_tokens: run.Count | None = None    # of an answer in the evaluation (default: 80; code 120; stories 140)
     eval_problems: run.Count = 500    # held-out problems
 
     def __post_init__(self):
@@ -101,6 +101,8 @@ def main(cfg: Config) -> None:
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
         task = make_task(cfg.task, cfg.difficulty or None, needs_verifier=False)
+        if not cfg.data:
+            task.prepare()          # for the evaluations
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
         training, heldout = split(records, cfg.data)
     init = "" if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))

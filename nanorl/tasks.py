@@ -84,6 +84,9 @@ class Task:
             raise ValueError(f"the difficulty of {self.name} is the number of {self.knob}, an integer from "
                              f"{self.lowest} to {self.highest}, not {difficulty!r}")
 
+    def prepare(self) -> None:
+        """Whatever the verifier needs, before any work; ValueError where it cannot be had."""
+
     def draw(self, rng: Random) -> Problem:
         """A problem of either split."""
         raise NotImplementedError
@@ -339,26 +342,26 @@ OPERATIONS = {  # phrase: the expression of a list x, and what it means; {n} is 
 class Code(Task):
     """Write f(x): add 3, keep odd, sort.    def f(x): x=[v+3 for v in x]; x=[v for v in x if v%2]; return sorted(x)
 
-    Who blurts writes one expression, inside out: sorted([v for v in [v+3 for v in x] if v%2]). The verifier runs the program
-    on lists that nobody has seen, in the sandbox of nanorl/sandbox.py; what comes out is compared here.
+    Who blurts writes one expression, inside out: sorted([v for v in [v+3 for v in x] if v%2]). The demonstrations are
+    careless: one blurted program in two has its operations in the order in which they are read, which is the wrong way round.
+    The verifier runs the program on lists that nobody has seen, in the sandbox of nanorl/sandbox.py, and compares what
+    comes out.
     """
 
     name, knob, room = "code", "operations", 120
-    lowest, default, highest = 1, 3, 5
+    lowest, default, highest = 2, 3, 5
     longest = 2_000  # characters: whatever is longer is not run
+    careless = 0.5  # share of the blurted demonstrations that are the wrong way round
 
-    def __init__(self, difficulty: int | None = None):
-        super().__init__(difficulty)
-        sandbox()  # where there can be none, the task is refused
+    def prepare(self):
+        sandbox()
 
     def draw(self, rng):
         """Operations that leave something over: a function that is always [] could be had for nothing."""
         while True:
             phrases = (phrase.format(n=rng.randint(1, 9)) for phrase in rng.sample(sorted(OPERATIONS), self.difficulty))
-            prompt, nested = f"Write f(x): {', '.join(phrases)}.", "x"
-            for expression, _, n in self.operations(prompt):
-                nested = expression.format(x=nested, n=n)
-            problem = Problem(prompt, f"def f(x): return {nested}")
+            prompt = f"Write f(x): {', '.join(phrases)}."
+            problem = Problem(prompt, self.nested(self.operations(prompt)))
             if len({tuple(y) for _, y in self.tests(problem)}) >= 3:
                 return problem
 
@@ -369,8 +372,22 @@ class Code(Task):
             number = integers(phrase)
             yield *OPERATIONS[re.sub(r"[0-9]+", "{n}", phrase)], *(number or [None])
 
+    @staticmethod
+    def nested(operations: Iterable[tuple[str, Callable, int | None]]) -> str:
+        """The program that is one expression, the first operation innermost."""
+        nested = "x"
+        for expression, _, n in operations:
+            nested = expression.format(x=nested, n=n)
+        return f"def f(x): return {nested}"
+
     def direct(self, problem, rng):
         return problem.answer
+
+    def demonstration(self, rng):
+        problem, response = super().demonstration(rng)
+        if response == problem.answer and rng.random() < self.careless:
+            response = self.nested(reversed([*self.operations(problem.prompt)]))
+        return problem, response
 
     def work(self, problem, rng):
         """One operation after the other, in the order of the prompt."""
@@ -722,7 +739,10 @@ def make_task(name: str, difficulty: int | None = None, needs_verifier: bool = T
         raise ValueError(f"--task {name}: there is no verifier for it, only readers' preferences; expected {', '.join(names)}")
     if name not in names:
         raise ValueError(f"--task {name}: there is no such task; expected {', '.join(names)}")
-    return TASKS[name](difficulty)
+    task = TASKS[name](difficulty)
+    if needs_verifier:
+        task.prepare()
+    return task
 
 
 def answer_room(name: str) -> int:

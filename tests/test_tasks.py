@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanorl.sandbox import Sandbox
 from nanorl.tasks import (
     ANY,
     MARKER,
@@ -53,24 +54,29 @@ files = FileTask([(f"Capital of country {n}?", f"City {n}") for n in range(100)]
 
 @pytest.mark.parametrize(("name", "difficulty"), levels)
 def test_both_ways_of_answering_are_right(name, difficulty):
-    """At every difficulty each demonstration verifies, in both modes, and `is_worked` tells the modes apart."""
+    """At every difficulty the gold answer verifies, in both modes, and `way` tells the modes apart."""
     task, rng = make_task(name, difficulty), Random(f"{name} {difficulty}")
     for _ in range(30):
         problem = task.draw(rng)
         direct, work = task.direct(problem, rng), task.work(problem, rng)
         assert task.verify(problem, direct) == task.verify(problem, work) == 1.0, (problem, work)
-        assert is_worked(work) and not is_worked(direct), (direct, work)
-        assert final_answer(work) == final_answer(direct) == problem.answer
+        assert task.way(work) == "worked" and task.way(direct) == "direct" and task.way("no answer") == ""
+        assert name == "code" or final_answer(work) == final_answer(direct) == problem.answer
 
 
 @quick
 @given(names, seeds)
 def test_demonstrations_are_right_train_problems_of_either_mode(name, seed):
-    """Never a held-out prompt, and three in ten are worked: of 200, within six standard deviations of 60."""
+    """Never a held-out prompt, and three in ten are worked: of 200, within six standard deviations of 60. Only programs are
+    wrong at times, those that blurt."""
     task, rng = make_task(name), Random(seed)
-    drawn = [task.demonstration(rng) for _ in range(200)]
-    assert all(task.verify(problem, response) == 1.0 and not is_heldout(problem.prompt) for problem, response in drawn)
-    assert 21 <= sum(is_worked(response) for _, response in drawn) <= 99
+    problems, responses = zip(*(task.demonstration(rng) for _ in range(200)), strict=True)
+    assert not any(is_heldout(problem.prompt) for problem in problems)
+    worked = [task.way(response) == "worked" for response in responses]
+    assert 21 <= sum(worked) <= 99
+    checked = slice(20) if name == "code" else slice(None)         # a program takes milliseconds
+    right = task.grades(problems[checked], responses[checked], [True] * 200)
+    assert all(r == 1.0 or (name == "code" and not w) for r, w in zip(right, worked[checked], strict=True))
 
 
 def test_only_a_single_marker_makes_an_answer_and_only_text_before_it_makes_it_worked():
@@ -97,8 +103,7 @@ def test_attacks_score_zero_in_bounded_time(name):
     """No trick pays, none raises, and a megabyte costs less than 50 ms."""
     task = files if name == "file" else make_task(name)
     problem = task.draw(Random(0))
-    gold = MARKER + problem.answer
-    assert task.verify(problem, gold) == 1.0
+    assert task.verify(problem, task.direct(problem, None)) == 1.0
     for text in [MARKER + attack for attack in MARKED] + BARE + task.adversarial(problem):
         seconds = []
         for _ in range(3):              # the best of three: a pause of the machine is not the verifier's
@@ -118,7 +123,7 @@ def test_any_text_scores_0_or_1_and_always_the_same(task, seed, text):
 
 
 @quick
-@given(tasks.filter(lambda task: task.name != "countdown"), seeds, st.data())
+@given(tasks.filter(lambda task: task.name not in ("countdown", "code")), seeds, st.data())
 def test_any_other_answer_is_wrong(task, seed, data):
     """Replace, insert or delete a character anywhere, and it pays no more; nor do 0932 and 932 with a full stop."""
     problem = task.draw(Random(seed))
@@ -147,6 +152,60 @@ def test_countdown_wants_the_target_from_exactly_these_numbers(seed, difficulty)
     assert task.verify(other, MARKER + gold) == 0.0, "one number differs"
     unequal = Problem(problem.prompt, "+".join(map(str, given_numbers)))
     assert task.verify(unequal, MARKER + gold) == float(sum(given_numbers) == target), "same numbers, another value"
+
+
+def test_half_of_the_blurted_programs_are_written_the_wrong_way_round():
+    """Which is often wrong, and sometimes makes no difference."""
+    task = make_task("code")
+    rng = Random(0)
+    drawn = [task.demonstration(rng) for _ in range(400)]
+    blurted = [(problem, response) for problem, response in drawn if task.way(response) == "direct"]
+    assert 0.4 < sum(problem.answer != response for problem, response in blurted) / len(blurted) < 0.6
+    assert 0.55 < sum(task.grades(*zip(*blurted, strict=True), [True] * len(blurted))) / len(blurted) < 0.85
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(2, 5), st.integers(0, 99))
+def test_hidden_tests_tell_a_wrong_program_from_a_right_one(seed, difficulty, which):
+    """Exchange, drop or replace an operation, or change a number by one: the verdict is that of 300 further lists."""
+    task, rng = make_task("code", difficulty), Random(seed)
+    problem = task.draw(rng)
+    operations = [*task.operations(problem.prompt)]
+    i = which % difficulty
+    other = [*task.operations(task.draw(rng).prompt)]
+    expression, meaning, n = operations[i]
+    for changed in (operations[:i] + operations[i + 1:], operations[:i] + other[:1] + operations[i + 1:], operations[::-1],
+                    [*operations[:i], (expression, meaning, n and n + 1), *operations[i + 1:]]):
+        lists = [[rng.randint(-20, 20) for _ in range(rng.randrange(25))] for _ in range(300)]
+        same = all(meaning_of(operations, x) == meaning_of(changed, x) for x in lists)
+        assert task.verify(problem, task.nested(changed)) == float(same), (problem, changed)
+
+
+def meaning_of(operations, x):
+    for _, meaning, n in operations:
+        x = meaning(x, n)
+    return x
+
+
+def test_what_comes_out_must_be_the_very_lists():
+    """1.0 and True are not 1, a tuple is sent as a list, and one more output is one too many."""
+    problem = Problem("Write f(x): keep odd, sort.", "def f(x): return sorted([v for v in x if v%2])")
+    task = make_task("code", 2)
+    for body, grade in (("sorted([v for v in x if v%2])", 1.0), ("tuple(sorted([v for v in x if v%2]))", 1.0),
+                        ("sorted([float(v) for v in x if v%2])", 0.0), ("[v == 1 or v for v in sorted(x) if v%2]", 0.0),
+                        ("[sorted([v for v in x if v%2])]", 0.0), ("str(sorted([v for v in x if v%2]))", 0.0)):
+        assert task.verify(problem, f"def f(x): return {body}") == grade, body
+    assert task.grades([problem], [problem.answer], [False]) == [0.0]          # whoever has not stopped has not answered
+    assert task.verify(problem, problem.answer + "\n" + "#" * task.longest) == 0.0
+
+
+def test_programs_are_confined_or_there_is_no_such_task(monkeypatch):
+    """Where the kernel cannot hold a program, the task is refused in one sentence, but its demonstrations can be had."""
+    monkeypatch.setattr("nanorl.tasks.sandbox", Sandbox)
+    monkeypatch.setattr("nanorl.sandbox.platform.machine", lambda: "z80")
+    with pytest.raises(ValueError, match=r"only where Linux can confine them.*z80"):
+        make_task("code")
+    assert make_task("code", needs_verifier=False).demonstrations(3)
 
 
 expressions = st.recursive(
@@ -450,7 +509,7 @@ def test_every_written_response_is_right(written):
     for name in VERIFIABLE:
         lines = [json.loads(line) for line in written[f"{name}.jsonl"].splitlines()]
         assert len(lines) == 4_000
-        assert 0.25 < sum(is_worked(line["response"]) for line in lines) / len(lines) < 0.35
+        assert 0.25 < sum(TASKS[name]().way(line["response"]) == "worked" for line in lines) / len(lines) < 0.35
     sums = re.findall(r"^What is (\d+)\+(\d+)\? (.*)$", written["text.txt"], re.M)
     assert all(final_answer(response) == str(int(a) + int(b)) for a, b, response in sums)
     assert 0.64 < sum(is_worked(response) for *_, response in sums) / len(sums) < 0.69
