@@ -340,16 +340,16 @@ OPERATIONS = {  # phrase: the expression of a list x, and what it means; {n} is 
 
 
 class Code(Task):
-    """Write f(x): add 3, keep odd, sort.    def f(x): x=[v+3 for v in x]; x=[v for v in x if v%2]; return sorted(x)
+    """Write f(x): add 3, keep odd.    def f(x): x=[v+3 for v in x]; return [v for v in x if v%2]
 
-    Who blurts writes one expression, inside out: sorted([v for v in [v+3 for v in x] if v%2]). The demonstrations are
+    Who blurts writes one expression, inside out: [v for v in [v+3 for v in x] if v%2]. The demonstrations are
     careless: one blurted program in two has its operations in the order in which they are read, which is the wrong way round.
     The verifier runs the program on lists that nobody has seen, in the sandbox of nanorl/sandbox.py, and compares what
     comes out.
     """
 
     name, knob, room = "code", "operations", 120
-    lowest, default, highest = 2, 3, 5
+    lowest, default, highest = 2, 2, 5
     longest = 2_000  # characters: whatever is longer is not run
     careless = 0.5  # share of the blurted demonstrations that are the wrong way round
 

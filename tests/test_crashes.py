@@ -146,7 +146,7 @@ def test_a_full_disk_in_the_middle_of_a_line_leaves_no_torn_line(tmp_path, monke
     assert metrics(tmp_path / "run") == metrics("pretrain")
 
 
-@pytest.mark.parametrize(("name", "number"), zip(ONE_OF_EACH, [signal.SIGINT, signal.SIGTERM] * 4, strict=False))
+@pytest.mark.parametrize(("name", "number"), [*zip(ONE_OF_EACH, [signal.SIGINT, signal.SIGTERM] * 4, strict=False)])
 def test_ctrl_c_and_sigterm_finish_the_step_save_and_leave(name, number, tmp_path, monkeypatch, capsys):
     script, flags = SCRIPTS[name]
     real = run.Run._write_line
@@ -176,7 +176,7 @@ def test_ctrl_c_outside_of_the_steps_is_one_sentence(tmp_path, monkeypatch, caps
 # ---- numbers gone wrong ----
 
 
-@pytest.mark.parametrize(("name", "bad"), zip(ONE_OF_EACH, [torch.nan, torch.inf] * 4, strict=False))
+@pytest.mark.parametrize(("name", "bad"), [*zip(ONE_OF_EACH, [torch.nan, torch.inf] * 4, strict=False)])
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_not_saved(name, bad, tmp_path, monkeypatch, capsys):
     """In the second step, in one entry: the sentence names step, tensor and checkpoint, and the checkpoint is finite."""
     script, flags = SCRIPTS[name]

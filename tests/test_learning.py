@@ -44,7 +44,7 @@ def test_grpo_learns_to_work_before_it_answers(base, monkeypatch):
 
 
 @pytest.mark.parametrize("task, sft_steps, steps", [("sums", 300, 40), ("sorting", 100, 40), ("reversal", 400, 120),
-                                                    ("countdown", 300, 40)])
+                                                    ("countdown", 300, 40), ("code", 300, 40)])
 def test_grpo_lifts_every_task(task, sft_steps, steps, base, monkeypatch):
     """From fine-tuning that leaves something to learn; what pays, working or blurting, differs from task to task."""
     monkeypatch.chdir(base)

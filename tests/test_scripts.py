@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from world import (
@@ -60,8 +62,12 @@ def test_the_rewards_of_the_tiny_world_differ_within_groups():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(name, tmp_path):
+    """Whatever the global random generators hold; and they are left as they were."""
     script, flags = SCRIPTS[name]
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
     start(script, flags, tmp_path / "again")
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())
     start(script, flags, tmp_path / "other", "--seed", "1")
     assert metrics(tmp_path / "again") == metrics(name)
     assert same_parameters(tmp_path / "again", name)
