@@ -41,6 +41,7 @@ from nanorl.rollout import (
     add_up,
     before_and_after,
     check_room,
+    choose_task,
     collect,
     describe,
     evaluate,
@@ -171,13 +172,13 @@ def judged_pairs(scores):
     return 2 * decided + best, 2 * decided + 1 - best
 
 
-@run.ends_well
+@run.says_why_it_stopped
 def main(cfg: Config) -> None:
     # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = make_task(cfg.task, needs_verifier=False)
+        task = choose_task(cfg.task, 0, "", needs_verifier=False)
         records, training, heldout, identical = [], [], [], 0
         if not cfg.online:
             records, training, heldout, identical = train_reward.read_pairs(cfg.data)

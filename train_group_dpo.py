@@ -105,7 +105,7 @@ def objective(rewards, won, weights, *, loss="mean", margin=1.0):
     return (weights * group).sum(), {f"train/{name}": x.detach() for name, x in metrics.items()}
 
 
-@run.ends_well
+@run.says_why_it_stopped
 def main(cfg: Config) -> None:
     # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():

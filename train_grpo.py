@@ -323,7 +323,7 @@ def announce(cfg, task, device):
         print(f"The KL term, {cfg.kl} in the {cfg.kl_in} (weight {cfg.kl_coef}), follows {KL_FOLLOWS[cfg.kl, cfg.kl_in]}.")
 
 
-@run.ends_well
+@run.says_why_it_stopped
 def main(cfg: Config) -> None:
     # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():

@@ -186,7 +186,7 @@ def state_values(critic, rollout, size):
     return values.masked_fill(~rollout.mask, 0.0), last_value
 
 
-@run.ends_well
+@run.says_why_it_stopped
 def main(cfg: Config) -> None:
     # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():

@@ -73,7 +73,7 @@ def text_loss(model, ids, bos, num_bytes, width):
             "eval/perplexity": math.exp(min(nats / count, 700.0))}
 
 
-@run.ends_well
+@run.says_why_it_stopped
 def main(cfg: Config) -> None:
     # 1. What can be wrong with flags and files comes to light here, before any work.
     with run.user_errors():

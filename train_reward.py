@@ -82,7 +82,7 @@ def render_pairs(records, tokenizer, context, path):
     return prompts, chosen, rejected
 
 
-@run.ends_well
+@run.says_why_it_stopped
 def main(cfg: Config) -> None:
     # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():

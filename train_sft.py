@@ -94,7 +94,7 @@ def show_responses(out, model, tokenizer, picks, records, prompts, cfg) -> None:
     out.say(f"\nAfter {out.step} steps:\n" + "\n".join(f"  {s['prompt']} -> {s['response']:.160}" for s in said) + "\n")
 
 
-@run.ends_well
+@run.says_why_it_stopped
 def main(cfg: Config) -> None:
     # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
     with run.user_errors():

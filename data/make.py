@@ -74,8 +74,7 @@ def files() -> dict[str, str]:
     """Everything that a bare `python data/make.py` writes, by name."""
     pretraining = text()
     return {"text.txt": pretraining, "stories_heldout.txt": heldout_stories(pretraining),
-            **{f"{name}.jsonl": demonstrations(make_task(name, needs_verifier=False))
-               for name, task in TASKS.items() if task.verifiable},
+            **{f"{name}.jsonl": demonstrations(make_task(name)) for name, task in TASKS.items() if task.verifiable},
             "preferences.jsonl": preferences()}
 
 

@@ -38,10 +38,10 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("the same key twice in one object")
     return record
 
 
@@ -57,9 +57,9 @@ def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line, object_pairs_hook=_without_duplicates)
+            record = json.loads(line, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{where}: not JSON ({e}); expected an object with {', '.join(keys)}") from None
+            raise ValueError(f"{where}: not readable as JSON ({e}); expected an object with {', '.join(keys)}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: {type(record).__name__}; expected an object with {', '.join(keys)}")
         for key in keys:

@@ -38,9 +38,11 @@ def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> 
 
 
 def choose_task(name: str, difficulty: int, data: str, needs_verifier: bool = True) -> Task:
-    """The task of this name, or the questions of a JSONL file {"prompt", "answer"}."""
+    """The task of this name, ready to grade, or the questions of a JSONL file {"prompt", "answer"}."""
     if not data:
-        return make_task(name, difficulty or None, needs_verifier)
+        task = make_task(name, difficulty or None, needs_verifier)
+        task.prepare()
+        return task
     return FileTask([(record["prompt"], record["answer"]) for record in read_records(data, ("prompt", "answer"))], data)
 
 

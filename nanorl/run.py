@@ -104,7 +104,7 @@ def _not_none(hint: Any) -> Any:
 
 
 def _misfit(value: Any, hint: Any) -> str:
-    """What was expected of a flag, if this is no value for it."""
+    """What this flag expects, or "" if the value fits."""
     if get_origin(hint) is Annotated:
         kind, bound = get_args(hint)
         right = type(value) is kind or (kind is float and type(value) is int)
@@ -151,7 +151,10 @@ def parse(config_class: type, argv: list[str] | None = None):
                 if name in saved and saved[name] != value and name not in MAY_DIFFER_ON_RESUME | {"out"}:
                     raise ValueError(f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}; leave the "
                                      "flag out, or start another run")
-            saved = {name: value for name, value in saved.items() if name in defaults} | {"out": out}
+            if odd := sorted(saved.keys() ^ defaults.keys()):
+                raise ValueError(f"--resume: {out} was made by another script, or another version of this one: not both know "
+                                 f"--{odd[0].replace('_', '-')}")
+            saved["out"] = out
             for name, value in saved.items():
                 if value != defaults[name] and (expected := _misfit(value, hints[name])):
                     raise ValueError(f"{Path(out) / 'config.json'}: {name} is {value!r:.40}; expected {expected}")
@@ -334,11 +337,8 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | None = None) -> dict[str, Any]:
     """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
 
-    ValueError when it is none, when its weights are not finite, or when `what` is given and it holds something else.
+    ValueError when it is none, when it is not sound, or when `what` is given and it holds something else.
     """
-    def shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(x.shape) for name, x in weights.items()}
-
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.exists():
@@ -360,21 +360,27 @@ def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | 
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise ValueError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
     try:
-        check_finite(checkpoint["model"])
-        with torch.device("meta"):      # the sizes that its configuration asks for, without memory
-            model = GPT(GPTConfig(**checkpoint["gpt"]))
-            wanted = shapes((ScalarGPT(model) if holds == "reward model" else model).state_dict())
-        found = shapes(checkpoint["model"])
-        for name in wanted | found:
-            if found.get(name) != wanted.get(name):
-                raise ValueError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
-        size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
-        if size != model.config.vocab_size:
-            raise ValueError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
-    except (FloatingPointError, TypeError, ValueError, AttributeError) as e:
+        _check_sound(checkpoint, holds)
+    except Exception as e:
         why = " ".join(str(e).split())[:200]
         raise ValueError(f"{path}: not a sound checkpoint ({why})") from None
     return checkpoint
+
+
+def _check_sound(checkpoint: dict[str, Any], holds: str) -> None:
+    """An exception says what does not fit: weights that are not finite or not of the shapes that the configuration asks for,
+    or a tokenizer of another size."""
+    check_finite(checkpoint["model"])
+    with torch.device("meta"):          # shapes without memory
+        model = GPT(GPTConfig(**checkpoint["gpt"]))
+        wanted, found = ({name: tuple(x.shape) for name, x in weights.items()} for weights in (
+            (ScalarGPT(model) if holds == "reward model" else model).state_dict(), checkpoint["model"]))
+    for name in wanted | found:
+        if found.get(name) != wanted.get(name):
+            raise ValueError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
+    size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
+    if size != model.config.vocab_size:
+        raise ValueError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
 
 
 def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:
@@ -444,11 +450,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
-            records.append(json.loads(line))
-            records[-1]["step"] + 0
-        except (ValueError, RecursionError, TypeError, KeyError):
-            raise ValueError(f"{path}, line {number}: {line[:60]!r}; expected a JSON object with a step") from None
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path}, line {number}: {line[:60]!r}; expected a JSON object with a step")
+        records.append(record)
     return records
+
+
+def _locked(path: Path) -> Any:
+    """The open file, which no other process gets as long as this one lives: two that write one run would ruin it."""
+    f = open(path, "r+")            # noqa: SIM115      the lock lasts as long as the file is open
+    if os.name == "posix":
+        import fcntl
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path.parent}: another process is at work on this run") from None
+    return f
 
 
 def _finished(cfg: RunConfig, step: int) -> bool:
@@ -456,24 +476,24 @@ def _finished(cfg: RunConfig, step: int) -> bool:
     return step >= cfg.steps and any(r["step"] == cfg.steps for r in read_lines(Path(cfg.out) / "metrics.jsonl"))
 
 
-def ends_well(main: Callable[[Any], None]) -> Callable[[Any], None]:
+def says_why_it_stopped(main: Callable[[Any], None]) -> Callable[[Any], None]:
     """For a script's main: a run that cannot go on says in one sentence what went wrong and what is safe.
 
     That is when a number is nan or inf (FloatingPointError), when the disk is full (OSError), and at Ctrl-C outside of the
-    steps. Nothing that is not finite is ever saved, and no checkpoint is lost to the next one.
+    steps. Nothing that is not finite is ever saved, and the last good checkpoint stays.
     """
     @functools.wraps(main)
     def wrapper(cfg: RunConfig) -> None:
         try:
             main(cfg)
         except (FloatingPointError, OSError, KeyboardInterrupt) as e:
+            name, out = Path(sys.argv[0]).name, Path(cfg.out)
             what = "interrupted" if isinstance(e, KeyboardInterrupt) else " ".join(str(e).split())
-            out = Path(cfg.out)
             with user_errors():
                 step, saved = len(read_lines(out / "metrics.jsonl")), "no checkpoint has been written yet"
                 if (out / "ckpt.pt").exists():
-                    saved = f"the last good checkpoint, {out / 'ckpt.pt'}, is after step {load_checkpoint(out)['step']}"
-            print(f"{Path(sys.argv[0]).name}: error: {out}, step {step}: {what}; {saved}", file=sys.stderr)
+                    saved = f"the last good checkpoint, {out / 'ckpt.pt'}, has the first {load_checkpoint(out)['step']}"
+            print(f"{name}: error: {out}, after {step} of {cfg.steps} steps: {what}; {saved}", file=sys.stderr)
             raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 2) from None
     return wrapper
 
@@ -500,12 +520,18 @@ class Run:
         self._signal: int | None = None
         self.out.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
-            self.step, self.state = checkpoint["step"], checkpoint.get("state", {})
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            self.step, self.state = checkpoint["step"], checkpoint["state"]
+            try:
+                optimizer.load_state_dict(checkpoint["optimizer"])
+            except Exception as e:
+                with user_errors():
+                    raise ValueError(f"{self.out / 'ckpt.pt'}: its optimizer is not that of this run ({e})") from None
         if not cfg.resume:
             flags = json.dumps(dataclasses.asdict(cfg), indent=2)
             write_atomically(self.out / "config.json", lambda f: f.write(flags.encode()))
-        else:
+        with user_errors():
+            self._config = _locked(self.out / "config.json")
+        if cfg.resume:
             self._cut("metrics.jsonl")
             self._cut("samples.jsonl")
 
@@ -520,14 +546,16 @@ class Run:
         out = Path(cfg.out)
         if cfg.resume:
             checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
-            read_lines(out / "samples.jsonl")
+            lines, _ = read_lines(out / "metrics.jsonl"), read_lines(out / "samples.jsonl")     # or refused, before any work
+            if not checkpoint and len(lines) > cfg.save_every:
+                raise ValueError(f"--resume: {out / 'ckpt.pt'} is gone; expected the checkpoint of {len(lines)} steps")
             if checkpoint and _finished(cfg, checkpoint["step"]):
                 print(f"{out} is finished: {cfg.steps} steps.")
                 raise SystemExit(0)
             return checkpoint
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: a file is in the way; expected a directory of a new run")
-        if (out / "config.json").exists() or (out / "ckpt.pt").exists():
+        if any((out / name).exists() for name in ("config.json", "ckpt.pt", "metrics.jsonl", "samples.jsonl")):
             raise ValueError(f"--out {out}: holds a run already; continue it with --resume, or choose another directory")
         nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
@@ -624,9 +652,10 @@ class Run:
             os.fsync(f.fileno())
 
     def say(self, text: str) -> None:
-        """Print without tearing the progress bar."""
+        """Print without tearing the progress bar. What a model says may hold anything, even commands to the terminal."""
         if not self.cfg.quiet:
-            tqdm.write(text, file=sys.stdout)
+            text, encoding = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text), sys.stdout.encoding or "utf-8"
+            tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
 
     def save(self) -> None:
         checkpoint = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.cfg),

@@ -18,6 +18,7 @@ This is a fence around a toy's programs, not a vault. It trusts the kernel, and 
 Where the kernel has no seccomp (macOS, Windows), nothing is run at all.
 """
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -34,10 +35,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-MEMORY = 256 << 20      # bytes of address space
+MEMORY_BYTES = 256 << 20
 CPU_SECONDS = 0.2
 WALL_SECONDS = 2.0      # for a program that waits without computing; generous, for the machine may be busy
-OUTPUT = 1 << 16        # bytes
+OUTPUT_BYTES = 1 << 16
 
 # The system calls that remain: write, exit, exit_group, mmap, munmap, mremap, brk, madvise, futex, rt_sigreturn.
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -67,28 +68,30 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
 
 
-def _prctl(*arguments) -> None:
+def _prctl(*arguments: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(*(x if isinstance(x, ctypes._SimpleCData) else ctypes.c_ulong(x) for x in arguments)):
+    if libc.prctl(*map(ctypes.c_ulong, arguments)):
         raise OSError(ctypes.get_errno(), "prctl")
 
 
 def confine(pipe: int) -> None:
     """In the child: give up everything but memory, time and one pipe. There is no way back."""
     import resource
-    set_pdeathsig, set_no_new_privs, set_seccomp, filter_mode = 1, 38, 22, 2
+    set_pdeathsig, set_dumpable, set_no_new_privs, set_seccomp, filter_mode = 1, 4, 38, 22, 2
     _prctl(set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    _prctl(set_dumpable, 0, 0, 0, 0)                        # a core dump may be piped to a program of root's
     os.closerange(0, pipe)
     os.closerange(pipe + 1, 1 << 16)
     sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None    # print() says nothing
-    for kind, bound in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, 1 + int(CPU_SECONDS)), (resource.RLIMIT_FSIZE, 0),
-                        (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 0), (resource.RLIMIT_CORE, 0)):
+    for kind, bound in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CPU, 1 + int(CPU_SECONDS)),
+                        (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 0),
+                        (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(kind, (bound, bound))
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)       # its signal kills, and no handler can be installed any more
     instructions = ctypes.create_string_buffer(seccomp_filter(platform.machine()))
     program = _Program((len(instructions) - 1) // 8, ctypes.addressof(instructions))
     _prctl(set_no_new_privs, 1, 0, 0, 0)
-    _prctl(set_seccomp, filter_mode, ctypes.c_void_p(ctypes.addressof(program)), 0, 0)
+    _prctl(set_seccomp, filter_mode, ctypes.addressof(program), 0, 0)
 
 
 def child(job: dict[str, Any], pipe: int) -> None:
@@ -109,10 +112,13 @@ def serve() -> None:
     import itertools  # noqa: F401
     import math  # noqa: F401
     import resource  # noqa: F401
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")                                     # when memory runs out, rather this than the trainer
     if os.getuid() == 0:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
+        with contextlib.suppress(OSError):                  # in a container, root may not be allowed to
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
     for line in sys.stdin.buffer:
         job = json.loads(line)
         reading, writing = os.pipe()
@@ -124,50 +130,51 @@ def serve() -> None:
                 os._exit(0)
         os.close(writing)
         written, deadline = b"", time.monotonic() + WALL_SECONDS
-        while len(written) <= OUTPUT and select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            part = os.read(reading, OUTPUT)
+        while len(written) <= OUTPUT_BYTES and select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            part = os.read(reading, OUTPUT_BYTES)
             if not part:
                 break
             written += part
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(reading)
-        print(json.dumps(written[:OUTPUT].decode("ascii", "replace")), flush=True)
+        print(json.dumps(written[:OUTPUT_BYTES].decode("ascii", "replace")), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The trainer's side
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A first program for every server: it must be refused all of this.
+# The first program of every server tries these; all of them must be refused.
+PROBED = [["open", "/", 0], ["fork"], ["kill", 0, 0], ["pipe"]]
 PROBE = """
 import os
 def f(call):
+    name, *arguments = call
     try:
-        {"open": lambda: os.open("/", 0), "fork": os.fork, "kill": lambda: os.kill(0, 0), "pipe": os.pipe}[call]()
+        getattr(os, name)(*arguments)
     except PermissionError:
         return "refused"
 """
-PROBED = ("open", "fork", "kill", "pipe")
+UNCONFINED = f"a model's programs run only where Linux can confine them, by seccomp, on {' or '.join(ALLOWED)}; here "
 
 
 class Sandbox:
-    """Servers that run programs, as many at a time as there are `workers`."""
+    """Servers that run programs, as many at a time as there are `workers`: by default one for each processor, at most 8."""
 
     def __init__(self, workers: int | None = None):
         if sys.platform != "linux" or platform.machine() not in ALLOWED:
-            raise ValueError(f"a model's programs run only where Linux can confine them (seccomp, on {' or '.join(ALLOWED)}); "
-                             f"here are {sys.platform} and {platform.machine()}")
-        workers = workers or os.cpu_count() or 1
+            raise ValueError(f"{UNCONFINED}are {sys.platform} and {platform.machine()}")
+        workers = workers or min(len(os.sched_getaffinity(0)), 8)
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         for _ in range(workers):
             self._idle.put(self._start())
         self._threads = ThreadPoolExecutor(workers)
 
     def run(self, programs: list[tuple[str, list]]) -> list[list | None]:
-        """f(input) for each input of each (code, inputs); None for a program that did not get that far.
+        """f(input) for each input of each (code, inputs); None where a program raised, ran out of time, or wrote no such list.
 
-        Inputs and outputs are what JSON can say. An output is the program's word, of at most 64 KB in all.
+        Inputs and outputs are what JSON can say; those of a program may have 64 KB. Nothing here says that they are right.
         """
         return list(self._threads.map(self._run, programs))
 
@@ -175,7 +182,7 @@ class Sandbox:
         server = self._idle.get()
         try:
             for _ in range(2):
-                if line := self._ask(server, program):
+                if (line := self._ask(server, program)).endswith("\n"):
                     return outputs_of(json.loads(line), len(program[1]))
                 server.kill()
                 server = self._start()
@@ -185,9 +192,10 @@ class Sandbox:
 
     @staticmethod
     def _ask(server: subprocess.Popen, program: tuple[str, list]) -> str:
-        """The server's line, empty if it has died."""
+        """The server's line, or as much of it as there is if it has died."""
         try:
-            server.stdin.write(json.dumps(dict(zip(("code", "inputs"), program, strict=True))) + "\n")
+            code, inputs = program
+            server.stdin.write(json.dumps({"code": code, "inputs": inputs}) + "\n")
             server.stdin.flush()
             return server.stdout.readline()
         except BrokenPipeError:
@@ -198,11 +206,12 @@ class Sandbox:
             server = subprocess.Popen([sys.executable, "-I", "-S", __file__], cwd=empty, env={}, text=True,
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                       start_new_session=True)       # Ctrl-C is for the trainer
-            line = self._ask(server, (PROBE, list(PROBED)))
-        if not line or outputs_of(json.loads(line), len(PROBED)) != ["refused"] * len(PROBED):
+            line = self._ask(server, (PROBE, PROBED))
+        if not line:
+            raise OSError(f"the sandbox: {sys.executable} -I -S did not start in an empty environment")
+        if outputs_of(json.loads(line), len(PROBED)) != ["refused"] * len(PROBED):
             server.kill()
-            raise ValueError("a model's programs run only where Linux can confine them; here the kernel does not (is seccomp "
-                             "switched off in this container?)")
+            raise ValueError(f"{UNCONFINED}the kernel does not (is it switched off in this container?)")
         return server
 
 
@@ -216,7 +225,7 @@ def outputs_of(text: str, count: int) -> list | None:
 
 
 @functools.cache
-def sandbox() -> Sandbox:
+def shared_sandbox() -> Sandbox:
     """The sandbox of this process."""
     return Sandbox()
 

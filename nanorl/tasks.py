@@ -1,6 +1,7 @@
 """The toy world: problems that a program can check, and short stories. Text only, no model and no tensor.
 
-A *problem* is a prompt and its gold answer. A *response* follows the prompt and one space, in one of two ways:
+A *problem* is a prompt and its gold answer. A *response* follows the prompt and one space, in one of two ways (a program
+has ways of its own):
 
     direct    Answer: 932
     worked    7+5=12, 4+8+1=13, 3+5+1=09. Answer: 932
@@ -8,8 +9,8 @@ A *problem* is a prompt and its gold answer. A *response* follows the prompt and
 A tiny model is wrong when it blurts and right when it works, so a verifier's reward alone can teach it to work. Two
 rules keep that reward honest:
 
-1. A response is untrusted text. It is compared, or read by the small parser below; it is never evaluated.
-   Any string whatsoever gets 0.0 or 1.0, in time linear in its length.
+1. A response is untrusted text. It is compared, or read by the small parser below; only a program is run, and that in
+   nanorl/sandbox.py. Any string whatsoever gets 0.0 or 1.0, in bounded time.
 2. A prompt belongs to "train" or "heldout" by its own hash: no seed, process or script can move it to the other side.
 
 Randomness is always a `random.Random` that the caller made.
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-from nanorl.sandbox import sandbox
+from nanorl.sandbox import shared_sandbox
 
 MARKER = "Answer: "
 MAX_ANSWER = 256  # characters; whatever is longer is not an answer
@@ -101,7 +102,7 @@ class Task:
 
     def examples(self) -> list[Problem]:
         """Enough problems of either split to see how long a prompt can be."""
-        return [self.draw(Random(i)) for i in range(100)]
+        return [self.draw(Random(i)) for i in range(1000)]
 
     def problem(self, rng: Random, split: str) -> Problem:
         """Draw until the prompt's hash falls into the split."""
@@ -112,7 +113,7 @@ class Task:
         return problem
 
     def demonstration(self, rng: Random) -> tuple[Problem, str]:
-        """A training problem and a right response, worked with probability `worked_share`."""
+        """A training problem and a response, worked with probability `worked_share`: right, but for careless programs."""
         problem = self.problem(rng, "train")
         respond = self.work if rng.random() < self.worked_share else self.direct
         return problem, respond(problem, rng)
@@ -342,19 +343,18 @@ OPERATIONS = {  # phrase: the expression of a list x, and what it means; {n} is 
 class Code(Task):
     """Write f(x): add 3, keep odd.    def f(x): x=[v+3 for v in x]; return [v for v in x if v%2]
 
-    Who blurts writes one expression, inside out: [v for v in [v+3 for v in x] if v%2]. The demonstrations are
-    careless: one blurted program in two has its operations in the order in which they are read, which is the wrong way round.
-    The verifier runs the program on lists that nobody has seen, in the sandbox of nanorl/sandbox.py, and compares what
-    comes out.
+    A blurt is one expression, the first operation innermost: [v for v in [v+3 for v in x] if v%2]. The demonstrations are
+    careless: one blurt in two nests them in reverse. The verifier runs the program on lists that nobody has seen, in the
+    sandbox, and compares what comes out.
     """
 
     name, knob, room = "code", "operations", 120
     lowest, default, highest = 2, 2, 5
     longest = 2_000  # characters: whatever is longer is not run
-    careless = 0.5  # share of the blurted demonstrations that are the wrong way round
+    careless = 0.5  # share of the blurts that nest in reverse
 
     def prepare(self):
-        sandbox()
+        shared_sandbox()
 
     def draw(self, rng):
         """Operations that leave something over: a function that is always [] could be had for nothing."""
@@ -362,7 +362,7 @@ class Code(Task):
             phrases = (phrase.format(n=rng.randint(1, 9)) for phrase in rng.sample(sorted(OPERATIONS), self.difficulty))
             prompt = f"Write f(x): {', '.join(phrases)}."
             problem = Problem(prompt, self.nested(self.operations(prompt)))
-            if len({tuple(y) for _, y in self.tests(problem)}) >= 3:
+            if len(set(map(tuple, self.tests(problem)[1]))) >= 3:
                 return problem
 
     @staticmethod
@@ -404,27 +404,30 @@ class Code(Task):
     def way(self, response):
         return "" if "return" not in response else "worked" if ";" in response else "direct"
 
-    def tests(self, problem: Problem) -> list[tuple[list[int], list[int]]]:
+    @staticmethod
+    def meaning(operations: Iterable[tuple[str, Callable, int | None]], x: list[int]) -> list[int]:
+        """What these operations make of a list."""
+        for _, apply, n in operations:
+            x = apply(x, n)
+        return x
+
+    def tests(self, problem: Problem) -> tuple[list[list[int]], list[list[int]]]:
         """Lists to try a program on, and what must come out: hidden in that no prompt and no program gets to see them."""
-        rng, tests = Random(problem.prompt), []
-        for length in (0, 1, 4, 10, 41):
-            x = rng.sample(range(-20, 21), length)
-            y = x
-            for _, meaning, n in self.operations(problem.prompt):
-                y = meaning(y, n)
-            tests.append((x, y))
-        return tests
+        rng = Random(problem.prompt)
+        inputs = [rng.sample(range(-20, 21), length) for length in (0, 1, 4, 10, 41)]
+        return inputs, [self.meaning(self.operations(problem.prompt), x) for x in inputs]
 
     def verify(self, problem, response):
         return self.grades([problem], [response], [True])[0]
 
     def grades(self, problems, responses, finished):
-        """1.0 for each program that finished, runs, and is right on every test. 1.0 and True are not 1."""
-        tests = [tuple(zip(*self.tests(problem), strict=True)) for problem in problems]
-        run = [i for i, text in enumerate(responses) if finished[i] and len(text) <= self.longest]
+        """1.0 for each program that finished, runs, and is right on every test."""
         grades = [0.0] * len(problems)
-        for i, outputs in zip(run, sandbox().run([(responses[i], list(tests[i][0])) for i in run]), strict=True):
-            grades[i] = float(repr(outputs) == repr(list(tests[i][1])))
+        tried = [i for i, text in enumerate(responses) if finished[i] and len(text) <= self.longest]
+        tests = [self.tests(problems[i]) for i in tried]
+        said = shared_sandbox().run([(responses[i], inputs) for i, (inputs, _) in zip(tried, tests, strict=True)])
+        for i, (_, expected), outputs in zip(tried, tests, said, strict=True):
+            grades[i] = float(outputs == expected and repr(outputs) == repr(expected))  # 1.0 and True are not 1
         return grades
 
 
@@ -658,10 +661,6 @@ class Stories(Task):
     def draw(self, rng):
         return Problem(*tell(rng))
 
-    def examples(self):
-        """More than other tasks need: openings are of many lengths."""
-        return [self.draw(Random(i)) for i in range(1000)]
-
     def continuation(self, prompt: str, rng: Random) -> str:
         """Another way for the story to go on."""
         words = re.findall(r"\w+", prompt)
@@ -739,10 +738,7 @@ def make_task(name: str, difficulty: int | None = None, needs_verifier: bool = T
         raise ValueError(f"--task {name}: there is no verifier for it, only readers' preferences; expected {', '.join(names)}")
     if name not in names:
         raise ValueError(f"--task {name}: there is no such task; expected {', '.join(names)}")
-    task = TASKS[name](difficulty)
-    if needs_verifier:
-        task.prepare()
-    return task
+    return TASKS[name](difficulty)
 
 
 def answer_room(name: str) -> int:

@@ -21,3 +21,9 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     make_world(folder)
     return folder
+
+
+@pytest.fixture
+def inside(world, monkeypatch):
+    """In that directory."""
+    monkeypatch.chdir(world)

@@ -3,14 +3,17 @@
 A case is a script, its flags, and what the sentence has to name.
 """
 
+import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from world import DPO, SCRIPTS, cut_final_line, write_records
+from world import DPO, SCRIPTS, cut_final_line, start, write_records
 
 import train_dpo
 import train_group_dpo
@@ -24,12 +27,8 @@ from nanorl.data import read_records, read_text
 from nanorl.tasks import is_heldout
 from nanorl.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("inside")
 ALL = (train_pretrain, train_sft, train_reward, train_dpo, train_group_dpo, train_grpo, train_ppo)
-
-
-@pytest.fixture(autouse=True)
-def inside(world, monkeypatch):
-    monkeypatch.chdir(world)
 
 
 def refused(capsys, script, argv):
@@ -54,7 +53,7 @@ def refused(capsys, script, argv):
     ("--eval-every 0", "--eval-every 0"), ("--save-every inf", "--save-every"),
     ("--quiet=yes", "--quiet"), ("--resume --out nowhere", "nowhere"), ("--out text.txt", "text.txt")])
 @pytest.mark.parametrize("script", ALL, ids=lambda script: script.__name__)
-def test_flags_that_every_script_has(script, flags, named, capsys):
+def test_a_bad_flag_that_every_script_has_is_refused(script, flags, named, capsys):
     if flags == "--device cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert named in refused(capsys, script, flags.split())
@@ -125,21 +124,25 @@ BAD = [
 ]
 
 
+@pytest.fixture(scope="module")
+def bad_files(world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        Path("empty.txt").write_text("\n")
+        Path("tiny.txt").write_text("a b")
+        Path("binary.txt").write_bytes(b"\xff\xfe")
+        Path("bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
+        heldout = [f"Say {i}." for i in range(99) if is_heldout(f"Say {i}.")]
+        write_records(Path("heldout.jsonl"), ({"prompt": prompt, "response": "x"} for prompt in heldout))
+        Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+        Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
+        write_records(Path("same.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+        write_records(Path("longpairs.jsonl"), [{"prompt": "a " * 500, "chosen": "b", "rejected": "c"}])
+        write_records(Path("heldoutpairs.jsonl"), ({"prompt": prompt, "chosen": "x", "rejected": "y"} for prompt in heldout))
 
 
 @pytest.mark.parametrize(("script", "flags", "named"), BAD)
-def test_flags_and_files_of_a_script(script, flags, named, capsys):
-    Path("empty.txt").write_text("\n")
-    Path("tiny.txt").write_text("a b")
-    Path("binary.txt").write_bytes(b"\xff\xfe")
-    Path("bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
-    heldout = [f"Say {i}." for i in range(99) if is_heldout(f"Say {i}.")]
-    write_records(Path("heldout.jsonl"), ({"prompt": prompt, "response": "x"} for prompt in heldout))
-    Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
-    Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
-    write_records(Path("same.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "b"}])
-    write_records(Path("longpairs.jsonl"), [{"prompt": "a " * 500, "chosen": "b", "rejected": "c"}])
-    write_records(Path("heldoutpairs.jsonl"), ({"prompt": prompt, "chosen": "x", "rejected": "y"} for prompt in heldout))
+def test_bad_flags_and_files_of_a_script_are_refused(script, flags, named, bad_files, capsys):
     assert named in refused(capsys, script, flags.split())
 
 
@@ -161,7 +164,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_texts(name, capsys):
+def test_a_bad_text_is_refused(name, capsys):
     content, named = TEXTS[name]
     Path("bad.txt").write_bytes(content)
     error = refused(capsys, train_pretrain, ["--text", "bad.txt"])
@@ -175,7 +178,7 @@ def test_a_sparse_gigabyte_is_refused_at_once(capsys):
     os.remove("hole.txt")
 
 
-def test_what_is_no_file(capsys):
+def test_what_is_no_file_is_refused(capsys):
     for name in ("nowhere", "nowhere/deeper", "sft", "/dev/null"):
         assert name in refused(capsys, train_pretrain, ["--text", name])
         assert name in refused(capsys, train_sft, ["--data", name, "--init", "pretrain"])
@@ -183,17 +186,17 @@ def test_what_is_no_file(capsys):
 
 GOOD = '{"prompt": "a", "response": "b"}'
 RECORDS = {
-    "not JSON": ("hello", "not JSON"),
-    "half an object": ('{"prompt": "a"', "not JSON"),
-    "two objects": (GOOD + GOOD, "not JSON"),
-    "single quotes": (GOOD.replace('"', "'"), "not JSON"),
-    "a comma too many": ('{"prompt": "a", "response": "b",}', "not JSON"),
+    "not JSON": ("hello", "not readable as JSON"),
+    "half an object": ('{"prompt": "a"', "not readable as JSON"),
+    "two objects": (GOOD + GOOD, "not readable as JSON"),
+    "single quotes": (GOOD.replace('"', "'"), "not readable as JSON"),
+    "a comma too many": ('{"prompt": "a", "response": "b",}', "not readable as JSON"),
     "a list": ('["a", "b"]', "list"),
     "a string": ('"a"', "str"),
     "null": ("null", "NoneType"),
     "a number": ("3", "int"),
     "NaN": ("NaN", "float"),
-    "an array over all lines": ("[" + GOOD + ",", "not JSON"),
+    "an array over all lines": ("[" + GOOD + ",", "not readable as JSON"),
     "no response": ('{"prompt": "a"}', "'response'"),
     "no prompt": ('{"response": "a"}', "'prompt'"),
     "no key": ("{}", "'prompt'"),
@@ -207,19 +210,19 @@ RECORDS = {
     "true": ('{"prompt": true, "response": "b"}', "True"),
     "a key twice": ('{"prompt": "a", "prompt": "b", "response": "c"}', "twice"),
     "half a surrogate pair": ('{"prompt": "a\\ud800", "response": "b"}', "surrogate"),
-    "a million digits": ('{"prompt": "a", "response": ' + "9" * 1_000_000 + "}", "not JSON"),
-    "a million digits in another key": ('{"prompt": "a", "response": "b", "n": ' + "9" * 1_000_000 + "}", "not JSON"),
-    "deep nesting": ('{"prompt": ' + "[" * 100_000, "not JSON"),
+    "a million digits": ('{"prompt": "a", "response": ' + "9" * 1_000_000 + "}", "not readable as JSON"),
+    "a million digits elsewhere": ('{"prompt": "a", "response": "b", "n": ' + "9" * 10**6 + "}", "not readable as JSON"),
+    "deep nesting": ('{"prompt": ' + "[" * 100_000, "not readable as JSON"),
     "a raw NUL": ('{"prompt": "a\0", "response": "b"}', "0x00"),
-    "a raw tab": ('{"prompt": "a\t", "response": "b"}', "not JSON"),
-    "a bad escape": ('{"prompt": "\\x", "response": "b"}', "not JSON"),
+    "a raw tab": ('{"prompt": "a\t", "response": "b"}', "not readable as JSON"),
+    "a bad escape": ('{"prompt": "\\x", "response": "b"}', "not readable as JSON"),
     "too long for the context": (json.dumps({"prompt": "a " * 500, "response": "b"}), "context"),
     "a long answer": (json.dumps({"prompt": "a", "response": "b " * 500}), "context"),
 }
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_records(name, capsys):
+def test_a_bad_record_is_refused_with_its_line(name, capsys):
     """The bad line is the third: the sentence says so (or says which record, where it is the model that has no room)."""
     line, named = RECORDS[name]
     Path("bad.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
@@ -262,7 +265,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokenizer_files(name, capsys):
+def test_a_bad_tokenizer_file_is_refused_with_its_line(name, capsys):
     change, named = TOKENIZERS[name]
     Path("bad.tiktoken").write_text("\n".join(change(rank_lines())) + "\n")
     error = refused(capsys, train_pretrain, ["--text", "text.txt", "--tokenizer", "bad.tiktoken"])
@@ -309,7 +312,7 @@ CHECKPOINTS = {
     "a weight of another shape": (with_weight(lambda x: x[:-1]), "has the shape"),
     "a weight that is none": (with_weight(lambda x: 1), "ckpt.pt"),
     "no weights": (lambda c: c | {"model": {}}, "has the shape None"),
-    "a weight too many": (lambda c: c | {"model": c["model"] | {"x": torch.ones(2)}}, "x"),
+    "a weight too many": (lambda c: c | {"model": c["model"] | {"x": torch.ones(2)}}, "its x has the shape"),
     "another width": (with_gpt(width=64), "has the shape"),
     "more layers": (with_gpt(layers=5), "has the shape None"),
     "odd heads": (with_gpt(heads=5), "heads=5"),
@@ -326,7 +329,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_checkpoints(name, capsys):
+def test_an_unsound_checkpoint_is_refused_and_runs_no_code(name, capsys):
     change, named = CHECKPOINTS[name]
     Path("bad").mkdir(exist_ok=True)
     torch.save(change(run.load_checkpoint("sft")), "bad/ckpt.pt")
@@ -336,7 +339,7 @@ def test_checkpoints(name, capsys):
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 5_000, -1000, -1])
-def test_truncated_checkpoints(length, capsys):
+def test_a_truncated_checkpoint_is_refused(length, capsys):
     Path("bad").mkdir(exist_ok=True)
     Path("bad/ckpt.pt").write_bytes(Path("sft/ckpt.pt").read_bytes()[:length])
     assert "bad/ckpt.pt" in refused(capsys, train_grpo, ["--init", "bad", "--data", "wanted.jsonl"])
@@ -344,13 +347,13 @@ def test_truncated_checkpoints(length, capsys):
 
 @pytest.mark.parametrize("content", [b"hello", b"\x80\x02}q\x00.", b"PK\x03\x04", b"\0" * 1000],
                          ids=["text", "pickle", "zip", "NUL"])
-def test_files_that_are_no_checkpoint(content, capsys):
+def test_a_file_that_is_no_checkpoint_is_refused(content, capsys):
     Path("bad.pt").write_bytes(content)
     assert "bad.pt" in refused(capsys, train_sft, ["--init", "bad.pt"])
     assert "bad.pt" in refused(capsys, train_ppo, ["--init", "sft", "--reward", "model", "--reward-model", "bad.pt"])
 
 
-def test_a_reward_model_of_another_tokenizer(capsys):
+def test_a_reward_model_of_another_tokenizer_is_refused(capsys):
     checkpoint = run.load_checkpoint("reward")
     *lines, a, b = [line.split()[0] for line in checkpoint["tokenizer"]["ranks"].splitlines()]
     ranks = "".join(f"{token} {rank}\n" for rank, token in enumerate([*lines, b, a]))
@@ -366,6 +369,13 @@ def with_flag(name, value):
     return "config.json", lambda content: json.dumps(json.loads(content) | {name: value}).encode()
 
 
+def changed(content, **parts):
+    """A checkpoint's bytes with other parts."""
+    buffer = io.BytesIO()
+    torch.save(torch.load(io.BytesIO(content), weights_only=True) | parts, buffer)
+    return buffer.getvalue()
+
+
 RUNS = {
     "no JSON": (("config.json", lambda content: content[:50]), "config.json"),
     "a list": (("config.json", lambda content: b"[]"), "list"),
@@ -377,33 +387,59 @@ RUNS = {
     "a seed of null": (with_flag("seed", None), "seed is None"),
     "a directory of 3": (with_flag("init", 3), "init is 3"),
     "a line of garbage": (("metrics.jsonl", lambda content: b"garbage\n" + content), "metrics.jsonl, line 1"),
+    "garbage in the middle of a run": (("metrics.jsonl", lambda content: b"garbage\n" + content), "metrics.jsonl, line 1"),
     "a line without a step": (("metrics.jsonl", lambda content: content + b"{}\n"), "metrics.jsonl, line 4"),
     "a step of words in a line": (("metrics.jsonl", lambda content: content + b'{"step": "x"}\n'), "metrics.jsonl, line 4"),
     "garbage in the samples": (("samples.jsonl", lambda content: content + b"\xff\n"), "samples.jsonl, line"),
+    "another optimizer": (("ckpt.pt", lambda content: changed(content, optimizer=[])), "its optimizer"),
     "an empty checkpoint": (("ckpt.pt", lambda content: b""), "ckpt.pt"),
     "half a checkpoint": (("ckpt.pt", lambda content: content[:-9999]), "ckpt.pt"),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_runs(name, capsys):
+def test_a_run_that_somebody_has_touched_is_not_resumed(name, capsys):
     """... and resumed: the sentence names the file, and the rest of the run is as it was."""
     (file, change), named = RUNS[name]
     shutil.rmtree("touched", ignore_errors=True)
     shutil.copytree("dpo", "touched")
     cut_final_line("touched")
+    if "middle" in name:
+        Path("touched/ckpt.pt").write_bytes(changed(Path("dpo/ckpt.pt").read_bytes(), step=1))
     path = Path("touched", file)
     path.write_bytes(change(path.read_bytes()))
     error = refused(capsys, train_dpo, ["--out", "touched", "--resume"])
     assert file in error and named in error
 
 
+@pytest.mark.parametrize(("script", "name"), [(train_group_dpo, "grpo"), (train_sft, "dpo"), (train_ppo, "grpo"),
+                                              (train_dpo, "reward"), (train_grpo, "pretrain")])
+def test_a_run_is_not_resumed_by_another_script(script, name, capsys):
+    assert "another script" in refused(capsys, script, ["--out", name, "--resume"])
+
+
+def test_a_run_whose_checkpoint_is_gone_is_not_begun_anew(capsys):
+    shutil.rmtree("touched", ignore_errors=True)
+    shutil.copytree("dpo", "touched")
+    Path("touched/ckpt.pt").unlink()
+    assert "ckpt.pt is gone" in refused(capsys, train_dpo, ["--out", "touched", "--resume"])
+    Path("touched/config.json").unlink()
+    assert "holds a run already" in refused(capsys, train_dpo, [*DPO.split(), "--out", "touched"])
+
+
+def test_two_processes_do_not_write_one_run(capsys):
+    shutil.rmtree("touched", ignore_errors=True)
+    shutil.copytree("dpo", "touched")
+    cut_final_line("touched")
+    code = "import fcntl; f = open('touched/config.json', 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "1\n"
+    assert "another process" in refused(capsys, train_dpo, ["--out", "touched", "--resume"])
+    other.communicate("\n")
+    start(train_dpo, "--resume --quiet", "touched")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_used_directory_is_never_written_over(name, capsys):
     script, flags = SCRIPTS[name]
     assert name in refused(capsys, script, [*flags.split(), "--out", name])
-
-
-def test_this_corpus_has_at_least_150_cases():
-    flags = 17 * len(ALL) + len(BAD)
-    assert flags + len(TEXTS) + len(RECORDS) + len(TOKENIZERS) + len(CHECKPOINTS) + len(RUNS) >= 150

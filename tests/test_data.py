@@ -49,8 +49,8 @@ def file(tmp_path):
 
 
 def test_text_comes_back_as_it_is(file):
-    """Line ends of any kind, white space at both ends, NUL and U+2028 stay; only a byte order mark goes."""
-    text = "\n a\r\nb\rc\x00\u2028é🙂\ufeff \n"
+    """Line ends of any kind, white space at both ends, and U+2028 stay; only a byte order mark goes."""
+    text = "\n a\r\nb\rc\x01\u2028é🙂\ufeff \n"
     assert read_text(file(text)) == text
     assert read_text(file(b"\xef\xbb\xbf" + text.encode())) == text
 
@@ -60,7 +60,9 @@ def test_text_comes_back_as_it_is(file):
     (b" \r\n\t", "empty"),
     (b"\xef\xbb\xbf", "empty"),
     (b"abc\xffdef", "byte 3 is 0xff"),
-    ("text".encode("utf-16"), "not UTF-8"),
+    ("text".encode("utf-16"), "byte 3 is 0x00"),
+    (b"text\0" + b"x" * (1 << 21), "byte 4 is 0x00"),
+    (b"x" * (1 << 21) + b"\0", "is 0x00"),
     (b"\xf0\x9f\x99", "not UTF-8"),                             # a file cut inside of a character
     (b"\xed\xa0\x80", "not UTF-8"),                             # half of a surrogate pair is no character
 ])
@@ -94,14 +96,14 @@ def test_separators_inside_a_string_end_no_line(file):
 
 
 @pytest.mark.parametrize(("line", "mention"), [
-    ("not json", "not JSON"),
-    ('{"prompt": "a"', "not JSON"),
-    ('{"prompt": "a\x00", "response": "b"}', "not JSON"),       # JSON wants control characters escaped
-    (good + good, "not JSON"),
-    (f"{good}\r{good}", "not JSON"),
-    ("[" * 100_000, "not JSON"),
-    ('{"prompt":' * 100_000, "not JSON"),
-    ('{"prompt": ' + "1" * 1_000_000 + "}", "not JSON"),        # Python refuses to convert that many digits
+    ("not json", "not readable as JSON"),
+    ('{"prompt": "a"', "not readable as JSON"),
+    ('{"prompt": "a\x01", "response": "b"}', "not readable as JSON"),       # JSON wants control characters escaped
+    (good + good, "not readable as JSON"),
+    (f"{good}\r{good}", "not readable as JSON"),
+    ("[" * 100_000, "not readable as JSON"),
+    ('{"prompt":' * 100_000, "not readable as JSON"),
+    ('{"prompt": ' + "1" * 1_000_000 + "}", "not readable as JSON"),        # Python refuses to convert that many digits
     ('{"prompt": ' + "1" * 4_000 + "}", "'prompt' is '1111"),
     ('{"prompt": ' + "[" * 900 + "]" * 900 + "}", "'prompt' is '[[[["),
     ("null", "NoneType"),

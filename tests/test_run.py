@@ -1,5 +1,6 @@
 """Flags, checkpoints, optimizers and the directory of a run."""
 
+import dataclasses
 import json
 import math
 import os
@@ -294,3 +295,20 @@ def test_metrics_are_one_json_object_a_line_with_its_step(tmp_path):
     lines = (out.out / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     assert json.loads((out.out / "config.json").read_text())["steps"] == 2
+
+
+def test_what_a_model_says_cannot_command_the_terminal(tmp_path, capsys):
+    out = open_run(tmp_path)
+    out.cfg = dataclasses.replace(out.cfg, quiet=False)
+    out.say("a\x1b[2J\x07b\x9bc\r\ud800é\n\tz")
+    assert capsys.readouterr().out == "a\ufffd[2J\ufffdb\ufffdc\ufffd?é\n\tz\n"
+
+
+def test_a_checkpoint_read_twice_gives_two_models_that_share_nothing(tmp_path):
+    """Or a reference would move with its policy."""
+    out = open_run(tmp_path, steps=1)
+    train(out)
+    checkpoint = run.load_checkpoint(out.out)
+    a, b = (run.model_from(checkpoint, torch.device("cpu")) for _ in "ab")
+    for x, y, saved in zip(a.parameters(), b.parameters(), checkpoint["model"].values(), strict=True):
+        assert len({x.data_ptr(), y.data_ptr(), saved.data_ptr()}) == 3

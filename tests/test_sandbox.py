@@ -1,6 +1,6 @@
 """The sandbox: programs that want out stay in, score nothing, cost little, and leave the next one alone."""
 
-import json
+import functools
 import os
 import struct
 import subprocess
@@ -10,25 +10,31 @@ from pathlib import Path
 
 import pytest
 
-from nanorl import sandbox as module
-from nanorl.sandbox import ALLOWED, Sandbox, outputs_of, sandbox, seccomp_filter
+from nanorl import sandbox
+from nanorl.sandbox import ALLOWED, Sandbox, outputs_of, seccomp_filter, shared_sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined by Linux only")
 GOOD = "def f(x): return [v+1 for v in x]"
 
 
+@functools.cache
+def box():
+    """One server, so that each program comes after the one before."""
+    return Sandbox(workers=1)
+
+
 def outputs(code, *inputs):
-    return sandbox().run([(code, list(inputs))])[0]
+    return box().run([(code, list(inputs))])[0]
 
 
 def test_a_program_gives_its_outputs_in_order():
     assert outputs(GOOD, [1, 2], []) == [[2, 3], []]
     assert outputs("import math, itertools, collections\ndef f(x): return math.prod(x)", [2, 3]) == [6]
-    assert sandbox().run([(f"def f(x): return {i}", [None]) for i in range(50)]) == [[i] for i in range(50)]
+    assert shared_sandbox().run([(f"def f(x): return {i}", [None]) for i in range(50)]) == [[i] for i in range(50)]
 
 
-# What a program may try, and whose work that would have been. None of them may have any effect: bounded payloads all the same.
-HOSTILE = {
+# What is refused, or ends by a limit: the program comes to nothing. Payloads are bounded all the same.
+ESCAPES = {
     "a fork bomb": "import os\ndef f(x):\n    for _ in range(50): os.fork()",
     "a process": "import os\ndef f(x): os.posix_spawn('/bin/sh', ['sh', '-c', 'touch owned'], {})",
     "another program": "import os\ndef f(x): os.execv('/bin/true', ['true'])",
@@ -46,11 +52,11 @@ HOSTILE = {
     "a directory": "import os\ndef f(x): os.mkdir('/tmp/owned')",
     "reading the password file": "def f(x): return open('/etc/passwd').read()",
     "reading the tests": "import os\ndef f(x): return [open(p).read() for p in os.listdir('.')]",
-    "a socket": "import _socket\ndef f(x): _socket.socket().connect(('127.0.0.1', 80))",
+    "a socket": "import _socket\ndef f(x): _socket.socket()",
     "killing the server": "import os\ndef f(x): os.kill(os.getppid(), 9)",
     "killing everybody": "import os\ndef f(x): os.kill(-1, 9)",
-    "tracing the server": "import ctypes, os\ndef f(x): return [x][ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0)] and 1/0",
-    "more rights": "import os\ndef f(x): os.setuid(0)",
+    "tracing the server": "import ctypes, os\n"
+                          "def f(x):\n    if ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0): raise OSError",
     "no exit": "import os\nos._exit(0)",
     "a polite exit": "raise SystemExit(0)",
     "an exit inside": "def f(x): raise SystemExit(0)",
@@ -61,41 +67,53 @@ HOSTILE = {
     "deep recursion": "def f(x): return f(x)",
     "bottomless recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
     "a crash": "import ctypes\ndef f(x): ctypes.string_at(0)",
-    "a million prints": "def f(x):\n    for _ in range(10**6): print([2, 3])",
-    "a printed answer": "print('[[2, 3], []]')\nprint('[[2, 3], []]', flush=True)",
     "a flood": "import os\ndef f(x):\n    for fd in list(range(20)) * 1000:\n        try: os.write(fd, b'[' * 9999)\n"
                "        except OSError: 0",
     "a huge answer": "def f(x): return 'x' * 10**6",
-    "a deep answer": "def f(x):\n    for _ in range(10**5): x = [x]\n    return x",
     "no function": "g = 1",
     "a function that is none": "f = 3",
     "half a program": "def f(x): return (",
     "an answer that cannot be sent": "def f(x): return lambda: 0",
+    "a NUL": "def f(x): return 1\0", "half a character": "def f(x): return '\ud800'", "a million parentheses": "(" * 10**6,
+    "a megabyte of sums": "def f(x): return " + "1+" * 500_000 + "1",
+    "more rights": "import os\ndef f(x): os.setuid(0)",
+}
+# What may be tried in peace, because it does not help: it runs, and is wrong.
+LIES = {
+    "a million prints": "def f(x):\n    for _ in range(10**6): print([2, 3])",
+    "a printed answer": "print('[[2, 3], []]')\nprint('[[2, 3], []]', flush=True)",
+    "a rather deep answer": "def f(x):\n    for _ in range(950): x = [x]\n    return x",
+    "a deep answer": "def f(x):\n    for _ in range(10**5): x = [x]\n    return x",
     "not a number": "def f(x): return float('nan')",
     "an object equal to everything": "class E(list):\n    def __eq__(self, other): return True\ndef f(x): return E()",
     "a patched judge": "import builtins, json\njson.dumps = lambda *_: '1'\nbuiltins.repr = lambda *_: ''\ndef f(x): return 0",
     "a patched pipe": "import os\nreal = os.write\nos.write = lambda fd, data: real(fd, b'[[9], [9]]')\ndef f(x): return 0",
-    "the caller's frame": "import sys\ndef f(x): return sys._getframe(1).f_locals['job']['expected']",
-    "a NUL": "def f(x): return 1\0", "half a character": "def f(x): return '\ud800'", "a million parentheses": "(" * 10**6,
-    "a megabyte of sums": "def f(x): return " + "1+" * 500_000 + "1",
+    "what the caller knows": "import sys\ndef f(x): return repr([sys._getframe(i).f_locals for i in range(3)])",
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_programs_get_nothing_and_touch_nothing(name):
-    """Whatever it tries: no right answer, in at most a few seconds, and the same server answers the next program."""
+@pytest.mark.parametrize("name", ESCAPES)
+def test_what_wants_out_comes_to_nothing(name):
+    """In at most a few seconds, without a trace, and the same server answers the next program."""
     start = time.monotonic()
-    said = outputs(HOSTILE[name], [1, 2], [])
+    assert outputs(ESCAPES[name], [1, 2], []) is None
     assert time.monotonic() - start < 10
-    assert said is None or repr(said) != repr([[2, 3], []])
     assert outputs(GOOD, [1, 2], []) == [[2, 3], []]
     assert not os.path.exists("owned") and not os.path.exists("/tmp/owned")
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_what_lies_is_wrong(name):
+    """The right outputs are not in the child, and what it says is read as JSON, to the type."""
+    said, right = outputs(LIES[name], [1, 2], []), [[2, 3], []]
+    assert said != right or repr(said) != repr(right)
+    assert outputs(GOOD, [1, 2], []) == [[2, 3], []]
 
 
 def test_every_call_of_the_kernel_but_ten_is_refused_for_each_program():
     """Tried from inside, by number: whatever is not in ALLOWED fails with EPERM. (335 and 336, which only the kernel's own
     probes may use, kill whoever calls them.)"""
-    allowed = ALLOWED[module.platform.machine()]
+    allowed = ALLOWED[sandbox.platform.machine()]
     code = ("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
             "def f(n):\n    ctypes.set_errno(0)\n    return [libc.syscall(n, -1, 0, 0, 0, 0, 0), ctypes.get_errno()]")
     numbers = [n for n in range(450) if n not in (*allowed, 335, 336)]
@@ -106,7 +124,11 @@ def test_every_call_of_the_kernel_but_ten_is_refused_for_each_program():
 def test_programs_do_not_see_what_others_left_behind():
     assert outputs("import builtins, math\nbuiltins.len = math.pi = 3\ndef f(x): return 1", 1) == [1]
     assert outputs("import math\ndef f(x): return [len(x), math.pi > 3]", [1, 2]) == [[2, True]]
-    assert outputs("import os\ndef f(x): return set(os.environ) <= {'LC_CTYPE'}", 1) == [True]     # which Python sets itself
+
+
+def test_a_program_sees_no_environment():
+    """But for LC_CTYPE, which Python sets itself."""
+    assert outputs("import os\ndef f(x): return set(os.environ) <= {'LC_CTYPE'}", 1) == [True]
 
 
 def test_a_server_that_dies_is_replaced():
@@ -120,7 +142,7 @@ def test_a_server_that_dies_is_replaced():
 
 def test_a_kernel_that_confines_nothing_is_noticed(monkeypatch):
     """The servers are not believed but tried: without the filter there is no sandbox."""
-    code = Path(module.__file__).read_text().replace("_prctl(set_seccomp,", "(lambda *_: 0)(set_seccomp,")
+    code = Path(sandbox.__file__).read_text().replace("_prctl(set_seccomp,", "(lambda *_: 0)(set_seccomp,")
     assert code.count("(lambda *_: 0)") == 1
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda argv, **how: real([*argv[:-1], "-c", code], **how))
@@ -132,10 +154,6 @@ def test_a_kernel_that_confines_nothing_is_noticed(monkeypatch):
                                   "[NaN", "9" * 10_000, '{"0": 1, "1": 2}', "\ufffd"])
 def test_what_a_child_wrote_is_two_outputs_or_nothing(text):
     assert outputs_of(text, 2) is None
-
-
-def test_two_outputs_are_two_outputs():
-    assert outputs_of("[[1], 2]", 2) == [[1], 2] and json.loads("[[1], 2]") == [[1], 2]
 
 
 @pytest.mark.parametrize("machine", ALLOWED)
@@ -157,6 +175,6 @@ def test_the_filter_lets_pass_what_is_allowed_and_nothing_else(machine):
 
     for number in range(600):
         allowed = number in ALLOWED[machine]
-        assert verdict(number, module.AUDIT_ARCH[machine]) == (0x7FFF0000 if allowed else 0x00050001)
-        assert verdict(number | 0x40000000, module.AUDIT_ARCH[machine]) == 0x00050001
+        assert verdict(number, sandbox.AUDIT_ARCH[machine]) == (0x7FFF0000 if allowed else 0x00050001)
+        assert verdict(number | 0x40000000, sandbox.AUDIT_ARCH[machine]) == 0x00050001
         assert verdict(number, 0x40000003) == 0x80000000

@@ -17,6 +17,7 @@ from world import (
     DPO,
     GROUP,
     GRPO,
+    ONE_OF_EACH,
     ONLINE,
     PPO,
     PRETRAIN,
@@ -40,10 +41,7 @@ import train_sft
 from nanorl import run
 from nanorl.tasks import Stories, is_heldout
 
-
-@pytest.fixture(autouse=True)
-def inside(world, monkeypatch):
-    monkeypatch.chdir(world)
+pytestmark = pytest.mark.usefixtures("inside")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -461,6 +459,17 @@ def test_groups_of_one_kind_train_nothing_and_are_counted(tmp_path, monkeypatch)
     start(train_group_dpo, GROUP + " --steps 2", tmp_path / "run")
     assert [line["rollout/no_contrast"] for line in metrics(tmp_path / "run")[:-1]] == [1.0, 1.0]
     assert same_parameters(tmp_path / "run", "sft")
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_bfloat16_autocast_trains_on_a_cpu_with_weights_in_float32(name, tmp_path):
+    """The norm of its first gradient is near that of float32, and not the same."""
+    script, flags = SCRIPTS[name]
+    start(script, flags + " --dtype bfloat16", tmp_path / "run")
+    key = next(key for key in ("train/grad_norm", "train/grad_norm_max") if key in metrics(name)[0])
+    half, whole = metrics(tmp_path / "run")[0][key], metrics(name)[0][key]
+    assert half != whole and half == pytest.approx(whole, rel=0.5)
+    assert all(x.dtype == torch.float32 for x in run.load_checkpoint(tmp_path / "run")["model"].values())
 
 
 @pytest.mark.slow

@@ -67,15 +67,15 @@ def test_both_ways_of_answering_are_right(name, difficulty):
 @quick
 @given(names, seeds)
 def test_demonstrations_are_right_train_problems_of_either_mode(name, seed):
-    """Never a held-out prompt, and three in ten are worked: of 200, within six standard deviations of 60. Only programs are
-    wrong at times, those that blurt."""
+    """Never a held-out prompt, and three in ten are worked: of 200, within six standard deviations of 60. Only a blurted
+    program may be wrong."""
     task, rng = make_task(name), Random(seed)
     problems, responses = zip(*(task.demonstration(rng) for _ in range(200)), strict=True)
     assert not any(is_heldout(problem.prompt) for problem in problems)
     worked = [task.way(response) == "worked" for response in responses]
     assert 21 <= sum(worked) <= 99
     checked = slice(20) if name == "code" else slice(None)         # a program takes milliseconds
-    right = task.grades(problems[checked], responses[checked], [True] * 200)
+    right = task.grades(problems[checked], responses[checked], [True] * len(problems[checked]))
     assert all(r == 1.0 or (name == "code" and not w) for r, w in zip(right, worked[checked], strict=True))
 
 
@@ -107,7 +107,7 @@ def test_attacks_score_zero_in_bounded_time(name):
     for text in [MARKER + attack for attack in MARKED] + BARE + task.adversarial(problem):
         seconds = []
         for _ in range(3):              # the best of three: a pause of the machine is not the verifier's
-            start = time.process_time()
+            start = time.process_time()         # of this process: a program has limits of its own
             assert task.verify(problem, text) == 0.0, text[:80]
             seconds.append(time.process_time() - start)
         assert min(seconds) < 0.05, text[:80]
@@ -154,7 +154,7 @@ def test_countdown_wants_the_target_from_exactly_these_numbers(seed, difficulty)
     assert task.verify(unequal, MARKER + gold) == float(sum(given_numbers) == target), "same numbers, another value"
 
 
-def test_half_of_the_blurted_programs_are_written_the_wrong_way_round():
+def test_half_of_the_blurted_programs_nest_in_reverse():
     """Which is often wrong, and sometimes makes no difference."""
     task = make_task("code")
     rng = Random(0)
@@ -173,24 +173,19 @@ def test_hidden_tests_tell_a_wrong_program_from_a_right_one(seed, difficulty, wh
     operations = [*task.operations(problem.prompt)]
     i = which % difficulty
     other = [*task.operations(task.draw(rng).prompt)]
-    expression, meaning, n = operations[i]
+    expression, apply, n = operations[i]
     for changed in (operations[:i] + operations[i + 1:], operations[:i] + other[:1] + operations[i + 1:], operations[::-1],
-                    [*operations[:i], (expression, meaning, n and n + 1), *operations[i + 1:]]):
+                    [*operations[:i], (expression, apply, n and n + 1), *operations[i + 1:]]):
         lists = [[rng.randint(-20, 20) for _ in range(rng.randrange(25))] for _ in range(300)]
-        same = all(meaning_of(operations, x) == meaning_of(changed, x) for x in lists)
+        same = all(task.meaning(operations, x) == task.meaning(changed, x) for x in lists)
         assert task.verify(problem, task.nested(changed)) == float(same), (problem, changed)
-
-
-def meaning_of(operations, x):
-    for _, meaning, n in operations:
-        x = meaning(x, n)
-    return x
 
 
 def test_what_comes_out_must_be_the_very_lists():
     """1.0 and True are not 1, a tuple is sent as a list, and one more output is one too many."""
     problem = Problem("Write f(x): keep odd, sort.", "def f(x): return sorted([v for v in x if v%2])")
     task = make_task("code", 2)
+    assert task.verify(problem, "def f(x):\n    for _ in range(960): x = [x]\n    return x") == 0.0     # as deep as JSON can be
     for body, grade in (("sorted([v for v in x if v%2])", 1.0), ("tuple(sorted([v for v in x if v%2]))", 1.0),
                         ("sorted([float(v) for v in x if v%2])", 0.0), ("[v == 1 or v for v in sorted(x) if v%2]", 0.0),
                         ("[sorted([v for v in x if v%2])]", 0.0), ("str(sorted([v for v in x if v%2]))", 0.0)):
@@ -201,11 +196,12 @@ def test_what_comes_out_must_be_the_very_lists():
 
 def test_programs_are_confined_or_there_is_no_such_task(monkeypatch):
     """Where the kernel cannot hold a program, the task is refused in one sentence, but its demonstrations can be had."""
-    monkeypatch.setattr("nanorl.tasks.sandbox", Sandbox)
+    monkeypatch.setattr("nanorl.tasks.shared_sandbox", Sandbox)
     monkeypatch.setattr("nanorl.sandbox.platform.machine", lambda: "z80")
-    with pytest.raises(ValueError, match=r"only where Linux can confine them.*z80"):
-        make_task("code")
-    assert make_task("code", needs_verifier=False).demonstrations(3)
+    task = make_task("code")
+    with pytest.raises(ValueError, match=r"only where Linux can confine them.*z80$"):
+        task.prepare()
+    assert task.demonstrations(3)
 
 
 expressions = st.recursive(
@@ -504,12 +500,27 @@ def test_no_heldout_prompt_is_in_any_data_file(written):
         assert len(prompts) > 1000 or name == "stories_heldout.txt"
 
 
+TRUE = {  # is this the answer to this prompt?
+    "addition": lambda prompt, answer: answer == str(sum(integers(prompt))),
+    "sums": lambda prompt, answer: answer == str(sum(integers(prompt))),
+    "sorting": lambda prompt, answer: answer == "".join(sorted(re.findall("[0-9]", prompt))),
+    "reversal": lambda prompt, answer: prompt == f"Reverse {answer[::-1]}.",
+    "countdown": lambda prompt, answer: arithmetic(answer) == (integers(prompt)[0], sorted(integers(prompt)[1:])),
+}
+
+
 def test_every_written_response_is_right(written):
-    """Not only as drawn: as read back from the files, against the sum in the prompt or the task's own verifier."""
+    """Not only as drawn: as read back from the files, against the prompt. Of the programs, those that are worked."""
     for name in VERIFIABLE:
         lines = [json.loads(line) for line in written[f"{name}.jsonl"].splitlines()]
-        assert len(lines) == 4_000
-        assert 0.25 < sum(TASKS[name]().way(line["response"]) == "worked" for line in lines) / len(lines) < 0.35
+        task = make_task(name)
+        worked = [line for line in lines if task.way(line["response"]) == "worked"]
+        assert len(lines) == 4_000 and 0.25 < len(worked) / len(lines) < 0.35
+        if name == "code":
+            problems = [Problem(line["prompt"], "") for line in worked[:300]]
+            assert set(task.grades(problems, [line["response"] for line in worked[:300]], [True] * 300)) == {1.0}
+        else:
+            assert all(TRUE[name](line["prompt"], final_answer(line["response"])) for line in lines)
     sums = re.findall(r"^What is (\d+)\+(\d+)\? (.*)$", written["text.txt"], re.M)
     assert all(final_answer(response) == str(int(a) + int(b)) for a, b, response in sums)
     assert 0.64 < sum(is_worked(response) for *_, response in sums) / len(sums) < 0.69

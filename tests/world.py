@@ -42,7 +42,7 @@ SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grp
            "reinforce": (train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --likelihood-coef 0.1 "
                                             "--demonstrations letters.jsonl --kl-coef 0.1 --kl k1 --kl-in reward")}
 
-ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo")       # script
+ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo")      # one run of every script
 
 
 def start(script, flags, out, *extra):
@@ -50,8 +50,9 @@ def start(script, flags, out, *extra):
 
 
 def metrics(out):
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in line.items() if not name.startswith("time/")} for line in lines]
+    """The lines of metrics.jsonl, but for what the clock says."""
+    return [{name: x for name, x in line.items() if not name.startswith("time/")}
+            for line in run.read_lines(Path(out) / "metrics.jsonl")]
 
 
 def cut_final_line(out):
@@ -60,12 +61,8 @@ def cut_final_line(out):
         f.truncate(f.read().rstrip().rindex(b"\n") + 1)
 
 
-def parameters(out):
-    return run.load_checkpoint(out)["model"]
-
-
-def same_parameters(a, b):
-    a, b = parameters(a), parameters(b)
+def same_parameters(*folders):
+    a, b = (run.load_checkpoint(folder)["model"] for folder in folders)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
