@@ -25,23 +25,21 @@ from train_reward import RANKERS
 
 # Label: the script and its flags. {reward} is the reward model of the same seed, {stories} and {addition} the initial models.
 REWARD = {"reward model": "train_reward.py --init {stories}"}
-RLHF = "train_ppo.py --reward model --reward-model {reward} --init {stories}"
+RLHF = "train_ppo.py --reward model --reward-model {reward} --init {stories} --steps 100 --eval-every 10 --best-of 0"
 STORIES = {
     "DPO": "train_dpo.py --init {stories}",
     "iterative DPO": "train_dpo.py --init {stories} --refresh-reference 25",
     "PPO": RLHF + " --kl-coef 0.1",
     "PPO without a leash": RLHF + " --kl-coef 0",
-    "PPO, lam 0.95": RLHF + " --kl-coef 0.1 --lam 0.95",
-    "PPO, lam 0.95, without a leash": RLHF + " --kl-coef 0 --lam 0.95",
 }
 ADDITION = {
-    "PPO, verifier": "train_ppo.py --init {addition}",
+    "PPO, verifier": "train_ppo.py --init {addition} --steps 30 --eval-every 5 --best-of 0",
     **{f"group loss: {loss}": f"train_group_dpo.py --init {{addition}} --loss {loss}"
        for loss in ("pairs", "scaled", "mean", "hinge", "hinge --margin 0.2")},
 }
 COMMON = {"train_reward.py": "",
           "train_dpo.py": "--eval-every 20 --best-of 0",
-          "train_ppo.py": "--steps 30 --eval-every 5 --best-of 0",
+          "train_ppo.py": "",
           "train_group_dpo.py": "--steps 20 --eval-every 4 --best-of 0"}
 N = 16
 
@@ -160,7 +158,7 @@ def draw(args: argparse.Namespace, stories: dict, addition: dict, best: list[dic
                marker="s", markersize=3.5, linewidth=1.2, label=f"best of 1 to {N}")
     plane.set(title="what a nat of KL buys", xlabel="KL to the start, nats per story", ylabel="hidden reward")
 
-    for label in ("PPO without a leash", "PPO, lam 0.95", "PPO, lam 0.95, without a leash"):
+    for label in ("PPO", "PPO without a leash"):
         for k, log in enumerate(stories[label]):
             step, hidden, learned = curve(log, "step", "eval/hidden_reward", "eval/learned_reward")
             for values, style, name in ((learned, "--", "learned"), (hidden, "-", "hidden")):

@@ -1,6 +1,6 @@
 """Text that nobody here has written: pretraining on the sources of Python's standard library.
 
-    python -m experiments.real_text         gathers the text, trains a tokenizer and a model, compares: ten minutes on two cores
+    python -m experiments.real_text         gathers the text, trains a tokenizer and a model, compares: ten minutes
 
 Claim: on held-out text, over the same tokens, the model needs fewer bits per byte than counting, which gets the first token
 for nothing.

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from experiments import family, preferences
+from experiments import family, preferences, real_text
 from experiments.runs import directory, train
 
 
@@ -110,3 +111,47 @@ def test_a_run_is_kept_as_long_as_its_flags_are_the_same(tmp_path, monkeypatch):
     train(tmp_path / "bad", "train_grpo.py", ["--bad"], 1, may_end_with="no contrast")
     with pytest.raises(RuntimeError, match="no contrast"):
         train(tmp_path / "worse", "train_grpo.py", ["--bad"], 1)
+
+
+# ---- Real text ----
+
+
+@pytest.mark.parametrize("bits", [real_text.unigram_bits, real_text.bigram_bits])
+@pytest.mark.parametrize("k", [1e-5, 0.3, 10.0])
+def test_counting_gives_a_distribution_over_the_next_token(bits, k):
+    """After every token, seen or not, the probabilities of all V next ones add up to 1."""
+    train = np.array([0, 1, 0, 2, 1, 0, 1])
+    for a in range(4):
+        assert sum(2 ** -bits(train, np.array([a, b]), 4, k) for b in range(4)) == pytest.approx(1)
+
+
+def test_counting_counts():
+    """p(b) = (n(b) + k) / (N + k V) and p(b | a) = (n(a b) + k) / (n(a) + k V), the first token for nothing."""
+    train, test = np.array([0, 1, 0, 2, 1, 0, 1]), np.array([2, 0, 1])
+    assert 2 ** -real_text.unigram_bits(train, test, 4, 0.5) == pytest.approx((3.5 / 9) * (3.5 / 9))
+    assert 2 ** -real_text.bigram_bits(train, test, 4, 0.5) == pytest.approx((0.5 / 3) * (2.5 / 5))
+
+
+def test_smoothing_is_chosen_on_training_text_alone():
+    """Whatever is held out: what follows is certain here, and the least smoothing is best."""
+    train = np.tile(np.arange(4), 500)
+    for test in (np.array([0, 1, 2, 3]), np.array([3, 3, 3])):
+        k, total = real_text.tuned(real_text.bigram_bits, train, test, 4)
+        assert k == min(real_text.SMOOTHING) and total == real_text.bigram_bits(train, test, 4, k)
+
+
+def test_real_text_is_gathered_trained_on_and_compared(tmp_path, monkeypatch, capsys):
+    """A library of three files and two steps: every file is there once, no test is, and the table has three numbers."""
+    for name in ("a.py", "b/c.py", "d.py", "test/e.py"):
+        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / name).write_text(f"def {name[0]}(x):\n    return x\n" * 200)
+    monkeypatch.setattr(real_text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    flags = "--vocab-size 300 --length 32 --batch 2 --steps 2 --eval-every 2 --quiet --device cpu"
+    monkeypatch.setattr("sys.argv", ["real_text", "--out", str(tmp_path / "out"), "--flags", flags])
+    real_text.main()
+    text, printed = (tmp_path / "out/stdlib.txt").read_text(), capsys.readouterr().out
+    assert sorted(line for line in text.splitlines() if line.startswith("# ")) == ["# a.py", "# b/c.py", "# d.py"]
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("| ")]
+    assert [row[1].split(",")[0].strip() for row in rows] == ["held-out text", "unigram", "bigram", "this model"]
+    assert all(0 < float(row[2]) < 10 for row in rows[1:])
+    real_text.main()                                        # the run that is there is compared again
