@@ -466,8 +466,10 @@ def _locked(path: Path) -> Any:
         import fcntl
         try:
             fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise ValueError(f"{path.parent}: another process is at work on this run") from None
+        except OSError:
+            pass                    # a file system without locks
     return f
 
 
