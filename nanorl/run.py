@@ -334,6 +334,13 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         os.close(directory)
 
 
+def _write_checkpoint(checkpoint: dict[str, Any], f: Any) -> None:
+    try:
+        torch.save(checkpoint, f)
+    except RuntimeError as e:           # torch hides what the disk said behind a word of its own
+        raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+
 def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | None = None) -> dict[str, Any]:
     """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
 
@@ -664,4 +671,4 @@ class Run:
                       "gpt": dataclasses.asdict(self.model.config), "tokenizer": self.tokenizer.state_dict(),
                       "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "state": self.state}
         check_finite({name: checkpoint[name] for name in ("model", "optimizer", "state")})
-        write_atomically(self.out / "ckpt.pt", lambda f: torch.save(checkpoint, f))
+        write_atomically(self.out / "ckpt.pt", functools.partial(_write_checkpoint, checkpoint))

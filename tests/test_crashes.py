@@ -123,6 +123,31 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_it_goes_on_when_there_is_roo
     assert metrics(tmp_path / "run") == metrics(name) and same_parameters(tmp_path / "run", name)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are Unix's")
+def test_a_disk_that_ends_in_the_middle_of_a_checkpoint(tmp_path, capsys):
+    """A limit on the size of files, below that of the second checkpoint: torch is stopped in the middle of a tensor."""
+    import resource
+    script, flags = SCRIPTS["pretrain"]
+    real, before = run.Run.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(self):
+        if self.step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        real(self)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+            patch.setattr(run.Run, "save", save)
+            start(script, flags, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and "File too large" in error and "has the first 1" in error
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    start(script, "--resume --quiet", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics("pretrain") and same_parameters(tmp_path / "run", "pretrain")
+
+
 def test_a_full_disk_in_the_middle_of_a_line_leaves_no_torn_line(tmp_path, monkeypatch, capsys):
     """Half of the third step's line is written; resumed, the file is that of a run left alone."""
     real = run.Run._append

@@ -66,8 +66,8 @@ def preference_runs(tmp_path):
                 last["eval/learned_reward"] = 1.5
             first = {"step": 0} | {name: 0.5 for name in last if name != "step"} | {"eval/answer_kl": 0.0}
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, last)))
-            margins = [3.0, 0.5, -0.5]
-            (folder / "samples.jsonl").write_text("".join(json.dumps({"step": 30, "margin": margin}) + "\n" for margin in margins))
+            lines = [json.dumps({"step": 30, "margin": margin}) + "\n" for margin in (3.0, 0.5, -0.5)]
+            (folder / "samples.jsonl").write_text("".join(lines))
     for seed in range(2):
         (tmp_path / f"best_of_n-{seed}.json").write_text(json.dumps({1: 2.0, 16: 3.5}))
     return tmp_path
