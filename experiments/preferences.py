@@ -82,20 +82,23 @@ def reward_table(logs: list[list[dict]]) -> str:
 
 
 def stories_table(logs: dict[str, list[list[dict]]], best: list[dict[int, float]]) -> str:
-    lines = ["| | hidden reward | of it, for praise | learned reward, change | KL to the start, nats | cut at the limit |",
-             "|---|---|---|---|---|---|"]
+    """The end of each run; its highest hidden reward is above that where a run has gone too far."""
+    lines = ["| | hidden reward | highest on the way | for praise | learned reward, change | KL to the start, nats | "
+             "cut at the limit |", "|---|---|---|---|---|---|---|"]
     start = [log[0] for log in logs["PPO"]]
-    lines.append(f"| the start | {cell([line['eval/hidden_reward'] for line in start], 2)} | "
+    lines.append(f"| the start | {cell([line['eval/hidden_reward'] for line in start], 2)} | – | "
                  f"{cell([line['eval/hidden_praise'] for line in start], 2)} | 0 | 0 | "
                  f"{cell([line['eval/truncated'] for line in start], 2)} |")
-    lines.append(f"| best of {N} | {cell([curve[N] for curve in best], 2)} | – | – | at most {best_of_n_kl(N):.2f} | – |")
+    lines.append(f"| best of {N} | {cell([rewards[N] for rewards in best], 2)} | – | – | – | at most {best_of_n_kl(N):.2f} "
+                 "| – |")
     for label, runs in logs.items():
         last, first = [log[-1] for log in runs], [log[0] for log in runs]
         learned = [a["eval/learned_reward"] - b["eval/learned_reward"] if "eval/learned_reward" in a else None
                    for a, b in zip(last, first, strict=True)]
-        cells = (cell([line["eval/hidden_reward"] for line in last], 2), cell([line["eval/hidden_praise"] for line in last], 2),
-                 cell(learned, 2), cell([line["eval/answer_kl"] for line in last], 1),
-                 cell([line["eval/truncated"] for line in last], 2))
+        highest = [max(curve(log, "eval/hidden_reward")[0]) for log in runs]
+        cells = (cell([line["eval/hidden_reward"] for line in last], 2), cell(highest, 2),
+                 cell([line["eval/hidden_praise"] for line in last], 2), cell(learned, 2),
+                 cell([line["eval/answer_kl"] for line in last], 1), cell([line["eval/truncated"] for line in last], 2))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -54,7 +54,8 @@ def test_the_figure_is_drawn_from_the_runs_that_are_there(runs, monkeypatch, cap
 
 @pytest.fixture
 def preference_runs(tmp_path):
-    """Two seeds of everything: three held-out pairs, evaluations at the start and at the end, the second seed 0.1 higher."""
+    """Two seeds of everything: three held-out pairs, three evaluations, the second of them the highest, the second seed 0.1
+    higher in the end."""
     for label in preferences.REWARD | preferences.STORIES | preferences.ADDITION:
         for seed in range(2):
             folder = directory(tmp_path, label, seed)
@@ -65,7 +66,9 @@ def preference_runs(tmp_path):
             if "PPO" in label:
                 last["eval/learned_reward"] = 1.5
             first = {"step": 0} | {name: 0.5 for name in last if name != "step"} | {"eval/answer_kl": 0.0}
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, last)))
+            middle = {"step": 10, "eval/hidden_reward": 4.0, "eval/learned_reward": 1.0, "eval/answer_kl": 1.0,
+                      "eval/accuracy_sampled": 0.8}
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, middle, last)))
             lines = [json.dumps({"step": 30, "margin": margin}) + "\n" for margin in (3.0, 0.5, -0.5)]
             (folder / "samples.jsonl").write_text("".join(lines))
     for seed in range(2):
@@ -80,9 +83,9 @@ def test_the_tables_and_the_figure_of_preferences_are_those_of_the_runs(preferen
     preferences.main()
     printed = capsys.readouterr().out
     assert "| the reward model | 0.700 | – | 0.960 (0.950 to 0.970) |" in printed
-    assert "| best of 16 | 3.50 | – | – | at most 1.84 | – |" in printed
-    assert "| PPO | 3.05 (3.00 to 3.10) | 1.00 | 1.00 | 2.0 | 0.00 |" in printed
-    assert "| DPO | 3.05 (3.00 to 3.10) | 1.00 | – | 2.0 | 0.00 |" in printed
+    assert "| best of 16 | 3.50 | – | – | – | at most 1.84 | – |" in printed
+    assert "| PPO | 3.05 (3.00 to 3.10) | 4.00 | 1.00 | 1.00 | 2.0 | 0.00 |" in printed
+    assert "| DPO | 3.05 (3.00 to 3.10) | 4.00 | 1.00 | – | 2.0 | 0.00 |" in printed
     assert "| group loss: hinge | 0.500 | 0.900 | 30 | 2.0 |" in printed
     assert (preference_runs / "figure.png").read_bytes().startswith(b"\x89PNG")
 
