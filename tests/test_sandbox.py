@@ -44,7 +44,7 @@ ESCAPES = {
     "a deadlock": "import _thread\ndef f(x):\n    lock = _thread.allocate_lock()\n    lock.acquire()\n    lock.acquire()",
     "sleep": "import time\ndef f(x): time.sleep(60)",
     "a memory bomb": "def f(x): return len(bytearray(1 << 33))",
-    "a little more than its share": "def f(x): return len(bytearray(300 << 20))",
+    "a little more than its share": "block = bytearray(300 << 20)\ndef f(x): return 1",
     "a growing list": "def f(x):\n    x = []\n    while True: x.append(bytearray(1 << 20))",
     "a huge power": "def f(x): return 9**9**9",
     "a regular expression": "import re\ndef f(x): return bool(re.match('(a+)+b', 'a' * 64))",
