@@ -234,8 +234,8 @@ def test_a_reward_model_must_read_the_policys_tokens(tmp_path):
     """Another tokenizer, even of the same size, would make the same ids mean other text."""
     other = Tokenizer.train("Who knows what this is about? Nobody.\n" * 3, TOKENIZER.vocab_size)
     model = scorer()
-    torch.save({"format": run.FORMAT, "gpt": vars(model.config), "model": model.state_dict(),
-                "tokenizer": TOKENIZER.state_dict()}, tmp_path / "ckpt.pt")
+    torch.save({"format": run.FORMAT, "step": 0, "config": {}, "gpt": vars(model.config), "tokenizer": TOKENIZER.state_dict(),
+                "model": model.state_dict(), "optimizer": [], "state": {}}, tmp_path / "ckpt.pt")
     assert not any(p.requires_grad for p in load_reward_model(str(tmp_path), TOKENIZER, torch.device("cpu")).parameters())
     with pytest.raises(ValueError, match="another tokenizer"):
         load_reward_model(str(tmp_path), other, torch.device("cpu"))
