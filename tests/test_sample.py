@@ -569,3 +569,14 @@ def test_a_lone_token_has_no_score():
     """A sequence of one token predicts nothing, and scoring it is no error."""
     logp, entropy = token_log_probs(tiny(), pad([[1], [2]])[0])
     assert logp.shape == entropy.shape == (2, 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_logit_that_is_not_finite_is_an_error_greedy_or_not(temperature, bad):
+    """And no token is drawn from beyond the vocabulary."""
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight[3] = bad
+    with pytest.raises(FloatingPointError, match="a logit of the policy"):
+        generate(model, [[1, 2]] * 8, max_new_tokens=6, temperature=temperature, stop_ids=STOPS)
