@@ -54,6 +54,12 @@ def objective(logp, mask, weights):
     return loss, {"train/loss": loss.detach()}
 
 
+def split(text):
+    """What to train on, and the last 5 %, which is held out."""
+    cut = int(0.95 * len(text))
+    return text[:cut], text[cut:]
+
+
 @torch.no_grad()
 def total_loss(model, tokens, mask, batch=64):
     """-sum of m_bt log pi(x_bt+1 | x_b,<=t), in nats, `batch` rows at a time.       tokens [B, T], mask [B, T-1]"""
@@ -87,14 +93,14 @@ def main(cfg: Config) -> None:
         if cfg.length < 2:
             raise ValueError("--length 1: expected at least 2, a BOS and a token to predict")
         text = read_text(cfg.text)
-        cut = int(0.95 * len(text))                     # the last 5 % is never trained on
+        training, heldout = split(text)
         if start:
             tokenizer = run.tokenizer_from(start)
         elif cfg.tokenizer:
             tokenizer = Tokenizer.load(cfg.tokenizer) if Path(cfg.tokenizer).exists() else Tokenizer.named(cfg.tokenizer)
         else:
-            tokenizer = Tokenizer.train(text[:cut], cfg.vocab_size)
-        train_ids, heldout_ids = (torch.tensor(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
+            tokenizer = Tokenizer.train(training, cfg.vocab_size)
+        train_ids, heldout_ids = (torch.tensor(tokenizer.encode(part)) for part in (training, heldout))
         if len(train_ids) < cfg.length or len(heldout_ids) < 2:
             raise ValueError(f"{cfg.text}: {len(train_ids)} tokens to train on and {len(heldout_ids)} held out; expected "
                              f"at least --length {cfg.length} and 2")

@@ -25,7 +25,7 @@ from train_reward import RANKERS
 
 # Label: the script and its flags. {reward} is the reward model of the same seed, {stories} and {addition} the initial models.
 REWARD = {"reward model": "train_reward.py --init {stories}"}
-RLHF = "train_ppo.py --reward model --reward-model {reward} --init {stories} --steps 100 --eval-every 10 --best-of 0"
+RLHF = "train_ppo.py --reward model --reward-model {reward} --init {stories} --steps 100 --eval-every 10"
 STORIES = {
     "DPO": "train_dpo.py --init {stories}",
     "iterative DPO": "train_dpo.py --init {stories} --refresh-reference 25",
@@ -33,13 +33,13 @@ STORIES = {
     "PPO without a leash": RLHF + " --kl-coef 0",
 }
 ADDITION = {
-    "PPO, verifier": "train_ppo.py --init {addition} --steps 30 --eval-every 5 --best-of 0",
+    "PPO, verifier": "train_ppo.py --init {addition} --steps 30 --eval-every 5",
     **{f"group loss: {loss}": f"train_group_dpo.py --init {{addition}} --loss {loss}"
        for loss in ("pairs", "scaled", "mean", "hinge", "hinge --margin 0.2")},
 }
 COMMON = {"train_reward.py": "",
           "train_dpo.py": "--eval-every 20 --best-of 0",
-          "train_ppo.py": "",
+          "train_ppo.py": "--best-of 0",
           "train_group_dpo.py": "--steps 20 --eval-every 4 --best-of 0"}
 N = 16
 

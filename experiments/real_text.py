@@ -3,8 +3,7 @@
     python -m experiments.real_text         gathers the text, trains a tokenizer and a model, compares: ten minutes
 
 Claim: on held-out text, over the same tokens, the model needs fewer bits per byte than counting, which gets the first token
-for nothing.
-The opponents are a unigram and a bigram model with add-k smoothing,
+for nothing. The opponents are a unigram and a bigram model with add-k smoothing,
 
     p(b) = (n(b) + k) / (N + k V)               p(b | a) = (n(a b) + k) / (n(a) + k V)
 
@@ -65,8 +64,8 @@ def bigram_bits(train: np.ndarray, test: np.ndarray, V: int, k: float) -> float:
 
 def tuned(bits, train: np.ndarray, test: np.ndarray, V: int) -> tuple[float, float]:
     """The smoothing that is best on the last twentieth of the training tokens, and the bits of the test with it."""
-    cut = int(0.95 * len(train))
-    k = min(SMOOTHING, key=lambda k: bits(train[:cut], train[cut:], V, k))
+    first, last = train_pretrain.split(train)
+    k = min(SMOOTHING, key=lambda k: bits(first, last, V, k))
     return k, bits(train, test, V, k)
 
 
@@ -86,9 +85,7 @@ def main() -> None:
     if "eval/bits_per_byte" not in last:
         raise SystemExit(f"{folder} is not finished; continue it with python train_pretrain.py --out {folder} --resume")
     tokenizer = run.tokenizer_from(run.load_checkpoint(folder))
-    whole = read_text(text)
-    cut = int(0.95 * len(whole))                            # as in train_pretrain.py
-    train, test = (np.array(tokenizer.encode(part)) for part in (whole[:cut], whole[cut:]))
+    train, test = (np.array(tokenizer.encode(part)) for part in train_pretrain.split(read_text(text)))
     size, V = tokenizer.num_bytes(test.tolist()), tokenizer.vocab_size
     print(f"\n{len(train):,} tokens to train on, {len(test):,} held out, {size / len(test):.2f} bytes each\n")
     print("| held-out text | bits per byte |\n|---|---|")

@@ -6,6 +6,7 @@ Bad files raise ValueError with one sentence that names the file, the line and w
 
 import json
 import random
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]
                 raise ValueError(f"{where}: no {key!r}; expected an object with {', '.join(keys)}")
             if not isinstance(record[key], str) or not record[key]:
                 raise ValueError(f"{where}: {key!r} is {str(record[key])[:40]!r}; expected a non-empty string")
-            if any("\ud800" <= character <= "\udfff" for character in record[key]):
+            if re.search("[\ud800-\udfff]", record[key]):
                 raise ValueError(f"{where}: {key!r} holds half of a surrogate pair; expected characters")
         records.append(record)
     return records

@@ -480,11 +480,6 @@ def _locked(path: Path) -> Any:
     return f
 
 
-def _finished(cfg: RunConfig, step: int) -> bool:
-    """The last step is done and its final line is written."""
-    return step >= cfg.steps and any(r["step"] == cfg.steps for r in read_lines(Path(cfg.out) / "metrics.jsonl"))
-
-
 def says_why_it_stopped(main: Callable[[Any], None]) -> Callable[[Any], None]:
     """For a script's main: a run that cannot go on says in one sentence what went wrong and what is safe.
 
@@ -558,7 +553,7 @@ class Run:
             lines, _ = read_lines(out / "metrics.jsonl"), read_lines(out / "samples.jsonl")     # or refused, before any work
             if not checkpoint and len(lines) > cfg.save_every:
                 raise ValueError(f"--resume: {out / 'ckpt.pt'} is gone; expected the checkpoint of {len(lines)} steps")
-            if checkpoint and _finished(cfg, checkpoint["step"]):
+            if checkpoint and checkpoint["step"] >= cfg.steps and any(line["step"] == cfg.steps for line in lines):
                 print(f"{out} is finished: {cfg.steps} steps.")
                 raise SystemExit(0)
             return checkpoint

@@ -413,9 +413,9 @@ class Code(Task):
 
     def tests(self, problem: Problem) -> tuple[list[list[int]], list[list[int]]]:
         """Lists to try a program on, and what must come out: hidden in that no prompt and no program gets to see them."""
-        rng = Random(problem.prompt)
+        rng, operations = Random(problem.prompt), [*self.operations(problem.prompt)]
         inputs = [rng.sample(range(-20, 21), length) for length in (0, 1, 4, 10, 41)]
-        return inputs, [self.meaning(self.operations(problem.prompt), x) for x in inputs]
+        return inputs, [self.meaning(operations, x) for x in inputs]
 
     def verify(self, problem, response):
         return self.grades([problem], [response], [True])[0]
