@@ -66,11 +66,17 @@ def contrast(rewards: Tensor) -> Tensor:
     return rewards.amax(-1) > rewards.amin(-1)
 
 
-def answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], *, samples: int = 1, **how) -> Experience:
-    """Sample responses to these problems and grade them; `how` goes to `generate`."""
-    prompts = [tokenizer.render(problem.prompt) for problem in problems]
+def answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], *, samples: int = 1,
+           openings: list[list[int]] | None = None, **how) -> Experience:
+    """Sample responses to these problems and grade them; `how` goes to `generate`.
+
+    With `openings`, the responses to a problem begin with these token ids, whatever the model thinks of them. The rollout
+    counts them as part of the prompt.
+    """
+    openings = openings or [[] for _ in problems]
+    prompts = [tokenizer.render(problem.prompt) + begun for problem, begun in zip(problems, openings, strict=True)]
     rollout = generate(model, prompts, stop_ids={tokenizer.end}, samples_per_prompt=samples, **how)
-    texts = [tokenizer.decode(ids) for ids in rollout.responses()]
+    texts = [tokenizer.decode(openings[row // samples] + ids) for row, ids in enumerate(rollout.responses())]
     rewards = task.grades([problem for problem in problems for _ in range(samples)], texts, rollout.finished.tolist())
     return Experience(task, rollout, problems, texts, torch.tensor(rewards).view(len(problems), samples))
 

@@ -124,27 +124,31 @@ def _compiled_step(model: GPT, cache: KVCache):
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, stop_ids: set[int], samples_per_prompt: int = 1, seed: int = 0,
+def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list[int], temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, stop_ids: set[int], samples_per_prompt: int = 1, seed: int = 0,
              compile: bool = False) -> Rollout:
     """Sample `samples_per_prompt` responses to each prompt, row by row until a stop token or `max_new_tokens`.
 
-    temperature 0 is greedy (and logp 0: a point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for
-    all its samples. Randomness is one uniform per (seed, row, position): a row does not depend on the rows beside it.
-    Eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as CUDA graphs need it.
+    `max_new_tokens` is one limit for all prompts, or a list with one for each. temperature 0 is greedy (and logp 0: a
+    point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for all its samples. Randomness is one uniform
+    per (seed, row, position): a row does not depend on the rows beside it. Eager decoding drops finished rows as it goes;
+    `compile` keeps a fixed shape, as CUDA graphs need it.
     FloatingPointError when a logit was nan or inf.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate: every prompt needs at least one token")
-    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or samples_per_prompt < 1:
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if len(limits) != len(prompts):
+        raise ValueError(f"generate: {len(limits)} limits for {len(prompts)} prompts; expected one for each")
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or min(limits) < 1 or samples_per_prompt < 1:
         raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, top_p={top_p}, "
                          f"max_new_tokens={max_new_tokens}, samples_per_prompt={samples_per_prompt}; expected "
                          "a finite temperature >= 0, top_k >= 0, 0 < top_p <= 1 and positive counts")
     device = model.head.weight.device
     tokens, prompt_lengths = (x.to(device) for x in pad(prompts))
-    longest = tokens.shape[1] + max_new_tokens
+    longest, (prompt, limit) = max((len(x) + n, (len(x), n)) for x, n in zip(prompts, limits, strict=True))
     if longest > model.config.context:
-        raise ValueError(f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit the "
+        raise ValueError(f"a prompt of {prompt} tokens and max_new_tokens={limit} do not fit the "
                          f"model's context of {model.config.context}")
 
     # Read the prompts, then give each of them its samples.
@@ -157,40 +161,43 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, tempe
     cache.length = prompt_lengths.clone()
     logits = model.head(hidden[torch.arange(len(prompts), device=device), prompt_lengths - 1])             # [P, V]
     cache.repeat(samples_per_prompt)
-    logits, tokens, prompt_lengths, prompt_index = (
+    logits, tokens, prompt_lengths, ends, prompt_index = (
         x.repeat_interleave(samples_per_prompt, dim=0)
-        for x in (logits, tokens, prompt_lengths, torch.arange(len(prompts), device=device)))
+        for x in (logits, tokens, prompt_lengths, prompt_lengths + torch.tensor(limits, device=device),
+                  torch.arange(len(prompts), device=device)))
 
     B = len(tokens)
-    tokens = torch.cat((tokens, tokens.new_zeros(B, max_new_tokens)), dim=1)                # [B, T]
+    tokens = torch.cat((tokens, tokens.new_zeros(B, longest - tokens.shape[1])), dim=1)     # [B, T]
     logp = torch.zeros(B, longest - 1, device=device)
     lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
-    u = uniforms(seed, B, max_new_tokens).to(device)
+    u = uniforms(seed, B, max(limits)).to(device)
     stops = torch.tensor(sorted(stop_ids), device=device)
     rows = torch.arange(B, device=device)               # the row of the rollout behind each row of the cache
     step = _next_logits
     if compile:
         step, cache = _compiled_step(model, cache)
 
-    for t in range(max_new_tokens):
+    for t in range(max(limits)):
         if temperature == 0:
             largest, ids = logits.max(-1)
             ids_logp = 0.0 * largest                    # 0, unless a logit is nan or inf
         else:
             ids, ids_logp = draw(sampling_logits(logits, temperature, top_k, top_p), u[rows, t])
-        running, at = ~finished[rows], lengths[rows]
+        running = (~finished & (lengths < ends))[rows]
+        at = lengths[rows].clamp(max=longest - 1)       # a row that is done keeps what stands there
         tokens[rows, at] = torch.where(running, ids, tokens[rows, at])
         logp[rows, at - 1] = torch.where(running, ids_logp.to(logp.dtype), logp[rows, at - 1])
         lengths[rows] += running
-        finished[rows] |= torch.isin(ids, stops)
-        running = ~finished[rows]
+        finished[rows] |= running & torch.isin(ids, stops)
+        running = (~finished & (lengths < ends))[rows]
         count = int(running.sum())
-        if count == 0 or t == max_new_tokens - 1:
+        if count == 0:
             break
         # Moving the cache costs about as much as a few steps: wait until a quarter of the rows have finished.
         if not compile and count <= 0.75 * len(rows):
             cache.keep(running.nonzero().squeeze(-1))
             rows, ids = rows[running], ids[running]
+        cache.length.clamp_(max=capacity - 1)           # rows that are done go on in their last slot
         logits = step(model, ids, cache)
 
     if not logp.isfinite().all():

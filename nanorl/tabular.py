@@ -13,7 +13,7 @@ Values are in nats.
 import torch
 from torch import Tensor
 
-from nanorl.ops import kl_divergence, log_softmax, selective_log_softmax
+from nanorl.ops import kl_divergence, log_softmax, logsumexp, selective_log_softmax
 
 
 def num_prefixes(V: int, T: int) -> int:
@@ -94,3 +94,19 @@ def regularised_optimum(reference: Tensor, rewards: Tensor, beta: float) -> Tens
 def power_distribution(logits: Tensor, alpha: float) -> Tensor:
     """pi(y)^alpha / Z over whole sequences, which tempering token by token is not.       [N, V] -> [V^T]"""
     return log_softmax(alpha * log_probs(logits).sum(-1)).exp()
+
+
+def power_conditional(logits: Tensor, alpha: float) -> Tensor:
+    """log of the next-token probabilities of `power_distribution`.       [N, V] -> [N, V], a table like `logits`
+
+        pi(a | y_<t)  ~  p(a | y_<t)^alpha  S(y_<t a),          S(prefix) = sum_future p(future | prefix)^alpha
+
+    The factor S looks ahead: a token is worth what can follow it. Tempering, p^alpha alone, does not know it.
+    """
+    V, T = logits.shape[1], horizon(logits)
+    table, S = torch.empty_like(logits), torch.zeros(V**T, dtype=logits.dtype)              # log S of whole sequences
+    for t in reversed(range(T)):
+        rows = slice(num_prefixes(V, t), num_prefixes(V, t + 1))
+        table[rows] = alpha * log_softmax(logits[rows]) + S.view(-1, V)
+        S = logsumexp(table[rows])
+    return log_softmax(table)

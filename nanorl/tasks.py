@@ -148,6 +148,10 @@ class Task:
         """How a response answers: "direct", "worked", or "" if it does not."""
         return "" if MARKER not in response else "worked" if is_worked(response) else "direct"
 
+    def ballot(self, response: str) -> str | None:
+        """What a finished response votes for; None if it has not answered. Equal ballots get equal rewards."""
+        return final_answer(response)
+
 
 class Addition(Task):
     """What is 347+585?    7+5=12, 4+8+1=13, 3+5+1=09. Answer: 932"""
@@ -403,6 +407,10 @@ class Code(Task):
 
     def way(self, response):
         return "" if "return" not in response else "worked" if ";" in response else "direct"
+
+    def ballot(self, response):
+        """A program votes for itself, to the letter."""
+        return response
 
     @staticmethod
     def meaning(operations: Iterable[tuple[str, Callable, int | None]], x: list[int]) -> list[int]:

@@ -46,8 +46,10 @@ from nanorl.ops import (
 from nanorl.tabular import (
     expectation,
     fixed_prefix_kl,
+    horizon,
     log_probs,
     num_prefixes,
+    power_conditional,
     power_distribution,
     prefix_rows,
     regularised_optimum,
@@ -144,6 +146,36 @@ def test_a_power_of_answers_is_not_a_temperature_of_tokens():
     pi = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5]], dtype=torch.float64).log()
     assert sequence_probs(2.0 * pi)[:2].sum().item() == pytest.approx(0.5)
     assert power_distribution(pi, 2.0)[:2].sum().item() == pytest.approx(0.82 / 1.32)
+
+
+@given(policies(), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
+def test_the_conditionals_of_a_power_multiply_to_it(pi, alpha):
+    """Each token p^alpha times what can follow it to the power: their product over an answer is p^alpha / Z."""
+    conditional = power_conditional(pi, alpha)
+    assert_close(sequence_probs(conditional), power_distribution(pi, alpha), 1e-9)
+    assert_close(conditional, log_softmax(conditional), 1e-12)
+
+
+@given(policies(), st.sampled_from([0.5, 2.0, 4.0]))
+def test_temperature_misses_exactly_the_normalisers_of_its_prefixes(pi, alpha):
+    """prod_t p^alpha / Z_t against p^alpha / Z: the ratio is Z / prod_t Z_t, log Z_t = (1 - alpha) times a Renyi entropy."""
+    V, T = pi.shape[1], horizon(pi)
+    rows = prefix_rows(sequences(V, T), V)
+    log_Zt = (alpha * log_softmax(pi)).logsumexp(-1)
+    ratio = sequence_probs(alpha * pi).log() - power_distribution(pi, alpha).log()
+    assert_close(ratio + log_Zt[rows].sum(-1), (alpha * log_probs(pi).sum(-1)).logsumexp(0).expand(len(rows)), 1e-8)
+    if T == 1:
+        assert_close(sequence_probs(alpha * pi), power_distribution(pi, alpha))
+
+
+@given(policies())
+def test_a_higher_power_expects_a_higher_log_probability(pi):
+    """d/dalpha E[log p] = Var(log p), the variance under the power."""
+    logp, alpha = log_probs(pi).sum(-1), torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    mean = (power_distribution(pi, alpha) * logp).sum()
+    sharp = power_distribution(pi, alpha).detach()
+    variance = (sharp * (logp - (sharp * logp).sum()).square()).sum()
+    assert_close(torch.autograd.grad(mean, alpha)[0], variance, 1e-8)
 
 
 # ---- Log-probabilities ----

@@ -292,6 +292,22 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(model, request, truncation)
         assert not finished or longer.responses()[row] == response
 
 
+@given(models, requests(), st.lists(st.integers(1, 12), min_size=4, max_size=4), st.booleans())
+@quick
+def test_a_prompt_with_a_limit_of_its_own_gets_the_first_tokens_of_its_answer(model, request, limits, compile):
+    """Each row is that of a common limit, cut at its own; where the limits differ, the longest prompts may fill the context."""
+    (prompts, how), model = request, tiny(**model)
+    limits = [min(limit, model.config.context - len(prompt)) for limit, prompt in zip(limits, prompts, strict=False)]
+    with fixed_slots:
+        out = generate(model, prompts, **how | {"max_new_tokens": limits}, compile=compile)
+    for p, limit in enumerate(limits):
+        alone = generate(model, prompts[: p + 1], **how | {"max_new_tokens": max(1, 24 - max(map(len, prompts)))})
+        for row in range(p * how["samples_per_prompt"], (p + 1) * how["samples_per_prompt"]):
+            said, start = alone.tokens[row, alone.prompt_lengths[row] : alone.lengths[row]].tolist(), out.prompt_lengths[row]
+            assert out.tokens[row, start : out.lengths[row]].tolist()[: len(said)] == said[:limit]
+            assert out.lengths[row] - start <= limit and (bool(out.finished[row]) or out.lengths[row] - start == limit)
+
+
 def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
     return float(((counts - counts.sum() * p).square() / (counts.sum() * p)).sum())
 
@@ -544,6 +560,8 @@ def test_bfloat16_scores_stay_near_float32_and_near_the_engine(seed, request, qk
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
     ([[1]], {"samples_per_prompt": 0}, "samples_per_prompt=0"),
     ([[1], [1] * 20], {"max_new_tokens": 5}, "24"),             # 25 tokens, and the context is 24
+    ([[1], [1] * 20], {"max_new_tokens": [9, 5]}, "20 tokens and max_new_tokens=5"),
+    ([[1], [2]], {"max_new_tokens": [9]}, "1 limits for 2 prompts"),
     ([[1]], {"temperature": math.nan}, "temperature=nan"),
 ])
 def test_an_impossible_request_is_refused_in_one_sentence(prompts, changes, mention):
