@@ -4,6 +4,7 @@ Needs the extra `plot`:  pip install -e ".[plot]"
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 from nanorl.run import read_lines, user_errors
@@ -41,11 +42,19 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return read_lines(path)
 
 
-def draw(runs: list[Path], out: Path) -> None:
-    import matplotlib
+def pyplot():
+    """matplotlib.pyplot, drawing into files; ValueError says how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError('plotting needs matplotlib; install it with: pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
 
+
+def draw(runs: list[Path], out: Path) -> None:
+    plt = pyplot()
     logs = {str(run): read_metrics(run) for run in runs}
     every_line = [line for lines in logs.values() for line in lines]
     logged = {name for line in every_line for name in line}
@@ -80,6 +89,32 @@ def draw(runs: list[Path], out: Path) -> None:
     plt.close(figure)
 
 
+def draw_search(rows: list[dict], measured: str, out: Path) -> None:
+    """What test-time compute buys: `measured` against tokens per problem, a line for each method, its points joined."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    runs, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "method"))
+    styles = dict(zip(runs, itertools.cycle(("-", "--", ":", "-.")), strict=False))
+    looks = dict(zip(methods, itertools.product("os^Dv", PALETTE), strict=False))
+    for name, method in itertools.product(runs, methods):
+        points = [row for row in rows if (row["run"], row["method"]) == (name, method)]
+        if points:
+            y = [row["accuracy"] for row in points]
+            error = [[max(0.0, row["accuracy"] - row["low"]) for row in points],
+                     [max(0.0, row["high"] - row["accuracy"]) for row in points]]
+            marker, colour = looks[method]
+            axis.errorbar([row["tokens"] for row in points], y, error, label=method if len(runs) == 1 else f"{name}: {method}",
+                          color=colour, marker=marker, linestyle=styles[name], markersize=4, linewidth=1.2, elinewidth=0.6)
+    axis.set(xscale="log", xlabel="tokens sampled per problem", ylabel=f"{measured}, held out")
+    axis.xaxis.set_major_formatter("{x:g}")
+    if measured == "accuracy":
+        axis.set_ylim(-0.02, 1.02)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,10 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "curves.png"
     with user_errors():
-        try:
-            draw(args.runs, out)
-        except ImportError:
-            raise ValueError('plotting needs matplotlib; install it with: pip install -e ".[plot]"') from None
+        draw(args.runs, out)
     print(f"Drew {out}.")
 
 

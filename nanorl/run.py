@@ -105,6 +105,8 @@ def _not_none(hint: Any) -> Any:
 
 def _misfit(value: Any, hint: Any) -> str:
     """What this flag expects, or "" if the value fits."""
+    if get_origin(hint) is tuple:
+        return next(filter(None, (_misfit(each, get_args(hint)[0]) for each in value)), "")
     if get_origin(hint) is Annotated:
         kind, bound = get_args(hint)
         right = type(value) is kind or (kind is float and type(value) is int)
@@ -115,7 +117,8 @@ def _misfit(value: Any, hint: Any) -> str:
 
 
 def parse(config_class: type, argv: list[str] | None = None):
-    """Command line -> config. Help texts are the comments behind the fields; bounds are the fields' types.
+    """Command line -> config. Help texts are the comments behind the fields; bounds are the fields' types; a field without a
+    default is no flag, but what stands on the line without one.
 
     With --resume the flags come from the run's config.json, and one that was typed must agree with it.
     """
@@ -126,23 +129,30 @@ def parse(config_class: type, argv: list[str] | None = None):
                      argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = {}
     for field in dataclasses.fields(config_class):
-        hint, how = hints[field.name], {}
+        hint, how, flag = hints[field.name], {}, "--" + field.name.replace("_", "-")
+        if get_origin(hint) is tuple:
+            hint, how["nargs"] = get_args(hint)[0], "+"
         if get_origin(hint) is Annotated:
             how["type"] = get_args(hint)[0]
         elif get_origin(hint) is Literal:
             how["choices"] = get_args(hint)
         elif hint is bool:
             how["action"] = argparse.BooleanOptionalAction
-        shown = "" if field.default in ("", None) else f" (default: {field.default})"
-        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **how,
-                            help=(comments[field.name] + shown).replace("%", "%%"))
+        says = comments[field.name].replace("%", "%%")
+        if field.default is dataclasses.MISSING:
+            parser.add_argument(field.name, **how, help=says)
+            continue
+        default = " ".join(map(str, field.default)) if how.get("nargs") else field.default
+        shown = "" if default in ("", None) else f" (default: {default})"
+        parser.add_argument(flag, dest=field.name, **how, help=says + shown)
         defaults[field.name] = field.default
 
     with user_errors():
-        typed = vars(parser.parse_args(argv))
+        typed = {name: tuple(x) if type(x) is list else x for name, x in vars(parser.parse_args(argv)).items()}
         for name, value in typed.items():
             if expected := _misfit(value, hints[name]):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+                shown = " ".join(map(str, value)) if type(value) is tuple else value
+                raise ValueError(f"--{name.replace('_', '-')} {shown}: expected {expected}")
         saved = {}
         if typed.get("resume"):
             out = typed.get("out") or config_class(**defaults | typed).out      # its default may depend on other flags
@@ -189,8 +199,8 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *purpose))
 
 
-def pick_device(cfg: RunConfig) -> torch.device:
-    name = cfg.device
+def find_device(name: str) -> torch.device:
+    """The device of this name, or the best there is for "auto"; ValueError where there is none."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -199,11 +209,18 @@ def pick_device(cfg: RunConfig) -> torch.device:
                          f"{', '.join(kind for kind, there in available.items() if there)}")
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
+    return torch.device(name)
+
+
+def pick_device(cfg: RunConfig) -> torch.device:
+    """The device to train on, deterministic if the flags ask for it."""
+    device = find_device(cfg.device)
+    if device.type == "cuda":
         # Only a warning, because sampling needs a cumsum, which has no deterministic kernel by PyTorch's own list.
         torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
         if cfg.resume and not cfg.deterministic:
             print("Resuming on CUDA without --deterministic: the run goes on, but not bit for bit.")
-    return torch.device(name)
+    return device
 
 
 def uses_bfloat16(device: torch.device, dtype: str) -> bool:

@@ -463,7 +463,7 @@ class FileTask(Task):
         return self.problems
 
     def demonstration(self, rng):
-        raise ValueError("a task from a file has prompts and answers, but no demonstrations")
+        raise ValueError(f"{self.name}: has prompts and answers, but no demonstrations")
 
     def work(self, problem, rng):
         return self.demonstration(rng)

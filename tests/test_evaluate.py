@@ -1,0 +1,201 @@
+"""The evaluation says what it means: its intervals cover, its votes are averages, and its rows fit together."""
+
+import json
+import math
+import random
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanorl import evaluate, run
+from nanorl.evaluate import Answers, interval, vote
+from nanorl.rollout import choose_task
+from nanorl.rollout import evaluate as plain_evaluation
+from nanorl.search import majority_vote
+
+# ---- Intervals ----
+
+
+@pytest.mark.math
+def test_wilsons_interval_of_eight_in_ten():
+    """The number of the textbooks; and 0 of 10 and 10 of 10 are no points."""
+    assert interval(torch.tensor([1.0] * 8 + [0.0] * 2)) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert interval(torch.zeros(10)) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert interval(torch.ones(10)) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+@pytest.mark.math
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.3, 0.5, 0.9])
+def test_the_interval_covers_the_truth_as_often_as_it_says(p):
+    """Exactly, over all outcomes of 60 problems: near 95 %, on average over p close by it."""
+    n, cover = 60, 0.0
+    for near in (0.9 * p, p, 1.05 * p):
+        for k in range(n + 1):
+            low, high = interval(torch.tensor([1.0] * k + [0.0] * (n - k)))
+            cover += (low <= near <= high) * math.comb(n, k) * near**k * (1 - near) ** (n - k) / 3
+    assert 0.93 <= cover <= 0.985
+
+
+@pytest.mark.math
+def test_means_over_several_answers_count_as_the_coin_flips_of_their_variance():
+    """100 problems, each a mean of 16 flips of the same coin, are 1,600 flips: the interval is a quarter as wide; where all
+    answers to a problem agree, they are 100."""
+    flips = torch.tensor([[float((7 * i + 11 * j) % 5 < 2) for j in range(16)] for i in range(100)])
+    independent = torch.rand(100, 16, generator=torch.Generator().manual_seed(0)) < 0.4
+    low, high = interval(independent.double().mean(-1))
+    wide = interval(torch.tensor([1.0] * 40 + [0.0] * 60))
+    assert (high - low) / (wide[1] - wide[0]) == pytest.approx(0.25, rel=0.2)
+    same = flips[:, :1].expand(100, 16).double().mean(-1)
+    assert interval(same) == interval(flips[:, 0])
+
+
+@pytest.mark.math
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_an_interval_holds_its_mean_and_stays_a_share(values):
+    values = torch.tensor(values, dtype=torch.float64)
+    low, high = interval(values)
+    assert 0 <= low <= values.mean() + 1e-9 and values.mean() - 1e-9 <= high <= 1
+    low, high = interval(100 * values, share=False)
+    assert low <= 100 * values.mean() + 1e-6 and 100 * values.mean() - 1e-6 <= high
+
+
+# ---- Votes ----
+
+
+def answers(ballots, right, logp=None):
+    """One problem, answered like this; who votes "a" is right if `right` says so."""
+    rewards = torch.tensor([[float(vote in right) for vote in ballots]])
+    return Answers(rewards, torch.ones_like(rewards), torch.tensor([logp or [0.0] * len(ballots)]), rewards, [ballots])
+
+
+@pytest.mark.math
+def test_a_vote_of_one_is_an_answer_and_of_all_the_majority():
+    found = answers(["a", "b", "a", None, "c", "a", "b", "a"], {"a"})
+    assert float(vote(found, 1, False)) == 0.5 and float(vote(found, 8, False)) == 1.0
+    assert float(vote(found, 2, False)) == pytest.approx((0.5 + 1 + 0.5 + 0.5) / 4)      # ab, a-, ca, ba
+    assert float(vote(found, 3, False)) == pytest.approx((1 + 0.5) / 2)                   # aba, -ca; two are left over
+
+
+@pytest.mark.math
+def test_over_all_orders_disjoint_votes_are_the_mean_over_all_subsets():
+    ballots, right = ["a", "a", "b", "c", None], {"a"}
+    everyone = [float(vote(answers(list(order), right), 2, False)) for order in permutations(ballots)]
+    pairs = [(x, y) for i, x in enumerate(ballots) for y in ballots[i + 1 :]]
+    worth = [sum(w in right for w in winners) / len(winners) if (winners := majority_vote(pair)) else 0.0 for pair in pairs]
+    assert sum(everyone) / len(everyone) == pytest.approx(sum(worth) / len(worth))
+
+
+@pytest.mark.math
+def test_a_weighted_vote_weighs_probabilities():
+    found = answers(["a", "b", "b", "c"], {"a"}, [-1.0, -3.0, -3.0, -900.0])
+    assert float(vote(found, 4, True)) == 1.0 and float(vote(found, 4, False)) == 0.0
+
+
+# ---- The command ----
+
+SMALL = "--problems 6 --max-new-tokens 12 --device cpu --data wanted.jsonl --n 6 --steps 3 --chains 2"
+EVERYTHING = "--method greedy sample low_temperature majority weighted best_of_n power --scorer verifier logprob reward"
+
+
+@pytest.fixture
+def inside(world, monkeypatch):
+    monkeypatch.chdir(world)
+
+
+def evaluated(flags, out):
+    evaluate.main(run.parse(evaluate.Config, [*flags.split(), "--out", str(out)]))
+    return json.loads(out.read_text())
+
+
+@pytest.fixture
+def result(inside, tmp_path):
+    """The rows of the tiny models, by (run, method, n)."""
+    found = evaluated(f"sft grpo {SMALL} {EVERYTHING} --reward-model reward --proposal base tempered", tmp_path / "out.json")
+    return {(row["run"], row["method"], row["n"]): row for row in found["rows"]}
+
+
+def test_the_rows_fit_together(result):
+    """A vote of one, the best of one and a sample are the same; a verifier's choice never gets worse; tokens add up."""
+    methods = {"greedy", "sample", "temperature 1/2", "temperature 1/4", "majority", "weighted", "best by verifier",
+               "best by logprob", "best by reward", *(f"power {a}, {q}" for a in (2, 4) for q in ("base", "tempered"))}
+    assert {method for _, method, _ in result} == methods and {name for name, _, _ in result} == {"sft", "grpo"}
+    for name in ("sft", "grpo"):
+        sample = result[name, "sample", 1]
+        for method in ("majority", "weighted", "best by verifier", "best by logprob", "best by reward"):
+            assert [n for r, m, n in result if (r, m) == (name, method)] == [1, 2, 4, 6]
+            assert result[name, method, 1]["accuracy"] == pytest.approx(sample["accuracy"])
+            for n in (1, 2, 4, 6):
+                assert result[name, method, n]["tokens"] == pytest.approx(n * sample["tokens"])
+        assert result[name, "majority", 2]["accuracy"] == pytest.approx(sample["accuracy"], abs=0.2)
+        passed = [result[name, "best by verifier", n]["accuracy"] for n in (1, 2, 4, 6)]
+        assert passed == sorted(passed)
+        for power in ("power 2, base", "power 4, tempered"):
+            assert [n for r, m, n in result if (r, m) == (name, power)] == [0, 1, 2, 3]
+            tokens = [result[name, power, n]["tokens"] for n in (0, 1, 2, 3)]
+            assert tokens == sorted(tokens) and tokens[0] < tokens[3]
+    for row in result.values():
+        assert 0 <= row["low"] <= row["accuracy"] + 1e-9 and row["accuracy"] - 1e-9 <= row["high"] <= 1 and row["tokens"] >= 1
+
+
+def test_greedy_is_what_the_scripts_call_greedy(result):
+    task, checkpoint = choose_task("addition", 0, "wanted.jsonl"), run.load_checkpoint("grpo")
+    metrics, _ = plain_evaluation(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), task,
+                                  problems=6, max_new_tokens=12, seed=0)
+    assert result["grpo", "greedy", 1]["accuracy"] == pytest.approx(metrics["eval/accuracy_greedy"])
+
+
+def test_the_same_seed_gives_the_same_file_alone_or_beside_others(inside, tmp_path, capsys):
+    random.seed(5), torch.manual_seed(5)
+    flags = f"{SMALL} --method sample power"
+    both = evaluated(f"sft grpo {flags}", tmp_path / "a.json")
+    again, other = (evaluated(f"grpo {flags} --seed {seed}", tmp_path / f"{seed}.json") for seed in (0, 1))
+    alone = [row for row in both["rows"] if row["run"] == "grpo"]
+    assert again["rows"] == alone and other["rows"] != alone
+    said = capsys.readouterr().out
+    assert "| grpo | sample" in said and "of the proposals accepted; autocorrelation of log p" in said
+
+
+def test_ways_of_answering_are_elicited_from_any_model(inside, tmp_path):
+    """The tiny models know no sums, but their answers begin as they must, and what is forced counts as a token."""
+    found = evaluated("sft --task addition --problems 3 --method direct worked sample --max-new-tokens 2 --n 2 --device cpu",
+                      tmp_path / "out.json")
+    direct, worked, sample = found["rows"]
+    assert worked["tokens"] == pytest.approx(sample["tokens"] + 1, abs=1) and direct["tokens"] > 2
+
+
+def test_stories_are_measured_by_their_hidden_reward(inside, tmp_path, capsys):
+    found = evaluated("sft --task stories --problems 3 --n 2 --method greedy sample best_of_n --scorer reward --device cpu "
+                      "--reward-model reward --max-new-tokens 9", tmp_path / "out.json")
+    assert all(row["accuracy"] < 0 for row in found["rows"]) and "hidden reward" in capsys.readouterr().out
+
+
+def test_the_figure_has_a_line_for_each_method(inside, tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    evaluated(f"sft grpo {SMALL} --method greedy majority power --plot {tmp_path / 'search.png'}", tmp_path / "out.json")
+    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert labels == [f"{name}: {method}" for name in ("sft", "grpo")
+                      for method in ("greedy", "majority", "power 2, base", "power 4, base")]
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("flags", "named"), [
+    ("", "runs"), ("nowhere", "nowhere"), ("reward", "policy"), ("sft --method best", "--method"),
+    ("sft --alpha 2 0", "--alpha 2.0 0.0"), ("sft --n 0", "--n 0"), ("sft --steps x", "--steps"),
+    ("sft --task chess", "--task chess"), ("sft --task stories --method majority", "--method majority"),
+    ("sft --task addition --difficulty 99", "99"), ("sft --scorer reward", "--reward-model"),
+    ("sft --reward-model reward", "--scorer"), ("sft --out nowhere/x.json", "nowhere"), ("sft --plot .", "file"),
+    ("sft --max-new-tokens 9999", "--max-new-tokens 9999"), ("sft --device cuda", "--device cuda"),
+    ("sft --scorer reward --reward-model sft", "reward model"), ("sft --data nothing.jsonl", "nothing.jsonl"),
+    ("sft --data wanted.jsonl --method worked", "wanted.jsonl"), ("sft --temperature nan", "--temperature nan")])
+def test_bad_input_is_one_sentence(flags, named, inside, capsys):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(run.parse(evaluate.Config, flags.split()))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and named in error and len(error) < 500, error
