@@ -519,6 +519,12 @@ def says_why_it_stopped(main: Callable[[Any], None]) -> Callable[[Any], None]:
     return wrapper
 
 
+def printable(text: str) -> str:
+    """What a model says may hold anything, even commands to the terminal, or characters that this one does not have."""
+    text, encoding = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text), sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 class Run:
     """The directory of a run, and its step counter.
 
@@ -673,10 +679,9 @@ class Run:
             os.fsync(f.fileno())
 
     def say(self, text: str) -> None:
-        """Print without tearing the progress bar. What a model says may hold anything, even commands to the terminal."""
+        """Print without tearing the progress bar."""
         if not self.cfg.quiet:
-            text, encoding = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text), sys.stdout.encoding or "utf-8"
-            tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
+            tqdm.write(printable(text), file=sys.stdout)
 
     def save(self) -> None:
         checkpoint = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.cfg),

@@ -1,0 +1,127 @@
+"""Talk to a checkpoint:
+
+    python -m nanorl.chat runs/grpo
+    python -m nanorl.chat runs/sft --show probs --temperature 0.7
+    echo "What is 347+585?" | python -m nanorl.chat runs/grpo
+
+Each line is a prompt of its own: these models have never seen a conversation. A pretrained one has not seen a prompt either;
+it continues the line. While talking, a line that begins with a slash changes a flag or ends the talk:
+
+    /temperature 0.5    /top_k 10    /top_p 0.9    /max_new_tokens 50    /show probs    /quit
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from nanorl import run
+from nanorl.gpt import GPT
+from nanorl.ops import entropy_from_logits, log_softmax
+from nanorl.sample import generate, sampling_logits
+from nanorl.tokenizer import Tokenizer
+
+TopP = Annotated[float, run.Bound(lambda p: 0 < p <= 1, "a number above 0, at most 1")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    checkpoint: str             # run, or checkpoint, to talk to
+    temperature: run.NonNegative = 1.0    # 0 is greedy
+    top_k: run.Natural = 0      # draw from the k likeliest tokens; 0 is from all
+    top_p: TopP = 1.0           # draw from the likeliest tokens that have this probability together
+    max_new_tokens: run.Count = 140    # an answer longer than this is cut
+    show: Literal["text", "probs"] = "text"    # probs: each token with its probability, entropy and likeliest alternatives
+    seed: run.Natural = 0       # of the answers
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda
+
+
+MAY_CHANGE = ("temperature", "top_k", "top_p", "max_new_tokens", "show")
+
+
+def changed(cfg: Config, command: str) -> Config:
+    """The flags after a command like "/temperature 0.5"; as they were, and a sentence on stderr, when it makes no sense."""
+    name, _, value = command[1:].partition(" ")
+    try:
+        with run.user_errors():
+            if name not in MAY_CHANGE:
+                raise ValueError(f"/{name}: expected /quit or one of {', '.join('/' + name for name in MAY_CHANGE)}")
+        parsed = run.parse(Config, [cfg.checkpoint, f"--{name.replace('_', '-')}={value.strip()}"])
+    except SystemExit:
+        return cfg
+    return dataclasses.replace(cfg, **{name: getattr(parsed, name)})
+
+
+def prompts() -> Iterator[str]:
+    """Lines from the keyboard or from a pipe."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+@torch.no_grad()
+def probabilities(model: GPT, tokens: Tensor, start: int, cfg: Config, tokenizer: Tokenizer, others: int = 3) -> str:
+    """A line for each token from `start` on: its probability, the entropy of the distribution that it was drawn from, and the
+    likeliest tokens beside it. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
+    logits = model(tokens[None, :-1])[0, start - 1 :]                                       # [response, V]
+    logits = sampling_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p) if cfg.temperature else logits.float()
+    lines = [f"{'token':>14}  probability  entropy  instead"]
+    for token, logp, entropy in zip(tokens[start:].tolist(), log_softmax(logits), entropy_from_logits(logits), strict=True):
+        best = [i for i in logp.argsort(descending=True).tolist() if i != token and logp[i] > -torch.inf][:others]
+        instead = "  ".join(f"{shown(tokenizer, i)} {float(logp[i].exp()):.3f}" for i in best)
+        numbers = f"{float(logp[token].exp()):11.3f}  {abs(float(entropy)):7.3f}"
+        lines.append(f"{shown(tokenizer, token):>14}  {numbers}  {instead}".rstrip())
+    return "\n".join(lines)
+
+
+def shown(tokenizer: Tokenizer, token: int) -> str:
+    return repr(tokenizer.decode([token]))
+
+
+def main(cfg: Config) -> None:
+    with run.user_errors():
+        device = run.find_device(cfg.device)
+        checkpoint = run.load_checkpoint(cfg.checkpoint, "policy")
+    tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
+    pretrained = "text" in checkpoint["config"]
+    if sys.stdin.isatty():
+        print(f"{cfg.checkpoint} {'continues' if pretrained else 'answers'} what you write. /quit to leave, / for commands.")
+    elif hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+
+    for number, line in enumerate(prompts()):
+        if line.strip() == "/quit":
+            break
+        if line.startswith("/"):
+            cfg = changed(cfg, line)
+        elif line.strip():
+            ids = [tokenizer.bos, *tokenizer.encode(line)] if pretrained else tokenizer.render(line)
+            room = model.config.context - len(ids)
+            if room < 1:
+                print(f"{len(ids)} tokens: expected less than the model's context of {model.config.context}", file=sys.stderr)
+                continue
+            with run.user_errors((FloatingPointError,)), run.autocast(device, cfg.dtype):
+                said = generate(model, [ids], max_new_tokens=min(cfg.max_new_tokens, room), temperature=cfg.temperature,
+                                top_k=cfg.top_k, top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
+                if cfg.show == "probs":
+                    print(probabilities(model, said.tokens[0], len(ids), cfg, tokenizer))
+                else:
+                    text = tokenizer.decode(said.responses()[0])
+                    print(run.printable(text if said.finished[0] else text + " ..."), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(run.parse(Config))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,138 @@
+"""A talk says what the engine samples and the scorer scores, takes commands, and survives whatever is typed."""
+
+import io
+import math
+import sys
+
+import pytest
+import torch
+
+from nanorl import chat, run
+from nanorl.sample import generate, token_log_probs
+
+
+@pytest.fixture
+def talk(world, monkeypatch, capsys):
+    """Run the chat on lines from a pipe; returns what it prints and what it complains of."""
+    monkeypatch.chdir(world)
+
+    def talk(flags, *lines):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        chat.main(run.parse(chat.Config, [*flags.split(), "--device", "cpu"]))
+        return capsys.readouterr()
+
+    return talk
+
+
+def sampled(folder, prompts, numbers, **how):
+    """The same answers, straight from the engine; `numbers` are those of the lines."""
+    checkpoint = run.load_checkpoint(folder)
+    tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, torch.device("cpu"))
+    how = {"max_new_tokens": 140, "stop_ids": {tokenizer.end}} | how
+    return tokenizer, model, [generate(model, [tokenizer.render(prompt)], seed=run.derive(0, number), **how)
+                              for prompt, number in zip(prompts, numbers, strict=True)]
+
+
+def test_every_line_is_answered_by_the_engine(talk):
+    """In order, each by draws of its own; empty lines are not answered."""
+    prompts = ["Say 3.", "Say 3.", "Say 11."]
+    tokenizer, _, said = sampled("sft", prompts, [0, 1, 3])
+    expected = [tokenizer.decode(each.responses()[0]) + ("" if each.finished[0] else " ...") for each in said]
+    out, error = talk("sft", "Say 3.", "Say 3.", "", "Say 11.")
+    assert out.splitlines() == [run.printable(text) for text in expected] and not error
+
+
+def test_commands_change_how_tokens_are_drawn(talk):
+    """From the next line on; what makes no sense is one sentence, and everything stays as it was."""
+    lines = ["/temperature 0", "Say 5.", "/max_new_tokens 2", "Say 5.", "/top_k -1", "/top_p 0", "/temperature nan", "/nothing",
+             "/", "/show", "/seed 3", "/max_new_tokens 1e3", "Say 5.", "/quit", "Say 5."]
+    tokenizer, _, [whole] = sampled("sft", ["Say 5."], [1], temperature=0.0)
+    _, _, [cut] = sampled("sft", ["Say 5."], [3], temperature=0.0, max_new_tokens=2)
+    out, error = talk("sft", *lines)
+    short = tokenizer.decode(cut.responses()[0]) + " ..."
+    assert out.splitlines() == [tokenizer.decode(whole.responses()[0]), short, short]
+    assert error.count("\n") == 8 and "Traceback" not in error
+    for named in ("--top-k -1", "--top-p 0", "--temperature nan", "/nothing", "/quit or one of /temperature", "--show", "/seed",
+                  "--max-new-tokens"):
+        assert named in error
+
+
+@pytest.mark.parametrize(("flags", "temperature"), [("", 1.0), ("--temperature 0.5", 0.5), ("--temperature 0", 1.0)])
+def test_probabilities_and_entropies_are_the_scorers(flags, temperature, talk):
+    how = {"temperature": float(flags.split()[1])} if flags else {}
+    tokenizer, model, [said] = sampled("grpo", ["Say 7."], [0], **how)
+    logp, entropy = (x[said.mask].tolist() for x in token_log_probs(model, said.tokens, said.mask, temperature=temperature))
+    header, *lines = talk(f"grpo --show probs {flags}", "Say 7.").out.splitlines()
+    ids = said.tokens[0, said.prompt_lengths[0] : said.lengths[0]].tolist()
+    assert header.split() == ["token", "probability", "entropy", "instead"] and len(lines) == len(ids)
+    for line, token, log_p, H in zip(lines, ids, logp, entropy, strict=True):
+        name = repr(tokenizer.decode([token]))
+        assert line.strip().startswith(name)
+        numbers = line.strip()[len(name) :].split()
+        assert float(numbers[0]) == pytest.approx(math.exp(log_p), abs=6e-4)
+        assert float(numbers[1]) == pytest.approx(H, abs=6e-4)
+        assert name not in line.strip()[len(name) :]
+
+
+def test_what_is_cut_off_is_no_alternative(talk):
+    """With top-k 1 each token is certain and stands alone."""
+    _, *lines = talk("grpo --show probs --top-k 1", "Say 7.").out.splitlines()
+    assert lines and all(line.split()[-2:] == ["1.000", "0.000"] for line in lines)
+
+
+def test_a_pretrained_model_continues_the_line(talk):
+    checkpoint = run.load_checkpoint("pretrain")
+    tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, torch.device("cpu"))
+    said = generate(model, [[tokenizer.bos, *tokenizer.encode("Once upon")]], max_new_tokens=9, stop_ids={tokenizer.end},
+                    seed=run.derive(0, 0))
+    out = talk("pretrain --max-new-tokens 9", "Once upon").out
+    assert out.startswith(run.printable(tokenizer.decode(said.responses()[0])))
+
+
+def test_a_line_that_does_not_fit_is_a_sentence_and_the_talk_goes_on(talk):
+    out, error = talk("sft --max-new-tokens 3", "x! " * 2000, "Say 1.", "y " * 100)
+    assert error.count("\n") == 1 and "context of" in error and len(out.splitlines()) == 2
+
+
+def test_the_terminal_gets_no_commands(talk, monkeypatch):
+    """Control characters that a model says are replaced."""
+    monkeypatch.setattr("nanorl.tokenizer.Tokenizer.decode", lambda self, ids: "\x1b[2Jboo\x07")
+    out = talk("sft", "Say 1.").out
+    assert "boo" in out and "\x1b" not in out and "\x07" not in out
+
+
+def test_at_the_keyboard(world, monkeypatch, capsys):
+    """A greeting, a prompt sign, and an end at the end of the input."""
+    lines = iter(["Say 1.", "/temperature 0", "Say 2."])
+
+    def keyboard(sign):
+        assert sign == "> "
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("builtins.input", keyboard)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    chat.main(run.parse(chat.Config, ["sft", "--device", "cpu"]))
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3 and "/quit to leave" in out[0]
+
+
+@pytest.mark.parametrize(("flags", "named"), [
+    ("", "checkpoint"), ("nowhere", "nowhere"), ("reward", "policy"), ("sft --show all", "--show"),
+    ("sft --top-p 2", "--top-p 2.0"), ("sft --temperature -1", "--temperature -1.0"),
+    ("sft --device cuda", "--device cuda"), ("sft --seed -1", "--seed -1")])
+def test_bad_input_is_one_sentence(flags, named, world, monkeypatch, capsys):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(world)
+    with pytest.raises(SystemExit) as exit:
+        chat.main(run.parse(chat.Config, flags.split()))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and named in error
