@@ -53,6 +53,7 @@ class GPTConfig:
 
 
 PRESETS = {
+    "pico": dict(context=256, layers=3, width=64, heads=4),                                   # a quarter of nano: a student
     "nano": dict(context=256, layers=4, width=128, heads=4),                                  # under 1 M parameters
     "micro": dict(context=256, layers=6, width=256, heads=8),                                 # 5 M
     "mini": dict(context=512, layers=8, width=512, heads=8),                                  # 26 M

@@ -6,6 +6,8 @@ token that counts. Half-precision inputs are computed in float32; float64 stays 
 log-probs, advantages) must arrive detached: the functions assert it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -83,6 +85,30 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
     p = log_p.exp()
     return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def jensen_shannon(p_logits: Tensor, q_logits: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence, 0 < beta < 1.       [..., V], [..., V] -> [...] in nats
+
+        JSD_beta(p || q) = beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1-beta) q     (Agarwal et al. 2023, eq. 1)
+
+    Between 0 and the entropy of a coin of bias beta, at most log 2, even where p and q share nothing; symmetric at beta = 1/2.
+    For small beta it is about beta KL(p || q), for beta near 1 about (1 - beta) KL(q || p).
+    """
+    log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+    log_m = logsumexp(torch.stack((log_p + math.log(beta), log_q + math.log1p(-beta))), dim=0)
+    return beta * kl_divergence(log_p, log_m) + (1 - beta) * kl_divergence(log_q, log_m)
+
+
+def with_tail(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probs of the k tokens `ids`, and of all others as one.       [..., V], [..., k] int64 -> [..., k + 1] in nats
+
+    A distribution again, so that a divergence of two of them is one: never negative, and never more than that of all V
+    tokens. Without the tail it would be neither. The ids of a row differ; k < V.
+    """
+    log_p = log_softmax(logits)
+    others = log_p.scatter(-1, ids, -torch.inf)
+    return torch.cat((log_p.gather(-1, ids), logsumexp(others)[..., None]), dim=-1)
 
 
 class _LinearLogProbs(torch.autograd.Function):

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,17 @@ def check_room(model: GPT | ScalarGPT, prompts: list[list[int]], max_new_tokens:
                          f"{model.config.context} has room for {max(0, model.config.context - longest)}")
 
 
-def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> ScalarGPT:
-    """The reward model of a run, which must read the same token ids as the policy. Its weights are constants."""
-    checkpoint = load_checkpoint(path, "reward model")
+def check_tokenizer(checkpoint: dict[str, Any], tokenizer: Tokenizer, path: str) -> None:
+    """ValueError when this checkpoint reads other token ids than the policy that `tokenizer` belongs to."""
     if checkpoint["tokenizer"] != tokenizer.state_dict():
         raise ValueError(f"{path}: made with another tokenizer than the policy's; expected one that starts from the same "
                          "pretraining")
+
+
+def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> ScalarGPT:
+    """The reward model of a run, which must read the same token ids as the policy. Its weights are constants."""
+    checkpoint = load_checkpoint(path, "reward model")
+    check_tokenizer(checkpoint, tokenizer, path)
     return scalar_model_from(checkpoint, device).requires_grad_(False)
 
 
@@ -271,6 +277,7 @@ def before_and_after(title: str, before: dict[str, float], after: dict[str, floa
                         ("learned_reward", "learned reward"), ("length", "tokens per answer"),
                         ("truncated", "share cut at the limit"),
                         ("answer_kl", "KL to the start, nats"),
+                        ("reverse_kl", "KL to the teacher, nats"), ("forward_kl", "KL from the teacher, nats"),
                         ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right")):
         values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after)]
         if set(values) != {"       -"}:

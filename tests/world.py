@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_distill
 import train_dpo
 import train_group_dpo
 import train_grpo
@@ -27,6 +28,7 @@ DPO = "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft --max-n
 ONLINE = "--steps 3 --batch 8 --online --init sft" + BEST + TINY
 GROUP = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --loss hinge --init sft" + BEST + TINY
 PPO = "--steps 3 --prompts 4 --group 2 --init sft" + BEST + TINY
+DISTILL = "--steps 3 --prompts 3 --group 2 --teacher grpo --init sft" + EVAL + TINY
 SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO),
            "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
                                             "--truncated mask --aggregate token_mean --advantage leave_one_out"),
@@ -39,10 +41,12 @@ SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grp
            "group": (train_group_dpo, GROUP), "ppo": (train_ppo, PPO + " --data wanted.jsonl --entropy-coef 0.01"),
            "rlhf": (train_ppo, PPO + " --reward model --reward-model reward --critic shared --kl-coef 0.1 --kl-target 1 "
                                      "--truncated bootstrap"),
+           "distill": (train_distill, DISTILL + " --on student --divergence reverse --gradient sequence"),
+           "taught": (train_distill, DISTILL + " --on data --data letters.jsonl --divergence jsd --tau 2 --top-k 3"),
            "reinforce": (train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --likelihood-coef 0.1 "
                                             "--demonstrations letters.jsonl --kl-coef 0.1 --kl k1 --kl-in reward")}
 
-ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo")      # one run of every script
+ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo", "distill")   # one run of every script
 
 
 def start(script, flags, out, *extra):

@@ -1,0 +1,247 @@
+"""Distillation: a small student learns to say what a large teacher would say, from the teacher's whole distribution.
+
+    L = tau^2 / R  sum_bt m_bt D( p(.|y_b,<t) , q(.|y_b,<t) )       p teacher, q student, both softmax(logits / tau), R answers
+
+    --on         whose prefixes y_<t            --divergence     D
+    data         somebody's demonstrations      forward          KL(p || q): the student must cover all that the teacher does
+    teacher      the teacher's own answers      reverse          KL(q || p): the student must do nothing that it does not
+    student      the student's own              jsd              beta KL(p || m) + (1-beta) KL(q || m), m = beta p + (1-beta) q
+
+    python train_distill.py                                         the GRPO model into one of a quarter of its size
+    python train_distill.py --on student --divergence reverse       on-policy: corrected where it goes wrong itself
+    python train_distill.py --on data --tau 2 --top-k 8             soft targets, of which only the likeliest are kept
+
+On its own answers, the student also chooses the prefixes that it is judged on. `--gradient token` looks away from that, as
+on-policy distillation usually does: each prefix is held fixed. `--gradient sequence` does not, and follows the KL of whole
+answers. Of KL(q || p) = E_q[ sum_t D_t ], it has the second term, too:
+
+    grad KL = E_q[ sum_t  grad D_t  +  ( sum_{s > t} D_s - b_t ) grad log q(y_t|y_<t) ]
+
+the divergence still to come, less a baseline b_t: the mean of the same over the other answers to the prompt.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import train_grpo
+import train_pretrain
+import train_sft
+from nanorl import run
+from nanorl.data import shift, shuffled_batch
+from nanorl.ops import (
+    entropy_from_logits,
+    jensen_shannon,
+    kl_divergence,
+    leave_one_out,
+    selective_log_softmax,
+    token_weights,
+    with_tail,
+)
+from nanorl.rollout import (
+    add_up,
+    answer,
+    answer_kl,
+    before_and_after,
+    check_room,
+    check_tokenizer,
+    collect,
+    describe,
+    evaluate,
+    heldout_problems,
+    show_answers,
+)
+from nanorl.tasks import answer_room, make_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(run.RunConfig):
+    out: str = ""               # directory of this run (default: runs/distill, or runs/distill-TASK)
+    init: str = ""              # the student to begin with (default: a small one, pretrained and fine-tuned first)
+    teacher: str = ""           # run to learn from (default: runs/grpo, or runs/grpo-TASK, made first)
+    steps: run.Count = 100
+    lr: run.Positive = 1e-3
+    eval_every: run.Count = 20
+
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
+    difficulty: run.Natural = 0  # of the task, 0 is its own default
+    data: str = ""              # --on data: JSONL records {"prompt", "response"} instead of the task's demonstrations
+    on: Literal["data", "teacher", "student"] = "teacher"    # whose answers: see the table above
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"    # see the table above
+    gradient: Literal["token", "sequence"] = "token"    # sequence: of whole answers of the student, not token by token
+    beta: run.Share | None = None    # jsd: between forward (near 0) and reverse (near 1) (default: 0.5)
+    tau: run.Positive = 1.0     # temperature of both distributions: above 1, unlikely tokens count more
+    top_k: run.Natural = 0      # compare only the teacher's k likeliest tokens, and the others as one; 0 is all
+    prompts: run.Count = 32     # P, prompts per step
+    group: run.Count = 4        # G, answers per prompt; with --on data, P x G demonstrations
+    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120)
+    micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
+    warmup: run.Share = 0.1     # of the steps: the learning rate rises
+    decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
+    grad_clip: run.Positive = 1.0    # bound on the gradient's norm
+    eval_problems: run.Count = 500    # held-out problems
+
+    def __post_init__(self):
+        self.default("out", run.stage_dir("distill", self.task, self.difficulty))
+        self.default("max_new_tokens", answer_room(self.task))
+        self.expect(self.divergence == "jsd" or self.beta is None, "divergence beta", "only --divergence jsd has a --beta")
+        if self.divergence == "jsd":
+            self.default("beta", 0.5)
+            self.expect(0 < self.beta < 1, "beta", "expected a number between 0 and 1; at the ends the divergence is 0")
+        self.expect(self.on == "data" or not self.data, "on data", "only --on data reads records")
+        if self.gradient == "sequence":
+            self.expect((self.on, self.divergence) == ("student", "reverse"), "gradient on divergence",
+                        "the gradient of whole answers is that of --on student --divergence reverse")
+            self.expect(self.tau == 1 and self.top_k == 0, "gradient tau top_k",
+                        "whole answers have the KL of the policies as they sample: expected --tau 1 --top-k 0")
+            self.expect(self.group > 1, "gradient group", "its baseline is the other answers to a prompt, expected at least 2")
+
+
+def token_divergence(student, teacher, *, divergence="forward", beta=None, tau=1.0, top_k=0):
+    """tau^2 D at each token.       student, teacher logits [N, V] -> [N] in nats
+
+    tau^2 because a gradient with respect to the logits is 1/tau of one with respect to logits / tau, and p - q shrinks as
+    1/tau, too: so the strength of the lesson does not depend on tau.               (Hinton et al. 2015, section 2.1)
+    """
+    p, q = teacher / tau, student / tau
+    if 0 < top_k < p.shape[-1]:
+        ids = p.topk(top_k, dim=-1).indices
+        p, q = with_tail(p, ids), with_tail(q, ids)
+    if divergence == "forward":
+        d = kl_divergence(p, q)
+    elif divergence == "reverse":
+        d = kl_divergence(q, p)
+    else:
+        d = jensen_shannon(p, q, beta)
+    return tau**2 * d
+
+
+def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1, **how):
+    """The loss of some prompts' answers, and metrics as sums over tokens.
+
+    student, teacher: logits [N, V] at the N tokens where mask [B, T] is True, which are ids [N]; weights [B, T]. With
+    gradient="sequence", rows are groups of `group` answers to a prompt, side by side; `how` goes to token_divergence.
+    """
+    per_token = token_divergence(student, teacher, **how)
+    d = per_token.new_zeros(mask.shape).masked_scatter(mask, per_token)                     # [B, T]
+    loss = (weights * d).sum()
+    if gradient == "sequence":
+        logp = torch.zeros_like(d).masked_scatter(mask, selective_log_softmax(student, ids))
+        to_go = d.detach().flip(-1).cumsum(-1).flip(-1) - d.detach()                        # sum over s > t
+        others = leave_one_out(to_go.view(-1, group, to_go.shape[1]).transpose(1, 2))       # [P, T, G]
+        loss = loss + (weights * others.transpose(1, 2).reshape(to_go.shape) * logp).sum()
+    metrics = {"divergence": d.sum(), "entropy": entropy_from_logits(student).sum()}
+    return loss, {f"train/{name}": x.detach() for name, x in metrics.items()}
+
+
+def make_student(cfg: Config) -> str:
+    """The default student: a quarter of the default model, pretrained on the same text and fine-tuned on the task."""
+    pretrained = run.ensure_stage(train_pretrain, out="runs/pretrain-pico", preset="pico", **run.same(cfg))
+    return run.ensure_stage(train_sft, out=run.stage_dir("sft-pico", cfg.task, cfg.difficulty), init=pretrained,
+                            **run.same(cfg, "task", "difficulty"))
+
+
+@run.says_why_it_stopped
+def main(cfg: Config) -> None:
+    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the models.
+    with run.user_errors():
+        device = run.pick_device(cfg)
+        checkpoint = run.Run.check(cfg)
+        task = make_task(cfg.task, cfg.difficulty or None)
+        task.prepare()
+        records = train_sft.training_records(cfg.data, task) if cfg.on == "data" else []
+    wise = cfg.teacher or run.ensure_stage(train_grpo, out=run.stage_dir("grpo", cfg.task, cfg.difficulty),
+                                           **run.same(cfg, "task", "difficulty"))
+    init = "" if checkpoint else cfg.init or make_student(cfg)
+    with run.user_errors():
+        start, taught = checkpoint or run.load_checkpoint(init, "policy"), run.load_checkpoint(wise, "policy")
+        tokenizer, student = run.tokenizer_from(start), run.model_from(start, device)
+        check_tokenizer(taught, tokenizer, wise)
+        teacher = run.model_from(taught, device).requires_grad_(False)
+        for model in (student, teacher):
+            check_room(model, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
+        context = min(student.config.context, teacher.config.context)
+        demonstrations = train_sft.render(records, tokenizer, context, cfg.data or task.name)
+
+    optimizer = run.Optimizers(student, "adamw", cfg.lr)
+    out = run.Run(cfg, checkpoint, student, optimizer, tokenizer)
+    with run.user_errors():
+        out.started_from(teacher=teacher)
+    del start, taught, checkpoint
+    compiled = run.wants_compile(cfg, device)
+    if compiled:
+        for model in (student, teacher):
+            run.compile_blocks(model)
+    sampling = dict(max_new_tokens=cfg.max_new_tokens, compile=compiled)
+    loss = functools.partial(objective, gradient=cfg.gradient, group=cfg.group, divergence=cfg.divergence, beta=cfg.beta,
+                             tau=cfg.tau, top_k=cfg.top_k)
+    with run.autocast(device, cfg.dtype):
+        lessons = answer(teacher, tokenizer, task, heldout_problems(task, cfg.eval_problems, cfg.seed),
+                         seed=run.derive(cfg.seed, "lessons"), **sampling)
+    wisdom = float(lessons.rewards.mean())
+    print(f"Distilling {teacher.num_parameters():,} parameters into {student.num_parameters():,}: {cfg.divergence} divergence "
+          f"on answers of the {cfg.on} to {task.name}, on {device.type}. The teacher's accuracy, sampled, is {wisdom:.3f}.")
+
+    def look() -> dict[str, float]:
+        with run.autocast(device, cfg.dtype):
+            metrics, experience = evaluate(student, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
+                                           reference=teacher, size=cfg.micro_batch, **sampling)
+            metrics["eval/reverse_kl"] = metrics.pop("eval/answer_kl")
+            metrics["eval/forward_kl"] = answer_kl(teacher, student, lessons.rollout, 1.0, cfg.micro_batch)
+        show_answers(out, experience)
+        return metrics
+
+    for step in out.steps():
+        # 2. Look: held-out problems, and how far student and teacher are apart, seen from either.
+        if step % cfg.eval_every == 0:
+            out.log(look())
+
+        # 3. Prefixes: demonstrations, or answers to fresh problems by the teacher or by the student as it is now.
+        started, shown = time.perf_counter(), {}
+        if cfg.on == "data":
+            picks = shuffled_batch(len(records), cfg.prompts * cfg.group, step, cfg.seed)
+            tokens, mask = (x.to(device) for x in train_sft.batch_of(*demonstrations, picks, tokenizer.pad))
+        else:
+            with run.autocast(device, cfg.dtype):
+                fresh = collect(student if cfg.on == "student" else teacher, tokenizer, task, prompts=cfg.prompts,
+                                samples=cfg.group, seed=run.derive(cfg.seed, "rollout", step), **sampling)
+            tokens, mask, facts = fresh.rollout.tokens, fresh.rollout.mask, describe(fresh)
+            out.log({f"rollout/{name}": value for name, value in facts.items()} | {"rollout/tokens": int(mask.sum())})
+            shown = {"reward": f"{facts['reward']:.2f}"} if cfg.on == "student" else {}
+        out.log({"time/rollout_s": time.perf_counter() - started})
+
+        # 4. Update: one pass of each model over the same tokens. A group stays together.
+        started, totals = time.perf_counter(), {}
+        rows = torch.arange(len(tokens), device=device)
+        weights = token_weights(mask, rows, "sequence_sum")
+        for part in rows.split(cfg.group * max(1, cfg.micro_batch // cfg.group)):
+            T = 2 + int(mask[part].any(0).nonzero().max())
+            inputs, targets = shift(tokens[part, :T])
+            m = mask[part, : T - 1]
+            with run.autocast(device, cfg.dtype):
+                with torch.no_grad():
+                    p = teacher.head(teacher.hidden(inputs)[m])
+                q = student.head(student.hidden(inputs)[m])
+            micro_loss, metrics = loss(q, p, targets[m], m, weights[part, : T - 1])
+            micro_loss.backward()
+            add_up(totals, metrics)
+        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
+        grad_norm = optimizer.step(lr, cfg.grad_clip)
+
+        # 5. Log: sums over tokens become means.
+        totals = {name: total / mask.sum() for name, total in totals.items()}
+        out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr, "time/update_s": time.perf_counter() - started},
+                show={"divergence": f"{totals['train/divergence']:.4f}", **shown})
+
+    # 6. What the student has learned.
+    final = look()
+    out.finish(final)
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
+    print(f"  {'the teacher, sampled':37s} {wisdom:8.3f}")
+
+
+if __name__ == "__main__":
+    main(run.parse(Config))
