@@ -62,7 +62,7 @@ class Config(run.RunConfig):
     out: str = ""               # directory of this run (default: runs/distill, or runs/distill-TASK)
     init: str = ""              # the student to begin with (default: a small one, pretrained and fine-tuned first)
     teacher: str = ""           # run to learn from (default: runs/grpo, or runs/grpo-TASK, made first)
-    steps: run.Count = 100
+    steps: run.Count = 60
     lr: run.Positive = 1e-3
     eval_every: run.Count = 20
 
