@@ -153,6 +153,8 @@ def main(cfg: Config) -> None:
         task = make_task(cfg.task, cfg.difficulty or None)
         task.prepare()
         records = train_sft.training_records(cfg.data, task) if cfg.on == "data" else []
+        for typed in filter(None, (cfg.teacher, cfg.init)):
+            run.load_checkpoint(typed, "policy")
     wise = cfg.teacher or run.ensure_stage(train_grpo, out=run.stage_dir("grpo", cfg.task, cfg.difficulty),
                                            **run.same(cfg, "task", "difficulty"))
     init = "" if checkpoint else cfg.init or make_student(cfg)

@@ -15,7 +15,7 @@ from pathlib import Path
 import train_grpo
 from experiments.runs import ROOT, cell, directory, train_all
 from nanorl import run
-from nanorl.plot import PALETTE, read_metrics
+from nanorl.plot import PALETTE, pyplot, read_metrics
 
 COMMON = "--minibatches 4 --lr 1e-4 --steps 20 --eval-every 1 --eval-problems 250"
 # Label: the flags. Rows of one block are the same algorithm where all ratios are 1 (and no group is left out).
@@ -75,10 +75,7 @@ def table(curves: dict[str, list[dict]]) -> str:
 
 
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for block, colour in zip(BLOCKS, COLOURS, strict=True):
         for label, style in zip(block, STYLES, strict=False):

@@ -17,7 +17,7 @@ import torch
 
 from experiments.runs import ROOT, cell, directory, train_all
 from nanorl import run
-from nanorl.plot import PALETTE, read_metrics
+from nanorl.plot import PALETTE, pyplot, read_metrics
 from nanorl.rollout import load_reward_model
 from nanorl.search import best_of_n_curve, best_of_n_kl
 from nanorl.tasks import Stories
@@ -139,10 +139,7 @@ def calibration(folders: list[Path], bins: int = 8) -> tuple[list[float], list[f
 
 
 def draw(args: argparse.Namespace, stories: dict, addition: dict, best: list[dict[int, float]]) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, ((knows, plane), (hacked, groups)) = plt.subplots(2, 2, figsize=(11, 8.4), layout="constrained")
     knows.plot([0, 1], [0, 1], color="0.8", linewidth=0.8, zorder=0)
     predicted, actual, error = calibration([directory(args.out, "reward model", seed) for seed in range(args.seeds)])

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from nanorl import run
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.plot import draw_search
+from nanorl.plot import draw_search, pyplot
 from nanorl.rollout import answer, check_room, choose_task, heldout_problems, learned_rewards, load_reward_model
 from nanorl.search import autocorrelation, best_of_n, doublings, opening, power_sample, vote_value
 from nanorl.tasks import Problem, Task, answer_room
@@ -231,6 +231,8 @@ def main(cfg: Config) -> None:
         for path in filter(None, (cfg.out, cfg.plot)):
             if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"{path}: not a file that can be written; expected one in a directory that exists")
+        if cfg.plot:
+            pyplot()                # or a sentence, before any work
         checkpoints = {path: run.load_checkpoint(path, "policy") for path in cfg.runs}
         trained = checkpoints[cfg.runs[0]]["config"]
         name = cfg.task or trained.get("task", "addition")

@@ -95,7 +95,7 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor, beta: float) -> Tensor:
     Between 0 and the entropy of a coin of bias beta, at most log 2, even where p and q share nothing; symmetric at beta = 1/2.
     For small beta it is about beta KL(p || q), for beta near 1 about (1 - beta) KL(q || p).
     """
-    log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+    log_p, log_q = (log_softmax(logits) for logits in (p_logits, q_logits))
     log_m = logsumexp(torch.stack((log_p + math.log(beta), log_q + math.log1p(-beta))), dim=0)
     return beta * kl_divergence(log_p, log_m) + (1 - beta) * kl_divergence(log_q, log_m)
 

@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS, GRPO, PRETRAIN, DATA = "nanorl/ops.py", "train_grpo.py", "train_pretrain.py", "nanorl/data.py"
-REWARD, DPO, GROUPS, PPO, SEARCH = ("train_reward.py", "train_dpo.py", "train_group_dpo.py", "train_ppo.py",
-                                    "nanorl/search.py")
+REWARD, DPO, GROUPS, PPO, DISTILL = ("train_reward.py", "train_dpo.py", "train_group_dpo.py", "train_ppo.py",
+                                     "train_distill.py")
+SEARCH, EVALUATE, TABULAR = "nanorl/search.py", "nanorl/evaluate.py", "nanorl/tabular.py"
 DETACHED = 'assert not adv.requires_grad, "advantages are constants: detach them"\n    '
 OLD_DETACHED = 'assert not old_logp.requires_grad, "old log-probs are constants: detach them"\n    '
 
@@ -486,6 +487,61 @@ MUTANTS = [
            "tied = torch.eye(N, dtype=torch.float64).expand(*scores.shape, N)"),
     Mutant("the bound of best-of-n is log n", SEARCH, "return math.log(n) - (n - 1) / n", "return math.log(n)"),
 
+    # ---- Votes and intervals ----
+    Mutant("pass@k is that of independent draws of the mean", SEARCH,
+           "return best_of_n(right, right, k)", "return 1 - (1 - right.double().mean(-1)) ** k"),
+    Mutant("whoever has not answered votes", SEARCH, "if ballot is not None:", "if True:"),
+    Mutant("votes are added in the order they come", SEARCH, "math.fsum(each)", "sum(each)"),
+    Mutant("every vote weighs the same", SEARCH, ".append(weight)", ".append(1.0)"),
+    Mutant("a tie is settled for the first in the alphabet", SEARCH,
+           "for winner in winners) / len(winners)", "for winner in winners[:1])"),
+    Mutant("a tie is not lost", SEARCH, 'ties == "lost" and len(winners) > 1', "False"),
+    Mutant("weighted votes weigh log-probs", EVALUATE, "keepdim=True)).exp() if weighted", "keepdim=True)) if weighted"),
+    Mutant("the last vote takes what is left", EVALUATE,
+           "answers.rewards.shape[1] - n + 1, n)", "answers.rewards.shape[1], n)"),
+    Mutant("the interval is the normal one", EVALUATE, "mean + z**2 / (2 * n), z *", "mean * (1 + z**2 / n), z *"),
+    Mutant("means over answers count as one coin flip each", EVALUATE,
+           "n *= mean * (1 - mean) / variance", "n *= 1.0"),
+    Mutant("answers to a problem count as independent", EVALUATE,
+           "n *= mean * (1 - mean) / variance", "n *= 16"),
+
+    # ---- Power sampling ----
+    Mutant("the chain goes to the power of alpha plus one", SEARCH,
+           "(alpha * delta_p - delta_q)", "((alpha + 1) * delta_p - delta_q)"),
+    Mutant("the proposal's ratio is upside down", SEARCH, "(alpha * delta_p - delta_q)", "(alpha * delta_p + delta_q)"),
+    Mutant("tempered proposals are accepted as if from the model", SEARCH,
+           "(alpha * delta_p - delta_q)", "((alpha - 1) * delta_p)"),
+    Mutant("all positions are equally likely", SEARCH, "weights = 1 / torch.arange(1, T + 1", "weights = 1 / torch.ones(T"),
+    Mutant("prompts with other means make chains remember", SEARCH,
+           "x.double().mean((0, 2), keepdim=True)", "x.double().mean()"),
+    Mutant("fewer pairs at a longer lag count as less memory", SEARCH,
+           "(d[: S - k] * d[k:]).mean()", "(d[: S - k] * d[k:]).sum() / d.numel()"),
+    Mutant("the conditional of a power does not look ahead", TABULAR,
+           "alpha * log_softmax(logits[rows]) + S.view(-1, V)", "alpha * log_softmax(logits[rows])"),
+
+    # ---- Distillation ----
+    Mutant("forward and reverse are swapped", DISTILL, "d = kl_divergence(p, q)", "d = kl_divergence(q, p)"),
+    Mutant("reverse is forward", DISTILL, "d = kl_divergence(q, p)", "d = kl_divergence(p, q)"),
+    Mutant("the divergence of a high temperature is not scaled up", DISTILL, "return tau**2 * d", "return d"),
+    Mutant("only the teacher is tempered", DISTILL, "p, q = teacher / tau, student / tau", "p, q = teacher / tau, student"),
+    Mutant("the student's top tokens are kept", DISTILL, "ids = p.topk(", "ids = q.topk("),
+    Mutant("top-k has no tail", DISTILL, "p, q = with_tail(p, ids), with_tail(q, ids)",
+           "p, q = with_tail(p, ids)[..., :-1], with_tail(q, ids)[..., :-1]"),
+    Mutant("the divergence to go has that of the token itself", DISTILL, ".flip(-1) - d.detach()", ".flip(-1)"),
+    Mutant("the divergence to come is that which has been", DISTILL,
+           "d.detach().flip(-1).cumsum(-1).flip(-1)", "d.detach().cumsum(-1)"),
+    Mutant("the divergence to go is made small by going further", DISTILL,
+           "loss = loss + (weights * others", "loss = loss - (weights * others"),
+    Mutant("the divergence to go is compared with the answer itself", DISTILL,
+           "others = leave_one_out(", "others = (lambda x: x - x.mean(-1, keepdim=True))("),
+    Mutant("the divergence to go has a gradient of its own", DISTILL,
+           "to_go = d.detach().flip(-1).cumsum(-1).flip(-1) - d.detach()", "to_go = d.flip(-1).cumsum(-1).flip(-1) - d"),
+    Mutant("Jensen-Shannon mixes the other way round", OPS,
+           "log_p + math.log(beta), log_q + math.log1p(-beta)", "log_p + math.log1p(-beta), log_q + math.log(beta)"),
+    Mutant("Jensen-Shannon weighs the other way round", OPS,
+           "return beta * kl_divergence(log_p, log_m) + (1 - beta)", "return (1 - beta) * kl_divergence(log_p, log_m) + beta"),
+    Mutant("the tail has all tokens", OPS, "logsumexp(others)[..., None]", "logsumexp(log_p)[..., None]"),
+
     # ---- Writing into an argument ----
     Mutant("masked_sum blanks its argument", OPS, "return x.masked_fill(~mask, 0.0).sum()",
            "x.detach().masked_fill_(~mask, 0.0)\n    return x.masked_fill(~mask, 0.0).sum()"),
@@ -511,7 +567,7 @@ TITLE = ["# Faults that the tests notice", "",
 # The likeliest killer of a fault runs first.
 FIRST = {OPS: "test_ops.py", GRPO: "test_objectives.py", PRETRAIN: "test_objectives.py", DATA: "test_objectives.py",
          REWARD: "test_preferences.py", DPO: "test_preferences.py", GROUPS: "test_preferences.py", PPO: "test_ppo.py",
-         SEARCH: "test_search.py"}
+         SEARCH: "test_search.py", DISTILL: "test_distill.py", EVALUATE: "test_evaluate.py", TABULAR: "test_ops.py"}
 
 
 def line_of(mutant: Mutant) -> int:

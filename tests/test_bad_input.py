@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import DPO, SCRIPTS, cut_final_line, start, write_records
+from world import DPO, PRETRAIN, SCRIPTS, cut_final_line, start, write_records
 
+import train_distill
 import train_dpo
 import train_group_dpo
 import train_grpo
@@ -28,7 +29,7 @@ from nanorl.tasks import is_heldout
 from nanorl.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("inside")
-ALL = (train_pretrain, train_sft, train_reward, train_dpo, train_group_dpo, train_grpo, train_ppo)
+ALL = (train_pretrain, train_sft, train_reward, train_dpo, train_group_dpo, train_grpo, train_ppo, train_distill)
 
 
 def refused(capsys, script, argv):
@@ -121,6 +122,17 @@ BAD = [
         ("--init reward", "reward model"), ("--lam nan", "--lam nan"),
         ("--init sft --data wanted.jsonl --max-new-tokens 999", "--max-new-tokens 999"),
         ("--value-clip 0", "--value-clip 0.0")]),
+    *((train_distill, flags, named) for flags, named in [
+        ("--teacher nowhere", "nowhere"), ("--teacher reward", "reward model"), ("--init nowhere", "nowhere"),
+        ("--init reward --teacher sft", "reward model"), ("--beta 0.5", "only --divergence jsd"), ("--tau 0", "--tau 0.0"),
+        ("--divergence jsd --beta 1", "--beta 1.0"), ("--gradient sequence", "--gradient sequence --on teacher"),
+        ("--gradient sequence --on student --divergence reverse --tau 2", "--tau 2.0"),
+        ("--gradient sequence --on student --divergence reverse --top-k 3", "--top-k 3"),
+        ("--gradient sequence --on student --divergence reverse --group 1", "--group 1"), ("--top-k -1", "--top-k -1"),
+        ("--data letters.jsonl", "--on teacher"), ("--on data --data missing.jsonl", "missing.jsonl"),
+        ("--on data --data heldout.jsonl --init sft --teacher sft", "heldout.jsonl"), ("--on nobody", "--on"),
+        ("--on data --data long.jsonl --init sft --teacher sft", "long.jsonl, record 1"), ("--task stories", "no verifier"),
+        ("--init sft --teacher sft --max-new-tokens 999", "--max-new-tokens 999")]),
 ]
 
 
@@ -351,6 +363,12 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, capsys):
     Path("bad.pt").write_bytes(content)
     assert "bad.pt" in refused(capsys, train_sft, ["--init", "bad.pt"])
     assert "bad.pt" in refused(capsys, train_ppo, ["--init", "sft", "--reward", "model", "--reward-model", "bad.pt"])
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(capsys):
+    start(train_pretrain, PRETRAIN.replace("--vocab-size 300", "--vocab-size 301") + " --steps 1", "foreign")
+    error = refused(capsys, train_distill, ["--init", "sft", "--teacher", "foreign"])
+    assert "foreign" in error and "another tokenizer" in error
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(capsys):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from world import (
+    DISTILL,
     DPO,
     GROUP,
     GRPO,
@@ -31,6 +32,7 @@ from world import (
     write_records,
 )
 
+import train_distill
 import train_dpo
 import train_group_dpo
 import train_grpo
@@ -326,12 +328,12 @@ def test_a_stage_that_was_cut_short_is_continued_first(world, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("name", "model"), [("dpo", "sft"), ("online", "reward"), ("group", "sft"), ("rlhf", "reward"),
-                                             ("grpo-full", "sft")])
+                                             ("grpo-full", "sft"), ("distill", "grpo")])
 def test_a_run_does_not_resume_with_another_model_than_it_began_with(name, model, tmp_path, capsys):
     """The reference and the reward model are read again: one that was made anew in between would change everything."""
     script, flags = SCRIPTS[name]
     shutil.copytree(model, tmp_path / model)
-    flags = re.sub(rf"(--init|--reward-model) {model}(?= |$)", rf"\1 {tmp_path / model}", flags)
+    flags = re.sub(rf"(--init|--reward-model|--teacher) {model}(?= |$)", rf"\1 {tmp_path / model}", flags)
     start(script, flags, tmp_path / "run")
     cut_final_line(tmp_path / "run")
     checkpoint = run.load_checkpoint(tmp_path / model)
@@ -345,7 +347,7 @@ def test_a_run_does_not_resume_with_another_model_than_it_began_with(name, model
 # ---- preferences ----
 
 
-@pytest.mark.parametrize("name", ["reward", "dpo", "online", "group", "ppo"])
+@pytest.mark.parametrize("name", ["reward", "dpo", "online", "group", "ppo", "distill", "taught"])
 def test_micro_batches_of_pairs_groups_and_critics_add_up(name, tmp_path):
     (script, flags), norm = SCRIPTS[name], "train/grad_norm_max" if name == "ppo" else "train/grad_norm"
     for size in (1, 64):
@@ -483,3 +485,35 @@ def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
         assert compiled.keys() == eager.keys()
         for key in eager:
             assert compiled[key] == pytest.approx(eager[key], rel=1e-2, abs=1e-3), key
+
+
+# ---- distillation ----
+
+
+def test_a_student_learns_what_its_teacher_says(tmp_path, capsys):
+    """The teacher has been rewarded for x, its student says x or y: a few steps later, both divergences are smaller."""
+    start(train_distill, DISTILL.replace("--steps 3", "--steps 12 --lr 2e-3"), tmp_path / "run")
+    first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
+    for name in ("eval/forward_kl", "eval/reverse_kl"):
+        assert 0 <= last[name] < first[name]
+    assert "the teacher, sampled" in capsys.readouterr().out
+
+
+def test_distillation_begins_at_zero_where_student_and_teacher_are_one(tmp_path):
+    start(train_distill, DISTILL.replace("--teacher grpo", "--teacher sft --on student --divergence reverse"), tmp_path / "run")
+    first = metrics(tmp_path / "run")[0]
+    assert first["eval/forward_kl"] == first["eval/reverse_kl"] == 0 and first["train/divergence"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_default_student_and_teacher_are_made_first(tmp_path, monkeypatch):
+    """Each with the flags of this run; the paths that were typed are read before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    monkeypatch.setattr(run, "ensure_stage", lambda script, **flags: made.append((script.__name__, flags)) or "nowhere")
+    with pytest.raises(SystemExit):
+        start(train_distill, "--task sums --seed 3 --quiet --device cpu", "new")
+    names, flags = zip(*made, strict=True)
+    assert names == ("train_grpo", "train_pretrain", "train_sft")
+    assert [f["out"] for f in flags] == ["runs/grpo-sums", "runs/pretrain-pico", "runs/sft-pico-sums"]
+    assert flags[1]["preset"] == "pico" and flags[2]["init"] == "nowhere" and all(f["seed"] == 3 for f in flags)
