@@ -1,23 +1,24 @@
 """Distillation: a small student learns to say what a large teacher would say, from the teacher's whole distribution.
 
-    L = tau^2 / R  sum_bt m_bt D( p(.|y_b,<t) , q(.|y_b,<t) )       p teacher, q student, both softmax(logits / tau), R answers
+    L = tau^2 / R  sum_bt m_bt D( p(.|y_b,<t) , q(.|y_b,<t) )       p teacher, q student, both softmax(logits / tau),
+                                                                    R answers, m True on their tokens
 
-    --on         whose prefixes y_<t            --divergence     D
+    --on         whose answers y                --divergence     D
     data         somebody's demonstrations      forward          KL(p || q): the student must cover all that the teacher does
-    teacher      the teacher's own answers      reverse          KL(q || p): the student must do nothing that it does not
+    teacher      the teacher's own              reverse          KL(q || p): the student must do nothing that it does not
     student      the student's own              jsd              beta KL(p || m) + (1-beta) KL(q || m), m = beta p + (1-beta) q
 
     python train_distill.py                                         the GRPO model into one of a quarter of its size
     python train_distill.py --on student --divergence reverse       on-policy: corrected where it goes wrong itself
     python train_distill.py --on data --tau 2 --top-k 8             soft targets, of which only the likeliest are kept
 
-On its own answers, the student also chooses the prefixes that it is judged on. `--gradient token` looks away from that, as
-on-policy distillation usually does: each prefix is held fixed. `--gradient sequence` does not, and follows the KL of whole
-answers. Of KL(q || p) = E_q[ sum_t D_t ], it has the second term, too:
+On its own answers, the student also chooses the prefixes that it is judged on. `--gradient token`, the usual choice, holds
+each prefix fixed and looks away from that. `--gradient sequence` follows the KL of whole answers, E_q[ sum_t D_t ]:
 
     grad KL = E_q[ sum_t  grad D_t  +  ( sum_{s > t} D_s - b_t ) grad log q(y_t|y_<t) ]
 
-the divergence still to come, less a baseline b_t: the mean of the same over the other answers to the prompt.
+A token has its part in the divergence that comes after it. The baseline b_t is the mean of that sum, at the same t, over the
+other answers to the prompt.
 """
 
 import functools
@@ -72,8 +73,8 @@ class Config(run.RunConfig):
     on: Literal["data", "teacher", "student"] = "teacher"    # whose answers: see the table above
     divergence: Literal["forward", "reverse", "jsd"] = "forward"    # see the table above
     gradient: Literal["token", "sequence"] = "token"    # sequence: of whole answers of the student, not token by token
-    beta: run.Share | None = None    # jsd: between forward (near 0) and reverse (near 1) (default: 0.5)
-    tau: run.Positive = 1.0     # temperature of both distributions: above 1, unlikely tokens count more
+    beta: run.Share | None = None    # jsd: near 0 it is a small multiple of forward, near 1 of reverse (default: 0.5)
+    tau: run.Positive = 1.0     # temperature in D: above 1, unlikely tokens count more; answers are sampled at 1
     top_k: run.Natural = 0      # compare only the teacher's k likeliest tokens, and the others as one; 0 is all
     prompts: run.Count = 32     # P, prompts per step
     group: run.Count = 4        # G, answers per prompt; with --on data, P x G demonstrations
@@ -101,39 +102,41 @@ class Config(run.RunConfig):
 
 
 def token_divergence(student, teacher, *, divergence="forward", beta=None, tau=1.0, top_k=0):
-    """tau^2 D at each token.       student, teacher logits [N, V] -> [N] in nats
-
-    tau^2 because a gradient with respect to the logits is 1/tau of one with respect to logits / tau, and p - q shrinks as
-    1/tau, too: so the strength of the lesson does not depend on tau.               (Hinton et al. 2015, section 2.1)
-    """
-    p, q = teacher / tau, student / tau
-    if 0 < top_k < p.shape[-1]:
-        ids = p.topk(top_k, dim=-1).indices
-        p, q = with_tail(p, ids), with_tail(q, ids)
+    """D(p, q) at each token, p and q the softmax of logits / tau.       student, teacher logits [N, V] -> [N] in nats"""
+    student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) / tau for x in (student, teacher))
+    if 0 < top_k < teacher.shape[-1]:
+        ids = teacher.topk(top_k, dim=-1).indices
+        student, teacher = with_tail(student, ids), with_tail(teacher, ids)
     if divergence == "forward":
-        d = kl_divergence(p, q)
+        d = kl_divergence(teacher, student)
     elif divergence == "reverse":
-        d = kl_divergence(q, p)
+        d = kl_divergence(student, teacher)
     else:
-        d = jensen_shannon(p, q, beta)
-    return tau**2 * d
+        d = jensen_shannon(teacher, student, beta)
+    return d
 
 
-def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1, **how):
+def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1, tau=1.0, **how):
     """The loss of some prompts' answers, and metrics as sums over tokens.
 
-    student, teacher: logits [N, V] at the N tokens where mask [B, T] is True, which are ids [N]; weights [B, T]. With
-    gradient="sequence", rows are groups of `group` answers to a prompt, side by side; `how` goes to token_divergence.
+        L = tau^2 sum_bt w_bt D_bt   [ + sum_bt w_bt sg( sum_{s>t} D_bs - b_bt ) log q(y_bt|y_b,<t)   with gradient="sequence" ]
+
+    student, teacher: logits [N, V] of the N tokens ids [N] where mask [B, T] is True; weights [B, T]. With the second term,
+    rows are groups of `group` answers to a prompt, side by side, and of L only the gradient means something. `how` goes to
+    token_divergence.
+
+    tau^2 because the gradient in the logits is 1/tau of that in logits / tau, and p - q shrinks as 1/tau, too: so the strength
+    of the lesson does not depend on tau.                                           (Hinton et al. 2015, section 2.1)
     """
-    per_token = token_divergence(student, teacher, **how)
-    d = per_token.new_zeros(mask.shape).masked_scatter(mask, per_token)                     # [B, T]
-    loss = (weights * d).sum()
+    per_token = token_divergence(student, teacher, tau=tau, **how)
+    D = per_token.new_zeros(mask.shape).masked_scatter(mask, per_token)                     # [B, T]
+    loss = tau**2 * (weights * D).sum()
     if gradient == "sequence":
-        logp = torch.zeros_like(d).masked_scatter(mask, selective_log_softmax(student, ids))
-        to_go = d.detach().flip(-1).cumsum(-1).flip(-1) - d.detach()                        # sum over s > t
-        others = leave_one_out(to_go.view(-1, group, to_go.shape[1]).transpose(1, 2))       # [P, T, G]
-        loss = loss + (weights * others.transpose(1, 2).reshape(to_go.shape) * logp).sum()
-    metrics = {"divergence": d.sum(), "entropy": entropy_from_logits(student).sum()}
+        logp = torch.zeros_like(D).masked_scatter(mask, selective_log_softmax(student, ids))
+        to_go = D.detach().sum(-1, keepdim=True) - D.detach().cumsum(-1)                    # sum over s > t
+        advantage = leave_one_out(to_go.view(-1, group, to_go.shape[1]).transpose(1, 2))    # [P, T, G]
+        loss = loss + (weights * advantage.transpose(1, 2).reshape(to_go.shape) * logp).sum()
+    metrics = {"divergence": D.sum(), "entropy": entropy_from_logits(student).sum()}
     return loss, {f"train/{name}": x.detach() for name, x in metrics.items()}
 
 
@@ -153,16 +156,16 @@ def main(cfg: Config) -> None:
         task = make_task(cfg.task, cfg.difficulty or None)
         task.prepare()
         records = train_sft.training_records(cfg.data, task) if cfg.on == "data" else []
-        for typed in filter(None, (cfg.teacher, cfg.init)):
+        for typed in filter(None, (cfg.teacher, "" if checkpoint else cfg.init)):
             run.load_checkpoint(typed, "policy")
-    wise = cfg.teacher or run.ensure_stage(train_grpo, out=run.stage_dir("grpo", cfg.task, cfg.difficulty),
+    teacher_run = cfg.teacher or run.ensure_stage(train_grpo, out=run.stage_dir("grpo", cfg.task, cfg.difficulty),
                                            **run.same(cfg, "task", "difficulty"))
     init = "" if checkpoint else cfg.init or make_student(cfg)
     with run.user_errors():
-        start, taught = checkpoint or run.load_checkpoint(init, "policy"), run.load_checkpoint(wise, "policy")
+        start, teacher_start = checkpoint or run.load_checkpoint(init, "policy"), run.load_checkpoint(teacher_run, "policy")
         tokenizer, student = run.tokenizer_from(start), run.model_from(start, device)
-        check_tokenizer(taught, tokenizer, wise)
-        teacher = run.model_from(taught, device).requires_grad_(False)
+        check_tokenizer(teacher_start, tokenizer, teacher_run)
+        teacher = run.model_from(teacher_start, device).requires_grad_(False)
         for model in (student, teacher):
             check_room(model, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
         context = min(student.config.context, teacher.config.context)
@@ -172,7 +175,7 @@ def main(cfg: Config) -> None:
     out = run.Run(cfg, checkpoint, student, optimizer, tokenizer)
     with run.user_errors():
         out.started_from(teacher=teacher)
-    del start, taught, checkpoint
+    del start, teacher_start, checkpoint
     compiled = run.wants_compile(cfg, device)
     if compiled:
         for model in (student, teacher):
@@ -181,18 +184,19 @@ def main(cfg: Config) -> None:
     loss = functools.partial(objective, gradient=cfg.gradient, group=cfg.group, divergence=cfg.divergence, beta=cfg.beta,
                              tau=cfg.tau, top_k=cfg.top_k)
     with run.autocast(device, cfg.dtype):
-        lessons = answer(teacher, tokenizer, task, heldout_problems(task, cfg.eval_problems, cfg.seed),
-                         seed=run.derive(cfg.seed, "lessons"), **sampling)
-    wisdom = float(lessons.rewards.mean())
+        teacher_answers = answer(teacher, tokenizer, task, heldout_problems(task, cfg.eval_problems, cfg.seed),
+                         seed=run.derive(cfg.seed, "teacher"), **sampling)
+    teacher_accuracy = float(teacher_answers.rewards.mean())
     print(f"Distilling {teacher.num_parameters():,} parameters into {student.num_parameters():,}: {cfg.divergence} divergence "
-          f"on answers of the {cfg.on} to {task.name}, on {device.type}. The teacher's accuracy, sampled, is {wisdom:.3f}.")
+          f"on answers of the {cfg.on} to {task.name}, on {device.type}. The teacher is right in {teacher_accuracy:.3f} of its "
+          "samples.")
 
     def look() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
             metrics, experience = evaluate(student, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
                                            reference=teacher, size=cfg.micro_batch, **sampling)
             metrics["eval/reverse_kl"] = metrics.pop("eval/answer_kl")
-            metrics["eval/forward_kl"] = answer_kl(teacher, student, lessons.rollout, 1.0, cfg.micro_batch)
+            metrics["eval/forward_kl"] = answer_kl(teacher, student, teacher_answers.rollout, 1.0, cfg.micro_batch)
         show_answers(out, experience)
         return metrics
 
@@ -220,14 +224,14 @@ def main(cfg: Config) -> None:
         rows = torch.arange(len(tokens), device=device)
         weights = token_weights(mask, rows, "sequence_sum")
         for part in rows.split(cfg.group * max(1, cfg.micro_batch // cfg.group)):
-            T = 2 + int(mask[part].any(0).nonzero().max())
+            T = 2 + int(mask[part].any(0).nonzero().max())              # mask[:, t] is about tokens[:, t+1]
             inputs, targets = shift(tokens[part, :T])
             m = mask[part, : T - 1]
             with run.autocast(device, cfg.dtype):
                 with torch.no_grad():
-                    p = teacher.head(teacher.hidden(inputs)[m])
-                q = student.head(student.hidden(inputs)[m])
-            micro_loss, metrics = loss(q, p, targets[m], m, weights[part, : T - 1])
+                    teacher_logits = teacher.head(teacher.hidden(inputs)[m])                # [N, V]
+                student_logits = student.head(student.hidden(inputs)[m])
+            micro_loss, metrics = loss(student_logits, teacher_logits, targets[m], m, weights[part, : T - 1])
             micro_loss.backward()
             add_up(totals, metrics)
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
@@ -242,7 +246,7 @@ def main(cfg: Config) -> None:
     final = look()
     out.finish(final)
     print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
-    print(f"  {'the teacher, sampled':37s} {wisdom:8.3f}")
+    print(f"  {'the teacher, sampled':37s} {teacher_accuracy:8.3f}")
 
 
 if __name__ == "__main__":

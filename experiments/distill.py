@@ -29,11 +29,11 @@ from nanorl.tabular import prefix_rows, sequence_kl, sequence_probs, sequences
 from train_distill import objective
 
 WAYS = {
-    "forward, the teacher's answers": "--on teacher --divergence forward",
-    "forward, data": "--on data --divergence forward",
-    "jsd, the student's answers": "--on student --divergence jsd",
-    "reverse, the student's answers, token": "--on student --divergence reverse",
-    "reverse, the student's answers, sequence": "--on student --divergence reverse --gradient sequence",
+    "forward, data": {"on": "data", "divergence": "forward"},
+    "forward, the teacher's answers": {"on": "teacher", "divergence": "forward"},
+    "jsd, the student's answers": {"on": "student", "divergence": "jsd", "beta": 0.5},
+    "reverse, the student's answers, token": {"on": "student", "divergence": "reverse", "gradient": "token"},
+    "reverse, the student's answers, sequence": {"on": "student", "divergence": "reverse", "gradient": "sequence"},
 }
 T, NOISE = 3, 0.02      # tokens of an answer; the chance that a token of a mode is of the other kind
 
@@ -55,15 +55,14 @@ def blind(z: Tensor) -> Tensor:
     return torch.cat([z[t].expand(2**t, 2) for t in range(T)])
 
 
-def exact_loss(way: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """The objective of train_distill.py, in expectation over whose answers it is on, by summing over all of them."""
-    flags = dict(zip(*[iter(way.replace("--", "").split())] * 2, strict=True))
-    on, how = flags.pop("on"), {"group": 2, "beta": 0.5} | flags
-    answers, p = sequences(2, T), sequence_probs(teacher if on != "student" else student).detach()
-    pairs = torch.tensor(list(product(range(len(answers)), repeat=2)))                      # two answers to the prompt
+def exact_loss(student: Tensor, teacher: Tensor, *, on: str, **how) -> Tensor:
+    """The objective of train_distill.py, in expectation over two answers to a prompt, by summing over all pairs of them."""
+    answers, p = sequences(2, T), sequence_probs(student if on == "student" else teacher).detach()
+    pairs = torch.tensor(list(product(range(len(answers)), repeat=2)))
     tokens, weights = answers[pairs.flatten()], (p[pairs].prod(-1) / 2).repeat_interleave(2)
     mask, rows = torch.ones_like(tokens, dtype=torch.bool), prefix_rows(tokens, 2).flatten()
-    return objective(student[rows], teacher[rows], tokens.flatten(), mask, weights[:, None].expand(mask.shape), **how)[0]
+    return objective(student[rows], teacher[rows], tokens.flatten(), mask, weights[:, None].expand(mask.shape), group=2,
+                     **how)[0]
 
 
 def shared(p: Tensor, q: Tensor) -> float:
@@ -71,12 +70,12 @@ def shared(p: Tensor, q: Tensor) -> float:
     return float(p[q >= p / 10].sum())
 
 
-def learn(way: str, teacher: Tensor, seed: int, steps: int = 400) -> Tensor:
-    """The table of a blind student after as many steps of gradient descent, from a random start."""
+def learn(way: dict, teacher: Tensor, seed: int, steps: int = 400) -> Tensor:
+    """The table of a blind student after `steps` steps of gradient descent, of size 1, from a random start."""
     z = randn(generator(seed, "student"), T, 2)
     for _ in range(steps):
         z = leaf(z)
-        z = z - torch.autograd.grad(exact_loss(way, blind(z), teacher), z)[0]
+        z = z - torch.autograd.grad(exact_loss(blind(z), teacher, **way), z)[0]
     return blind(z.detach())
 
 
@@ -85,8 +84,8 @@ def modes_table(seeds: int) -> str:
     p = sequence_probs(teacher)
     lines = ["| two modes | coverage | precision | KL(teacher ‖ student) | KL(student ‖ teacher) |", "|---|---|---|---|---|"]
     for label, way in WAYS.items():
-        if "data" in way:
-            continue            # whose answers they are is all the same here
+        if way["on"] == "data":
+            continue            # nobody has demonstrated anything here
         students = [learn(way, teacher, seed) for seed in range(seeds)]
         answers = [sequence_probs(student) for student in students]
         columns = ([shared(p, q) for q in answers], [shared(q, p) for q in answers],
@@ -102,7 +101,7 @@ def modes_table(seeds: int) -> str:
 
 
 def students_table(logs: dict[str, list[list[dict]]]) -> str:
-    """Each way at its first, its second and its last evaluation."""
+    """The student as it begins, and what each way has made of it after ten steps and in the end."""
     lines = ["| | accuracy, sampled, after 10 steps | at the end | greedy | worked out | KL(teacher ‖ student) | "
              "KL(student ‖ teacher) |", "|---|---|---|---|---|---|---|"]
     names = ("accuracy_greedy", "worked", "forward_kl", "reverse_kl")
@@ -127,8 +126,9 @@ def main() -> None:
     args = parser.parse_args()
     common = f"--teacher {args.teacher} --init {args.student} --eval-every 10"
     if not args.draw:
-        train_all([(directory(args.out, label, seed), "train_distill.py", f"{flags} --seed {seed} {common}")
-                   for seed in range(args.seeds) for label, flags in WAYS.items()], args.jobs)
+        flags = {label: " ".join(f"--{name} {value}" for name, value in way.items()) for label, way in WAYS.items()}
+        train_all([(directory(args.out, label, seed), "train_distill.py", f"{flags[label]} --seed {seed} {common}")
+                   for seed in range(args.seeds) for label in WAYS], args.jobs)
     print(modes_table(10))
     print()
     print(students_table({label: [read_metrics(directory(args.out, label, seed)) for seed in range(args.seeds)]

@@ -38,7 +38,6 @@ class Config:
     show: Literal["text", "probs"] = "text"    # probs: each token with its probability, entropy and likeliest alternatives
     seed: run.Natural = 0       # of the answers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda
 
 
 MAY_CHANGE = ("temperature", "top_k", "top_p", "max_new_tokens", "show")
@@ -47,20 +46,26 @@ MAY_CHANGE = ("temperature", "top_k", "top_p", "max_new_tokens", "show")
 def changed(cfg: Config, command: str) -> Config:
     """The flags after a command like "/temperature 0.5"; as they were, and a sentence on stderr, when it makes no sense."""
     name, _, value = command[1:].partition(" ")
+    if name not in MAY_CHANGE:
+        print(f"/{name}: expected /quit or one of {', '.join('/' + name for name in MAY_CHANGE)}", file=sys.stderr)
+        return cfg
     try:
-        with run.user_errors():
-            if name not in MAY_CHANGE:
-                raise ValueError(f"/{name}: expected /quit or one of {', '.join('/' + name for name in MAY_CHANGE)}")
         parsed = run.parse(Config, [cfg.checkpoint, f"--{name.replace('_', '-')}={value.strip()}"])
     except SystemExit:
         return cfg
     return dataclasses.replace(cfg, **{name: getattr(parsed, name)})
 
 
+def at_the_keyboard() -> bool:
+    return bool(sys.stdin and sys.stdin.isatty())
+
+
 def prompts() -> Iterator[str]:
-    """Lines from the keyboard or from a pipe."""
-    if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+    """Lines from the keyboard or from a pipe, whatever bytes they hold."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    if not at_the_keyboard():
+        yield from (line.rstrip("\n") for line in sys.stdin or ())
         return
     while True:
         try:
@@ -70,16 +75,16 @@ def prompts() -> Iterator[str]:
 
 
 @torch.no_grad()
-def probabilities(model: GPT, tokens: Tensor, start: int, cfg: Config, tokenizer: Tokenizer, others: int = 3) -> str:
+def probabilities(model: GPT, tokens: Tensor, start: int, cfg: Config, tokenizer: Tokenizer) -> str:
     """A line for each token from `start` on: its probability, the entropy of the distribution that it was drawn from, and the
     likeliest tokens beside it. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
     logits = model(tokens[None, :-1])[0, start - 1 :]                                       # [response, V]
     logits = sampling_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p) if cfg.temperature else logits.float()
     lines = [f"{'token':>14}  probability  entropy  instead"]
     for token, logp, entropy in zip(tokens[start:].tolist(), log_softmax(logits), entropy_from_logits(logits), strict=True):
-        best = [i for i in logp.argsort(descending=True).tolist() if i != token and logp[i] > -torch.inf][:others]
+        best = [i for i in logp.argsort(descending=True).tolist() if i != token and logp[i] > -torch.inf][:3]
         instead = "  ".join(f"{shown(tokenizer, i)} {float(logp[i].exp()):.3f}" for i in best)
-        numbers = f"{float(logp[token].exp()):11.3f}  {abs(float(entropy)):7.3f}"
+        numbers = f"{float(logp[token].exp()):11.3f}  {abs(float(entropy)):7.3f}"               # of a certain token, -0.0
         lines.append(f"{shown(tokenizer, token):>14}  {numbers}  {instead}".rstrip())
     return "\n".join(lines)
 
@@ -93,11 +98,9 @@ def main(cfg: Config) -> None:
         device = run.find_device(cfg.device)
         checkpoint = run.load_checkpoint(cfg.checkpoint, "policy")
     tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
-    pretrained = "text" in checkpoint["config"]
-    if sys.stdin.isatty():
+    pretrained = "text" in checkpoint["config"]         # only train_pretrain.py has that flag
+    if at_the_keyboard():
         print(f"{cfg.checkpoint} {'continues' if pretrained else 'answers'} what you write. /quit to leave, / for commands.")
-    elif hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
 
     for number, line in enumerate(prompts()):
         if line.strip() == "/quit":
@@ -108,20 +111,24 @@ def main(cfg: Config) -> None:
             ids = [tokenizer.bos, *tokenizer.encode(line)] if pretrained else tokenizer.render(line)
             room = model.config.context - len(ids)
             if room < 1:
-                print(f"{len(ids)} tokens: expected less than the model's context of {model.config.context}", file=sys.stderr)
+                print(f"{len(ids)} tokens: expected fewer than the model's context of {model.config.context}", file=sys.stderr)
                 continue
-            with run.user_errors((FloatingPointError,)), run.autocast(device, cfg.dtype):
+            try:
                 said = generate(model, [ids], max_new_tokens=min(cfg.max_new_tokens, room), temperature=cfg.temperature,
                                 top_k=cfg.top_k, top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
-                if cfg.show == "probs":
-                    print(probabilities(model, said.tokens[0], len(ids), cfg, tokenizer))
-                else:
-                    text = tokenizer.decode(said.responses()[0])
-                    print(run.printable(text if said.finished[0] else text + " ..."), flush=True)
+            except FloatingPointError as e:
+                print(e, file=sys.stderr)
+                continue
+            if cfg.show == "probs":
+                text = probabilities(model, said.tokens[0], len(ids), cfg, tokenizer)
+            else:
+                text = tokenizer.decode(said.responses()[0]) + ("" if said.finished[0] else " ...")
+            print(run.printable(text), flush=True)
 
 
 if __name__ == "__main__":
     try:
         main(run.parse(Config))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.stdout = None               # whoever read it has gone: nothing to flush
         raise SystemExit(130) from None

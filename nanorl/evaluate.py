@@ -6,7 +6,7 @@
 
 --method            what the answer is
 greedy              the most likely token, always
-sample              one answer at --temperature
+sample              one answer at --temperature: the mean over --n of them
 low_temperature     one answer at temperature 1/alpha, for each --alpha: what power is to be compared with
 direct, worked      one answer whose first tokens are forced, so that it blurts or works
 majority            the most frequent of n answers; a tie is settled by a fair draw
@@ -28,25 +28,23 @@ from tqdm import tqdm
 from nanorl import run
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.plot import draw_search, pyplot
-from nanorl.rollout import answer, check_room, choose_task, heldout_problems, learned_rewards, load_reward_model
-from nanorl.search import autocorrelation, best_of_n, doublings, opening, power_sample, vote_value
+from nanorl.rollout import check_room, choose_task, heldout_problems, load_reward_model
+from nanorl.search import ROWS, Answers, ask, autocorrelation, best_of_n, doublings, opening, power_sample, vote_value
 from nanorl.tasks import Problem, Task, answer_room
 from nanorl.tokenizer import Tokenizer
 
-Way = Literal["direct", "worked"]
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
-ROWS = 1024     # answers in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(run.DeviceConfig):
     runs: tuple[str, ...]       # runs, or checkpoints, to compare
     method: tuple[Method, ...] = ("greedy", "sample", "majority", "best_of_n")    # see the table above
     task: str = ""              # what to ask (default: what the first run was trained on, or else addition)
     difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "answer"}, whose held-out ones are asked instead
-    problems: run.Count = 300   # held-out problems
-    n: run.Count = 16           # answers to each of them, where a method wants more than one
+    problems: run.Count = 300   # held-out problems; one that is drawn twice is asked once
+    n: run.Count = 16           # answers to each of them; a method of one answer is averaged over all n
     temperature: run.Positive = 1.0    # of all methods that do not say otherwise
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut, and wrong (default: the task's)
     scorer: tuple[Literal["verifier", "logprob", "reward"], ...] = ("verifier",)    # who chooses the best of n
@@ -55,10 +53,6 @@ class Config:
     proposal: tuple[Literal["base", "tempered"], ...] = ("base",)    # power: new ends from the model, or at temperature 1/alpha
     steps: run.Count = 128      # power: steps of each chain
     chains: run.Count = 2       # power: chains for each problem
-    seed: run.Natural = 0       # of the problems and of the answers
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda
-    compile: bool | None = None  # compile the decoding step; by default on cuda only
     out: str = ""               # JSON file for the table and the settings
     plot: str = ""              # PNG of accuracy against tokens; needs matplotlib
 
@@ -70,32 +64,24 @@ class Row:
     run: str
     method: str
     n: int              # answers, or steps of the chain
-    accuracy: float     # or the hidden reward
+    value: float        # accuracy, or the hidden reward
     low: float          # its 95 % confidence interval, over problems
     high: float
     tokens: float       # sampled per problem
 
 
-@dataclass
-class Answers:
-    """n answers to each of P problems."""
-
-    rewards: Tensor     # [P, n]
-    tokens: Tensor      # [P, n] sampled or forced
-    logp: Tensor        # [P, n] log p(y) of what was sampled, in nats
-    learned: Tensor     # [P, n] what the reward model says of them; zeros without one
-    ballots: list[list[str | None]]
-
-
-def interval(values: Tensor, share: bool = True) -> tuple[float, float]:
+def interval(values: Tensor, shares: bool = True) -> tuple[float, float]:
     """95 % confidence interval of the mean of one value per problem.       [P]
 
-    For shares, Wilson's: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), which never leaves [0, 1] and is no point
-    where all is right. Where the values are means over several answers, n is the number of coin flips of their variance.
-    Anything else is mean +- z std / sqrt(n).                                       (Wilson 1927; Brown et al. 2001)
+    Of shares, Wilson's, which never leaves [0, 1] and is no point where all is right:
+
+        (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)                   (Wilson 1927; Brown et al. 2001)
+
+    with n = P coin flips; values that are means over several answers vary less, like n = P p(1-p) / Var(values) of them.
+    Of anything else, mean +- z std / sqrt(P).
     """
     n, mean, variance, z = len(values), float(values.double().mean()), float(values.double().var(correction=0)), 1.96
-    if not share:
+    if not shares:
         half = z * (variance / n) ** 0.5
         return mean - half, mean + half
     if variance > 0:
@@ -105,12 +91,17 @@ def interval(values: Tensor, share: bool = True) -> tuple[float, float]:
 
 
 def vote(answers: Answers, n: int, weighted: bool) -> Tensor:
-    """The accuracy of a vote of n, averaged over as many disjoint votes as there are answers for.       -> [P]"""
-    weights = (answers.logp - answers.logp.amax(-1, keepdim=True)).exp() if weighted else torch.ones_like(answers.logp)
-    parts = [slice(i, i + n) for i in range(0, answers.rewards.shape[1] - n + 1, n)]
-    return torch.tensor([
-        sum(vote_value(ballots[part], values[part], weight[part]) for part in parts) / len(parts)
-        for ballots, values, weight in zip(answers.ballots, answers.rewards.tolist(), weights.tolist(), strict=True)])
+    """The accuracy of a vote of n: the mean over disjoint votes, as many as there are answers for.       -> [P]
+
+    Weighted, an answer's vote is in proportion to its probability as it was sampled.
+    """
+    values = []
+    for ballots, rewards, logp in zip(answers.ballots, answers.rewards.tolist(), answers.logp.double(), strict=True):
+        parts = [slice(i, i + n) for i in range(0, len(ballots) - n + 1, n)]
+        worth = [vote_value(ballots[part], rewards[part], torch.softmax(logp[part], 0).tolist() if weighted else None)
+                 for part in parts]
+        values.append(sum(worth) / len(worth))
+    return torch.tensor(values)
 
 
 @dataclass
@@ -126,140 +117,145 @@ class Evaluation:
     reward_model: ScalarGPT | None
     how: dict           # max_new_tokens and compile, for `generate`
     rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)      # on how the chains have moved
 
     def add(self, method: str, n: int, values: Tensor, tokens: Tensor) -> None:
         """A row, from one value and one count of tokens for each problem."""
         low, high = interval(values, self.task.verifiable)
         self.rows.append(Row(self.name, method, n, float(values.double().mean()), low, high, float(tokens.double().mean())))
 
-    def ask(self, samples: int, temperature: float, way: Way | None, title: str) -> Answers:
-        """`samples` answers to each problem, few problems at a time: their caches take memory."""
-        parts, size = [], max(1, ROWS // samples)
-        for i in tqdm(range(0, len(self.problems), size), desc=title, leave=False):
-            asked = self.problems[i : i + size]
-            begun = [opening(self.task, self.tokenizer, problem, way) if way else [] for problem in asked]
-            found = answer(self.model, self.tokenizer, self.task, asked, samples=samples, openings=begun,
-                           temperature=temperature, seed=run.derive(self.cfg.seed, "evaluate", i), **self.how)
-            said, shape = found.rollout, found.rewards.shape
-            tokens = said.lengths - said.prompt_lengths + torch.tensor([len(ids) for ids in begun]).to(
-                said.lengths.device).repeat_interleave(samples)
-            learned = learned_rewards(self.reward_model, said, 64) if self.reward_model else torch.zeros(len(said.tokens))
-            ballots = [self.task.ballot(text) if done else None
-                       for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
-            parts.append(Answers(found.rewards, *(x.cpu().view(shape) for x in (tokens, said.logp.sum(-1), learned)),
-                                 [ballots[p * samples : (p + 1) * samples] for p in range(len(asked))]))
-        return Answers(*(torch.cat([getattr(part, name) for part in parts])
-                         for name in ("rewards", "tokens", "logp", "learned")),
-                       [ballots for part in parts for ballots in part.ballots])
+    def alone(self, method: str, samples: int, temperature: float, way: Literal["direct", "worked"] | None = None) -> None:
+        """A row for one answer, averaged over `samples` of them."""
+        found = self.ask(method, samples, temperature, way)
+        self.add(method, 1, found.rewards.double().mean(-1), found.tokens.double().mean(-1))
 
-    def walk(self, alpha: float, proposal: str, title: str) -> None:
-        """Power sampling: a row for 0, 1, 2, 4, ... steps, and a note on how the chains have moved."""
-        cfg, C = self.cfg, self.cfg.chains
-        marks, size, moved, tried, traces = [0, *doublings(cfg.steps)], max(1, ROWS // C), 0, 0, []
-        values, tokens = ({mark: [] for mark in marks} for _ in range(2))
+    def ask(self, purpose: str, samples: int, temperature: float, way: Literal["direct", "worked"] | None = None) -> Answers:
+        return ask(self.model, self.tokenizer, self.task, self.problems, samples, seed=self.cfg.seed, purpose=purpose, way=way,
+                   reward_model=self.reward_model, quiet=False, temperature=temperature, **self.how)
+
+    @functools.cached_property
+    def sampled(self) -> Answers:
+        """What votes and scorers choose from."""
+        return self.ask("sample", self.cfg.n, self.cfg.temperature)
+
+    def choose(self, method: str) -> None:
+        """Rows for what comes of 1, 2, 4, ... of the sampled answers: a vote, or the best by each scorer."""
+        found = self.sampled
+        for n in doublings(self.cfg.n):
+            if method in ("majority", "weighted"):
+                self.add(method, n, vote(found, n, method == "weighted"), n * found.tokens.double().mean(-1))
+        for scorer in self.cfg.scorer if method == "best_of_n" else ():
+            scores = {"verifier": found.rewards, "logprob": found.logp, "reward": found.learned}[scorer]
+            for n in doublings(self.cfg.n):
+                values = best_of_n(scores, found.rewards, n)
+                self.add(f"best by {scorer}", n, values, n * found.tokens.double().mean(-1))
+
+    def walk(self, alpha: float, proposal: str) -> None:
+        """Power sampling: rows after 0, 1, 2, 4, ... steps, and a note."""
+        cfg, title, size = self.cfg, f"power {alpha:g}, {proposal}", max(1, ROWS // self.cfg.chains)
+        marks = [0, *doublings(cfg.steps)]
+        rewards, tokens, traces, moved, tried = {m: [] for m in marks}, {m: [] for m in marks}, [], 0, 0
         for i in range(0, len(self.problems), size):
-            asked, trace = self.problems[i : i + size], []
-            chains = power_sample(self.model, [self.tokenizer.render(problem.prompt) for problem in asked], alpha=alpha,
-                                  steps=cfg.steps, temperature=1.0 if proposal == "base" else 1 / alpha, chains=C,
-                                  stop_ids={self.tokenizer.end}, seed=run.derive(cfg.seed, title, i), **self.how)
+            part, trace = self.problems[i : i + size], []
+            prompts = [self.tokenizer.render(problem.prompt) for problem in part]
+            chains = power_sample(self.model, prompts, alpha=alpha, steps=cfg.steps, chains=cfg.chains,
+                                  temperature=1.0 if proposal == "base" else 1 / alpha, stop_ids={self.tokenizer.end},
+                                  max_new_tokens=self.how["max_new_tokens"], seed=run.derive(cfg.seed, title, i))
             for step, now in enumerate(tqdm(chains, desc=title, total=cfg.steps + 1, leave=False)):
                 moved, tried = moved + int(now.accepted.sum()), tried + int(now.proposed.sum())
-                trace.append(now.logp.cpu().view(len(asked), C))
+                trace.append(now.logp.cpu().view(len(part), cfg.chains))
                 if step in marks:
                     texts = [self.tokenizer.decode(ids) for ids in now.rollout.responses()]
-                    rewards = self.task.grades([problem for problem in asked for _ in range(C)], texts,
-                                               now.rollout.finished.tolist())
-                    values[step].append(torch.tensor(rewards).view(len(asked), C).mean(-1))
-                    tokens[step].append(now.sampled.cpu().double().view(len(asked), C).mean(-1))
+                    asked = [problem for problem in part for _ in range(cfg.chains)]
+                    rewards[step] += self.task.grades(asked, texts, now.rollout.finished.tolist())
+                    tokens[step] += now.sampled.tolist()
             traces.append(torch.stack(trace))
-        for mark in marks:
-            self.add(title, mark, torch.cat(values[mark]), torch.cat(tokens[mark]))
-        rho = autocorrelation(torch.cat(traces, dim=1)[cfg.steps // 2 :])
-        remembered = ", ".join(f"{float(rho[k]):.2f} after {k}" for k in doublings(len(rho)) if k < len(rho))
-        self.notes.append(f"{self.name}, {title}: {moved / max(tried, 1):.0%} of the proposals accepted; autocorrelation of "
-                          f"log p over the second half of the steps: {remembered or 'none'}")
+        for step in marks:
+            self.add(title, step, *(torch.tensor(x[step]).view(-1, cfg.chains).double().mean(-1) for x in (rewards, tokens)))
+        self.notes.append(f"{self.name}, {title}: {moved / max(tried, 1):.0%} of the proposals accepted")
+        if cfg.chains > 1:
+            rho = autocorrelation(torch.cat(traces, dim=1)[cfg.steps // 2 :]).tolist()
+            self.notes[-1] += ("; over the second half of the steps, log p has an autocorrelation of "
+                               + ", ".join(f"{rho[k]:.2f} after {k}" for k in doublings(len(rho) - 1)))
 
     def measure(self) -> None:
         """Fill the rows: one or several for each method."""
         cfg = self.cfg
-        sample = functools.cache(lambda: self.ask(cfg.n, cfg.temperature, None, "sample"))      # shared by what chooses
-
-        def alone(method: str, found: Answers) -> None:
-            self.add(method, 1, found.rewards.double().mean(-1), found.tokens.double().mean(-1))
-
         for method in cfg.method:
             match method:
                 case "greedy":
-                    alone(method, self.ask(1, 0.0, None, method))
+                    self.alone(method, 1, 0.0)
                 case "sample":
-                    alone(method, sample())
+                    self.add(method, 1, self.sampled.rewards.double().mean(-1), self.sampled.tokens.double().mean(-1))
                 case "low_temperature":
                     for alpha in cfg.alpha:
-                        alone(f"temperature 1/{alpha:g}", self.ask(cfg.n, 1 / alpha, None, f"temperature 1/{alpha:g}"))
+                        self.alone(f"temperature 1/{alpha:g}", cfg.n, 1 / alpha)
                 case "direct" | "worked":
-                    alone(method, self.ask(cfg.n, cfg.temperature, method, method))
-                case "majority" | "weighted":
-                    for n in doublings(cfg.n):
-                        self.add(method, n, vote(sample(), n, method == "weighted"), n * sample().tokens.double().mean(-1))
-                case "best_of_n":
-                    found = sample()
-                    for scorer in cfg.scorer:
-                        scores = {"verifier": found.rewards, "logprob": found.logp, "reward": found.learned}[scorer]
-                        for n in doublings(cfg.n):
-                            self.add(f"best by {scorer}", n, best_of_n(scores, found.rewards, n),
-                                     n * found.tokens.double().mean(-1))
+                    self.alone(method, cfg.n, cfg.temperature, way=method)
+                case "majority" | "weighted" | "best_of_n":
+                    self.choose(method)
                 case "power":
                     for alpha in cfg.alpha:
                         for proposal in cfg.proposal:
-                            self.walk(alpha, proposal, f"power {alpha:g}, {proposal}")
+                            self.walk(alpha, proposal)
 
 
 def table(rows: list[Row], measured: str) -> str:
     """Markdown, and aligned for the eye."""
     cells = [["run", "method", "n", measured, "95 % interval", "tokens per problem"]]
-    cells += [[r.run, r.method, str(r.n), f"{r.accuracy:.3f}", f"{r.low:.3f} to {r.high:.3f}", f"{r.tokens:,.0f}"]
+    cells += [[r.run, r.method, str(r.n), f"{r.value:.3f}", f"{r.low:.3f} to {r.high:.3f}", f"{r.tokens:,.0f}"]
               for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
+def prepare(cfg: Config) -> list[Evaluation]:
+    """Everything that can be wrong with flags and files, ValueError in one sentence, and then the runs, ready to be asked."""
+    device = run.find_device(cfg.device)
+    for path in filter(None, (cfg.out, cfg.plot)):
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path}: not a file that can be written; expected one in a directory that exists")
+    if cfg.plot:
+        pyplot()
+    checkpoints = {path: run.load_checkpoint(path, "policy") for path in cfg.runs}
+    trained = checkpoints[cfg.runs[0]]["config"]
+    if not cfg.task and not cfg.data and trained.get("data"):
+        raise ValueError(f"{cfg.runs[0]}: was trained on {trained['data']}; say what to ask, with --task or --data")
+    name = cfg.task or trained.get("task", "addition")
+    difficulty = cfg.difficulty or (0 if cfg.task else trained.get("difficulty", 0))
+    task = choose_task(name, difficulty, cfg.data, needs_verifier=False)
+    comparing = {"majority", "weighted", "direct", "worked"}.intersection(cfg.method)
+    if comparing and not task.verifiable:
+        raise ValueError(f"--method {min(comparing)}: no answer to {task.name} is right or wrong; expected another method")
+    if ("reward" in cfg.scorer) != bool(cfg.reward_model):
+        raise ValueError(f"--scorer {' '.join(cfg.scorer)} --reward-model {cfg.reward_model}: the one needs the other")
+    problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed)))      # others would count as independent
+    how = dict(max_new_tokens=cfg.max_new_tokens or answer_room(name), compile=run.wants_compile(cfg, device))
+    evaluations = []
+    for path, checkpoint in checkpoints.items():
+        tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
+        reward_model = load_reward_model(cfg.reward_model, tokenizer, device) if cfg.reward_model else None
+        ways = [None, *({"direct", "worked"} & set(cfg.method))]
+        prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, way) if way else [])
+                   for problem in problems for way in ways]
+        for each in filter(None, (model, reward_model)):
+            check_room(each, prompts, how["max_new_tokens"])
+        evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, how))
+    return evaluations
+
+
 def main(cfg: Config) -> None:
     with run.user_errors():
-        device = run.find_device(cfg.device)
-        for path in filter(None, (cfg.out, cfg.plot)):
-            if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-                raise ValueError(f"{path}: not a file that can be written; expected one in a directory that exists")
-        if cfg.plot:
-            pyplot()                # or a sentence, before any work
-        checkpoints = {path: run.load_checkpoint(path, "policy") for path in cfg.runs}
-        trained = checkpoints[cfg.runs[0]]["config"]
-        name = cfg.task or trained.get("task", "addition")
-        difficulty = cfg.difficulty or (0 if cfg.task else trained.get("difficulty", 0))
-        task = choose_task(name, difficulty, cfg.data, needs_verifier=False)
-        comparing = {"majority", "weighted", "direct", "worked"}.intersection(cfg.method)
-        if comparing and not task.verifiable:
-            raise ValueError(f"--method {min(comparing)}: no answer to {task.name} is right or wrong; expected another method")
-        if ("reward" in cfg.scorer) != bool(cfg.reward_model):
-            raise ValueError(f"--scorer {' '.join(cfg.scorer)} --reward-model {cfg.reward_model}: the one needs the other")
-        problems = heldout_problems(task, cfg.problems, cfg.seed)
-        how = dict(max_new_tokens=cfg.max_new_tokens or answer_room(name), compile=run.wants_compile(cfg, device))
-        evaluations = []
-        for path, checkpoint in checkpoints.items():
-            tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
-            reward_model = load_reward_model(cfg.reward_model, tokenizer, device) if cfg.reward_model else None
-            ways = [None, *({"direct", "worked"} & set(cfg.method))]
-            check_room(model, [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, way) if way else [])
-                               for problem in problems for way in ways], how["max_new_tokens"])
-            evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, how))
-
+        evaluations = prepare(cfg)
+    task, device = evaluations[0].task, evaluations[0].model.head.weight.device
     for evaluation in evaluations:
-        with run.autocast(device, cfg.dtype):
+        with run.user_errors((ValueError, OSError, FloatingPointError)), run.autocast(device, cfg.dtype):
             evaluation.measure()
-    rows, notes = ([each for evaluation in evaluations for each in getattr(evaluation, name)] for name in ("rows", "notes"))
+    rows = [row for evaluation in evaluations for row in evaluation.rows]
+    notes = [note for evaluation in evaluations for note in evaluation.notes]
     measured = "accuracy" if task.verifiable else "hidden reward"
-    print(f"{cfg.problems} held-out problems of {task.name}, on {device.type}.\n\n{table(rows, measured)}")
+    print(f"{len(evaluations[0].problems)} held-out problems of {task.name}, on {device.type}.\n\n{table(rows, measured)}")
     print("".join(f"\n{note}." for note in notes))
     with run.user_errors():
         if cfg.out:
@@ -270,4 +266,7 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(run.parse(Config))
+    try:
+        main(run.parse(Config))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -122,10 +122,11 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.visible = capacity if static else 0    # attention reads this many slots; a compiled step needs it constant
+        self.static = static
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
-        self.visible = min(self.visible + tokens, self.keys.shape[3])
+        self.visible += 0 if self.static else tokens
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v [B, Hkv, T, D] at positions [B, T]; return all that `layer` has, [B, Hkv, visible, D] each."""

@@ -104,7 +104,7 @@ def with_tail(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probs of the k tokens `ids`, and of all others as one.       [..., V], [..., k] int64 -> [..., k + 1] in nats
 
     A distribution again, so that a divergence of two of them is one: never negative, and never more than that of all V
-    tokens. Without the tail it would be neither. The ids of a row differ; k < V.
+    tokens. Without the tail it would be neither. The ids are distinct within a row, and k < V.
     """
     log_p = log_softmax(logits)
     others = log_p.scatter(-1, ids, -torch.inf)

@@ -102,9 +102,9 @@ def draw_search(rows: list[dict], measured: str, out: Path) -> None:
     for name, method in itertools.product(runs, methods):
         points = [row for row in rows if (row["run"], row["method"]) == (name, method)]
         if points:
-            y = [row["accuracy"] for row in points]
-            error = [[max(0.0, row["accuracy"] - row["low"]) for row in points],
-                     [max(0.0, row["high"] - row["accuracy"]) for row in points]]
+            y = [row["value"] for row in points]
+            error = [[max(0.0, row["value"] - row["low"]) for row in points],
+                     [max(0.0, row["high"] - row["value"]) for row in points]]
             marker, colour = looks[method]
             axis.errorbar([row["tokens"] for row in points], y, error, label=method if len(runs) == 1 else f"{name}: {method}",
                           color=colour, marker=marker, linestyle=styles[name], markersize=4, linewidth=1.2, elinewidth=0.6)

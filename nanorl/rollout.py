@@ -32,8 +32,8 @@ def check_room(model: GPT | ScalarGPT, prompts: list[list[int]], max_new_tokens:
 def check_tokenizer(checkpoint: dict[str, Any], tokenizer: Tokenizer, path: str) -> None:
     """ValueError when this checkpoint reads other token ids than the policy that `tokenizer` belongs to."""
     if checkpoint["tokenizer"] != tokenizer.state_dict():
-        raise ValueError(f"{path}: made with another tokenizer than the policy's; expected one that starts from the same "
-                         "pretraining")
+        raise ValueError(f"{path}: made with another tokenizer than the policy's; expected one that was pretrained on the same "
+                         "text")
 
 
 def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> ScalarGPT:

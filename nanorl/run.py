@@ -50,7 +50,17 @@ Share = Annotated[float, Bound(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class DeviceConfig:
+    """The flags of whatever runs a model."""
+
+    seed: Natural = 0           # of everything random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda
+    compile: bool | None = None  # torch.compile; by default on cuda only
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(DeviceConfig):
     """The flags that every script has. A script's Config inherits them and sets its own defaults."""
 
     out: str                    # directory of this run
@@ -60,10 +70,6 @@ class RunConfig:
     lr: Positive                # peak learning rate
     save_every: Count = 20      # steps between checkpoints
     eval_every: Count           # steps between evaluations
-    seed: Natural = 0           # of everything random
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda
-    compile: bool | None = None  # torch.compile; by default on cuda only
     deterministic: bool = False  # on cuda: slower kernels that give the same result every time
     quiet: bool = False         # no progress bar and no samples on the screen
 
@@ -117,8 +123,8 @@ def _misfit(value: Any, hint: Any) -> str:
 
 
 def parse(config_class: type, argv: list[str] | None = None):
-    """Command line -> config. Help texts are the comments behind the fields; bounds are the fields' types; a field without a
-    default is no flag, but what stands on the line without one.
+    """Command line -> config. Help texts are the comments behind the fields; bounds are the fields' types. A field without a
+    default is a positional argument; a tuple takes one value or more.
 
     With --resume the flags come from the run's config.json, and one that was typed must agree with it.
     """
@@ -200,7 +206,10 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name, or the best there is for "auto"; ValueError where there is none."""
+    """The device of this name, or the best there is for "auto"; ValueError where there is none.
+
+    On CUDA, float32 products may be TF32 from now on.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -232,7 +241,7 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, dtype))
 
 
-def wants_compile(cfg: RunConfig, device: torch.device) -> bool:
+def wants_compile(cfg: DeviceConfig, device: torch.device) -> bool:
     return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 
@@ -520,7 +529,8 @@ def says_why_it_stopped(main: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def printable(text: str) -> str:
-    """What a model says may hold anything, even commands to the terminal, or characters that this one does not have."""
+    """`text` without control characters (but tab and newline) and without what the terminal's encoding lacks: a model may say
+    anything, even commands to the terminal."""
     text, encoding = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text), sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 

@@ -146,8 +146,10 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
                          "a finite temperature >= 0, top_k >= 0, 0 < top_p <= 1 and positive counts")
     device = model.head.weight.device
     tokens, prompt_lengths = (x.to(device) for x in pad(prompts))
-    longest, (prompt, limit) = max((len(x) + n, (len(x), n)) for x, n in zip(prompts, limits, strict=True))
+    ends = prompt_lengths + torch.tensor(limits, device=device)                             # [P] where an answer is cut
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     if longest > model.config.context:
+        prompt, limit = next((len(x), n) for x, n in zip(prompts, limits, strict=True) if len(x) + n == longest)
         raise ValueError(f"a prompt of {prompt} tokens and max_new_tokens={limit} do not fit the "
                          f"model's context of {model.config.context}")
 
@@ -163,8 +165,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     cache.repeat(samples_per_prompt)
     logits, tokens, prompt_lengths, ends, prompt_index = (
         x.repeat_interleave(samples_per_prompt, dim=0)
-        for x in (logits, tokens, prompt_lengths, prompt_lengths + torch.tensor(limits, device=device),
-                  torch.arange(len(prompts), device=device)))
+        for x in (logits, tokens, prompt_lengths, ends, torch.arange(len(prompts), device=device)))
 
     B = len(tokens)
     tokens = torch.cat((tokens, tokens.new_zeros(B, longest - tokens.shape[1])), dim=1)     # [B, T]
@@ -197,7 +198,9 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
         if not compile and count <= 0.75 * len(rows):
             cache.keep(running.nonzero().squeeze(-1))
             rows, ids = rows[running], ids[running]
-        cache.length.clamp_(max=capacity - 1)           # rows that are done go on in their last slot
+        cache.length.clamp_(max=capacity - 1)           # rows that are done go on, in the last slot if need be
+        if not compile:
+            cache.visible = min(cache.visible, capacity - 1)
         logits = step(model, ids, cache)
 
     if not logp.isfinite().all():

@@ -1,5 +1,6 @@
 """Test-time compute: what a policy can do when it may answer more than once. Nothing here trains anything."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
 
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.rollout import answer, heldout_problems, learned_rewards, score_rollout
@@ -16,6 +19,7 @@ from nanorl.sample import Rollout, generate
 from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
 
+ROWS, SCORED = 1024, 64     # answers that are sampled at a time, and scored: caches and hidden states take memory
 # ---------------------------------------------------------------------------------------------------------------------
 # Many answers, of which a scorer picks one, or a vote
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,8 +37,8 @@ def best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:
     N = scores.shape[-1]
     if not 1 <= n <= N:
         raise ValueError(f"best_of_n: n={n}; expected 1 to {N}, the number of answers")
-    tied = (scores[..., :, None] == scores[..., None, :]).double()                          # [P, N, N]
-    values = (tied @ values.double()[..., None]).squeeze(-1) / tied.sum(-1)
+    ties = ((s[:, None] == s).double() for s in scores)                                     # [N, N] of each problem
+    values = torch.stack([tied @ v / tied.sum(-1) for tied, v in zip(ties, values.double(), strict=True)])
     weight = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64, device=values.device)
     return values.gather(-1, scores.argsort(-1)) @ weight
 
@@ -44,7 +48,7 @@ def pass_at_k(right: Tensor, k: int) -> Tensor:
 
         pass@k = 1 - C(N - c, k) / C(N, k)                                                (Chen et al. 2021, eq. 1)
 
-    Unbiased, unlike 1 - (1 - c/N)^k. It is best-of-k for those who have the verifier at hand.
+    Unbiased, unlike 1 - (1 - c/N)^k. It is best-of-k with the verifier as the scorer.
     """
     return best_of_n(right, right, k)
 
@@ -82,43 +86,79 @@ def vote_value(ballots: Sequence[str | None], values: Sequence[float], weights: 
     return sum(values[ballots.index(winner)] for winner in winners) / len(winners)
 
 
-def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, *, samples: int, problems: int, seed: int, size: int = 64,
-                    reward_model: ScalarGPT | None = None, **how) -> dict[int, float]:
-    """The mean reward of the best of 1, 2, 4, ... `samples` answers to held-out problems, as the task grades them.
-
-    Chosen by the reward model where there is one, by the task itself otherwise: a verifier, or the hidden reward.
-    """
-    asked, values, scores = heldout_problems(task, problems, seed), [], []
-    for i in range(0, problems, size):          # few at a time: their caches take memory
-        experience = answer(model, tokenizer, task, asked[i : i + size], samples=samples,
-                            seed=derive(seed, "best_of_n", i), **how)
-        values.append(experience.rewards)
-        if reward_model:
-            scores.append(learned_rewards(reward_model, experience.rollout, size).cpu().view_as(experience.rewards))
-    values = torch.cat(values)
-    scores = torch.cat(scores) if reward_model else values
-    return {n: float(best_of_n(scores, values, n).mean()) for n in doublings(samples)}
-
-
 def doublings(most: int) -> list[int]:
     """1, 2, 4, ... and `most` itself."""
     return [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A way of answering, elicited
+# Asking a model: any number of answers, and ways of answering
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def opening(task: Task, tokenizer: Tokenizer, problem: Problem, way: Literal["direct", "worked"]) -> list[int]:
-    """The first token ids of a response that answers in this way: up to the token at which the two ways part.
+    """The first token ids of a response that answers in this way: up to the first in which a direct and a worked demonstration
+    differ. A model that goes on from there has begun in its way, and is told no more of the solution than that token.
 
-    Whoever begins to work must go on working. No more of the solution is given away than that one token.
+    ValueError where there are no demonstrations, or where they do not differ.
     """
-    rng = Random(problem.prompt)
-    direct, worked = (tokenizer.encode(respond(problem, rng)) for respond in (task.direct, task.work))
-    part = next(i for i, (a, b) in enumerate(zip(direct, worked, strict=False)) if a != b)
-    return (direct if way == "direct" else worked)[: part + 1]
+    direct = tokenizer.encode(task.direct(problem, Random(problem.prompt)))
+    worked = tokenizer.encode(task.work(problem, Random(problem.prompt)))
+    for i, (a, b) in enumerate(zip(direct, worked, strict=False)):
+        if a != b:
+            return (direct if way == "direct" else worked)[: i + 1]
+    raise ValueError(f"{task.name}: no token tells a worked answer to {problem.prompt!r} from a direct one")
+
+
+@dataclass
+class Answers:
+    """N answers to each of P problems."""
+
+    rewards: Tensor             # [P, N]
+    tokens: Tensor              # [P, N] tokens of each, forced ones included
+    logp: Tensor                # [P, N] log-prob of what was sampled, as it was sampled, in nats
+    ballots: list[list[str | None]]    # P lists of N: what each votes for, None if it was cut or has not answered
+    learned: Tensor | None      # [P, N] what a reward model says of them
+
+
+def ask(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], samples: int, *, seed: int, purpose: str,
+        way: Literal["direct", "worked"] | None = None, reward_model: ScalarGPT | None = None, quiet: bool = True,
+        **how) -> Answers:
+    """Sample N = `samples` answers to each problem, as many problems at a time as fit into memory.
+
+    With a `way`, the answers are made to begin in it; `how` goes to `generate`.
+    """
+    parts, size = [], max(1, ROWS // samples)
+    for i in tqdm(range(0, len(problems), size), desc=purpose, disable=quiet, leave=False):
+        asked = problems[i : i + size]
+        begun = [opening(task, tokenizer, problem, way) if way else [] for problem in asked]
+        found = answer(model, tokenizer, task, asked, samples=samples, openings=begun, seed=derive(seed, purpose, i), **how)
+        said, shape = found.rollout, found.rewards.shape
+        ballots = [task.ballot(text) if done else None
+                   for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
+        parts.append(Answers(
+            rewards=found.rewards,
+            tokens=(said.lengths - said.prompt_lengths).cpu().view(shape) + torch.tensor([[len(ids)] for ids in begun]),
+            logp=said.logp.sum(-1).cpu().view(shape),
+            ballots=[ballots[p * samples : (p + 1) * samples] for p in range(len(asked))],
+            learned=learned_rewards(reward_model, said, SCORED).cpu().view(shape) if reward_model else None))
+    return Answers(rewards=torch.cat([part.rewards for part in parts]),
+                   tokens=torch.cat([part.tokens for part in parts]),
+                   logp=torch.cat([part.logp for part in parts]),
+                   ballots=[ballots for part in parts for ballots in part.ballots],
+                   learned=torch.cat([part.learned for part in parts]) if reward_model else None)
+
+
+def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, *, samples: int, problems: int, seed: int,
+                    reward_model: ScalarGPT | None = None, **how) -> dict[int, float]:
+    """The mean reward of the best of 1, 2, 4, ... `samples` answers to held-out problems, as the task grades them.
+
+    Chosen by the reward model where there is one, by the task itself otherwise: a verifier, or the hidden reward.
+    """
+    found = ask(model, tokenizer, task, heldout_problems(task, problems, seed), samples, seed=seed, purpose="best_of_n",
+                reward_model=reward_model, **how)
+    scores = found.rewards if found.learned is None else found.learned
+    return {n: float(best_of_n(scores, found.rewards, n).mean()) for n in doublings(samples)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,10 +171,10 @@ def power_log_accept(alpha: float, delta_p: Tensor, delta_q: Tensor) -> Tensor:
 
         log A = min(0, alpha delta_p - delta_q)             delta_p = log p(y') - log p(y),  delta_q = log q(y') - log q(y)
 
-    for the target p^alpha / Z and proposals that draw the tokens from position m on anew, from q: what stands before m is
-    the same in both, and cancels. For q = p that is min(0, (alpha - 1) delta_p), so that alpha = 1 always moves; for
-    q = p^alpha / Z_t token by token, the powers cancel and the sum of log Z_t(y') - log Z_t(y) is left.
-    (Metropolis et al. 1953; Hastings 1970, eq. 6)
+    for the target p^alpha / Z and proposals that draw the tokens from position m on anew, from q; the tokens before m are
+    common to both, so that their terms cancel. For q = p that is min(0, (alpha - 1) delta_p), so that alpha = 1 always moves;
+    for q = p^alpha / Z_t token by token, the powers cancel and the sum of log Z_t(y') - log Z_t(y) is left.
+    (Metropolis et al. 1953; Hastings 1970)
     """
     return (alpha * delta_p - delta_q).clamp(max=0.0)
 
@@ -156,10 +196,22 @@ class Chains:
     sampled: Tensor     # [B] tokens that each chain has sampled so far
 
 
+def _finish(model: GPT, starts: list[list[int]], limits: list[int], *, T: int, temperature: float,
+            **how) -> tuple[Rollout, Tensor]:
+    """Ends for these starts, as rows of T tokens, and log p of the sampled tokens, 0 elsewhere.       -> [R, T-1]
+
+    In float32: the acceptance compares p with q, and in half precision their rounding would decide.
+    """
+    with torch.autocast(model.head.weight.device.type, enabled=False):
+        y = generate(model, starts, max_new_tokens=limits, temperature=temperature, **how)
+        logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, SCORED)
+    missing = T - y.tokens.shape[1]
+    return replace(y, tokens=pad(y.tokens, (0, missing)), logp=pad(y.logp, (0, missing))), pad(logp, (0, missing))
+
+
 @torch.no_grad()
 def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: int, temperature: float = 1.0, chains: int = 1,
-                 max_new_tokens: int, stop_ids: set[int], seed: int = 0, size: int = 64,
-                 compile: bool = False) -> Iterator[Chains]:
+                 max_new_tokens: int, stop_ids: set[int], seed: int = 0) -> Iterator[Chains]:
     """Metropolis-Hastings chains whose stationary distribution is p(y)^alpha / Z over whole responses.
 
     y is a response that ends with a stop token, or is cut at `max_new_tokens`; p is the model at temperature 1. A step draws
@@ -167,54 +219,44 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
     model. m is drawn from all `max_new_tokens` positions, whatever y is, so that its probability cancels also where lengths
     differ; where y has ended before m there is nothing to draw anew, and the chain stays.
 
-    Yields `chains` chains for each prompt, side by side, as they begin and after each step. `size` rows are scored at a time.
+    Yields `chains` chains for each prompt, side by side, as they begin and after each step.
     (Karan and Du 2025, "Reasoning with Sampling"; they draw m from the current length, which is only nearly exact)
     """
     if not (0 < alpha < math.inf and 0 < temperature < math.inf):
         raise ValueError(f"power_sample: alpha={alpha}, temperature={temperature}; expected finite numbers above 0")
-    prompts = [prompt for prompt in prompts for _ in range(chains)]
-    B, T = len(prompts), max(map(len, prompts)) + max_new_tokens
+    starts = [prompt for prompt in prompts for _ in range(chains)]
+    B, T = len(starts), max(map(len, starts)) + max_new_tokens
+    finish = functools.partial(_finish, model, T=T, temperature=temperature, stop_ids=stop_ids)
+    rng, weights = generator(seed, "power"), position_weights(max_new_tokens)
 
-    def extend(starts: list[list[int]], limits: list[int], step: int) -> tuple[Rollout, Tensor]:
-        """Ends for these starts, as rows of T tokens, and log p of their tokens, 0 elsewhere."""
-        y = generate(model, starts, max_new_tokens=limits, temperature=temperature, stop_ids=stop_ids,
-                     seed=derive(seed, "power", step), compile=compile)
-        p = y.logp if temperature == 1 else score_rollout(model, y, 1.0, size)
-        missing = T - y.tokens.shape[1]
-        tokens, q, p = (torch.nn.functional.pad(x, (0, missing)) for x in (y.tokens, y.logp, p))
-        return replace(y, tokens=tokens, logp=q), p
-
-    y, p = extend(prompts, [max_new_tokens] * B, 0)
+    y, logp = finish(starts, [max_new_tokens] * B, seed=derive(seed, "power", 0))
     y.prompt_index = y.prompt_index // chains
-    sampled = y.lengths - y.prompt_lengths
-    yield Chains(y, p.sum(-1), torch.zeros_like(y.finished), torch.zeros_like(y.finished), sampled)
-
-    device, rng, weights = y.tokens.device, generator(seed, "power"), position_weights(max_new_tokens)
+    sampled, nowhere = y.lengths - y.prompt_lengths, torch.zeros_like(y.finished)
+    yield Chains(y, logp.sum(-1), nowhere, nowhere, sampled)
     for step in range(1, steps + 1):
-        positions = torch.multinomial(weights, B, replacement=True, generator=rng).to(device)          # [B] m
-        u = torch.rand(B, dtype=torch.float64, generator=rng).to(device)
-        starts = y.prompt_lengths + positions
-        proposed = starts < y.lengths
-        accepted = torch.zeros_like(proposed)
-        if proposed.any():
-            kept = [row[:start] for row, start in zip(y.tokens[proposed].tolist(), starts[proposed].tolist(), strict=True)]
-            new, new_p = extend(kept, (max_new_tokens - positions[proposed]).tolist(), step)
-            redrawn = torch.arange(T - 1, device=device) >= starts[proposed, None] - 1                 # [R, T-1]
-            old_q, old_p = y.logp[proposed], p[proposed]
-            delta_p, delta_q = ((after - before * redrawn).double().sum(-1)
-                                for after, before in ((new_p, old_p), (new.logp, old_q)))
-            moves = u[proposed].log() < power_log_accept(alpha, delta_p, delta_q)
-            accepted[proposed] = moves
+        m = torch.multinomial(weights, B, replacement=True, generator=rng).to(logp.device)             # [B]
+        u = torch.rand(B, dtype=torch.float64, generator=rng)
+        proposed, accepted, sampled = y.prompt_lengths + m < y.lengths, nowhere.clone(), sampled.clone()
+        rows = proposed.nonzero().squeeze(-1)                                                          # [R]
+        if len(rows):
+            ends = (y.prompt_lengths + m)[rows]
+            starts = [row[:end] for row, end in zip(y.tokens[rows].tolist(), ends.tolist(), strict=True)]
+            new, new_logp = finish(starts, (max_new_tokens - m[rows]).tolist(), seed=derive(seed, "power", step))
+            sampled[rows] += new.lengths - new.prompt_lengths
 
-            def move(old: Tensor, new: Tensor, to: Tensor = accepted, moves: Tensor = moves) -> Tensor:
-                return old.masked_scatter(to.view(-1, *[1] * (old.ndim - 1)), new[moves])
-
-            y = replace(y, tokens=move(y.tokens, new.tokens), lengths=move(y.lengths, new.lengths),
-                        finished=move(y.finished, new.finished), logp=move(y.logp, torch.where(redrawn, new.logp, old_q)))
-            p = move(p, torch.where(redrawn, new_p, old_p))
-            sampled = sampled.clone()
-            sampled[proposed] += new.lengths - new.prompt_lengths
-        yield Chains(y, p.sum(-1), proposed, accepted, sampled)
+            kept = torch.arange(T - 1, device=logp.device) < ends[:, None] - 1                         # [R, T-1]
+            new_logp, new_logq = torch.where(kept, logp[rows], new_logp), torch.where(kept, y.logp[rows], new.logp)
+            delta_p, delta_q = ((after - before[rows]).cpu().double().sum(-1)
+                                for before, after in ((logp, new_logp), (y.logp, new_logq)))
+            moves = (u[rows.cpu()].log() < power_log_accept(alpha, delta_p, delta_q)).to(rows.device)
+            to = rows[moves]
+            accepted[to] = True
+            y = replace(y, tokens=y.tokens.index_copy(0, to, new.tokens[moves]),
+                        lengths=y.lengths.index_copy(0, to, new.lengths[moves]),
+                        finished=y.finished.index_copy(0, to, new.finished[moves]),
+                        logp=y.logp.index_copy(0, to, new_logq[moves]))
+            logp = logp.index_copy(0, to, new_logp[moves])
+        yield Chains(y, logp.sum(-1), proposed, accepted, sampled)
 
 
 def autocorrelation(x: Tensor) -> Tensor:

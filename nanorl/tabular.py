@@ -97,16 +97,16 @@ def power_distribution(logits: Tensor, alpha: float) -> Tensor:
 
 
 def power_conditional(logits: Tensor, alpha: float) -> Tensor:
-    """log of the next-token probabilities of `power_distribution`.       [N, V] -> [N, V], a table like `logits`
+    """Log-probs of the next token under `power_distribution`.       [N, V] -> [N, V], a table like `logits`
 
-        pi(a | y_<t)  ~  p(a | y_<t)^alpha  S(y_<t a),          S(prefix) = sum_future p(future | prefix)^alpha
+        pi_alpha(a | y_<t) = pi(a | y_<t)^alpha S(y_<t a) / S(y_<t),        S(prefix) = sum_future pi(future | prefix)^alpha
 
-    The factor S looks ahead: a token is worth what can follow it. Tempering, p^alpha alone, does not know it.
+    The factor S looks ahead: a token is worth what can follow it. Tempering, pi^alpha alone, does not.
     """
     V, T = logits.shape[1], horizon(logits)
-    table, S = torch.empty_like(logits), torch.zeros(V**T, dtype=logits.dtype)              # log S of whole sequences
+    table, log_S = torch.empty_like(logits), torch.zeros(V**T, dtype=logits.dtype)          # S = 1: nothing follows
     for t in reversed(range(T)):
         rows = slice(num_prefixes(V, t), num_prefixes(V, t + 1))
-        table[rows] = alpha * log_softmax(logits[rows]) + S.view(-1, V)
-        S = logsumexp(table[rows])
+        table[rows] = alpha * log_softmax(logits[rows]) + log_S.view(-1, V)
+        log_S = logsumexp(table[rows])
     return log_softmax(table)

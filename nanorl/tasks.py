@@ -472,6 +472,10 @@ class FileTask(Task):
         answer = final_answer(response)
         return float(answer is not None and answer.split() == problem.answer.split())
 
+    def ballot(self, response):
+        answer = final_answer(response)
+        return None if answer is None else " ".join(answer.split())
+
 
 # ---- Stories: a named hero, a thing, a place, a small trouble, a friend who helps, a feeling ----
 #

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments import family, preferences, real_text
+import train_distill
+from experiments import distill, family, preferences, real_text
 from experiments.runs import directory, train
+from nanorl import run
 
 
 @pytest.fixture
@@ -158,3 +160,36 @@ def test_real_text_is_gathered_trained_on_and_compared(tmp_path, monkeypatch, ca
     assert [row[1].split(",")[0].strip() for row in rows] == ["held-out text", "unigram", "bigram", "this model"]
     assert all(0 < float(row[2]) < 10 for row in rows[1:])
     real_text.main()                                        # the run that is there is compared again
+
+
+# ---- Distillation ----
+
+
+def test_forward_covers_and_only_the_kl_of_whole_answers_seeks():
+    """A teacher of two modes and a student that cannot hold both: a quarter of what a covering student says is of a mode; the
+    seeking one says half of what the teacher does, and nothing else. With the prefixes held fixed, reverse covers, too."""
+    table = [[float(cell) for cell in line.split("|")[2:6]] for line in distill.modes_table(2).splitlines()[2:]]
+    forward, jsd, token, sequence = table
+    for covering in (forward, jsd, token):
+        assert covering[:2] == [1.0, 0.25] and covering[2] < covering[3]
+    assert sequence[:2] == [0.5, 1.0] and sequence[2] > sequence[3]
+
+
+def test_the_table_of_students_has_the_start_and_every_way(tmp_path):
+    for label in distill.WAYS:
+        for seed in range(2):
+            run = directory(tmp_path, label, seed)
+            run.mkdir()
+            lines = [{"step": step, "eval/accuracy_sampled": x + seed / 10, "eval/accuracy_greedy": x, "eval/worked": x,
+                      "eval/forward_kl": 1 - x, "eval/reverse_kl": 2 - x} for step, x in ((0, 0.2), (10, 0.5), (60, 0.8))]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logs = {label: [distill.read_metrics(directory(tmp_path, label, seed)) for seed in range(2)] for label in distill.WAYS}
+    lines = distill.students_table(logs).splitlines()
+    assert len(lines) == 3 + len(distill.WAYS)
+    assert lines[2] == "| the student at the start | – | 0.250 (0.200 to 0.300) | 0.200 | 0.200 | 0.800 | 1.800 |"
+    assert lines[3] == ("| forward, data | 0.550 (0.500 to 0.600) | 0.850 (0.800 to 0.900) | 0.800 | 0.800 | 0.200 | 1.200 |")
+
+
+@pytest.mark.parametrize("way", distill.WAYS.values())
+def test_every_way_is_one_that_the_script_takes(way):
+    run.parse(train_distill.Config, [part for name, value in way.items() for part in (f"--{name}", str(value))])

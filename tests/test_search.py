@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rollout import HOW, MODEL, TOKENIZER, Parity, scorer
 
+from nanorl import run, search
 from nanorl.checks import generators, randn
 from nanorl.gpt import GPT, GPTConfig
-from nanorl.rollout import answer
+from nanorl.rollout import answer, learned_rewards
 from nanorl.sample import generate, token_log_probs
 from nanorl.search import (
+    ask,
     autocorrelation,
     best_of_n,
     best_of_n_curve,
@@ -121,6 +123,28 @@ def test_an_impossible_n_is_one_sentence():
             best_of_n(scores, scores, n)
 
 
+@pytest.mark.parametrize("way", [None, "direct", "worked"])
+def test_asked_a_few_at_a_time_every_problem_gets_its_own_answers(way, monkeypatch):
+    """Seven problems, two at a time: each part is what `answer` says of its problems, in order."""
+    monkeypatch.setattr(search, "ROWS", 6)
+    task = make_task("addition")
+    problems = [task.draw(Random(i)) for i in range(7)]
+    found = ask(MODEL, TOKENIZER, task, problems, 3, seed=4, purpose="test", way=way, reward_model=scorer(), **HOW)
+    for i in range(0, 7, 2):
+        begun = [opening(task, TOKENIZER, problem, way) if way else [] for problem in problems[i : i + 2]]
+        rows, seed = slice(i, i + 2), run.derive(4, "test", i)
+        part = answer(MODEL, TOKENIZER, task, problems[rows], samples=3, openings=begun, seed=seed, **HOW)
+        said = part.rollout
+        assert torch.equal(found.rewards[rows], part.rewards)
+        assert torch.equal(found.logp[rows].flatten(), said.logp.sum(-1))
+        assert torch.equal(found.learned[rows].flatten(), learned_rewards(scorer(), said, 64).float())
+        sampled = said.lengths - said.prompt_lengths
+        assert found.tokens[rows].flatten().tolist() == [int(n) + len(begun[k // 3]) for k, n in enumerate(sampled)]
+        assert [ballot for p in found.ballots[rows] for ballot in p] == [
+            task.ballot(text) if done else None for text, done in zip(part.texts, said.finished.tolist(), strict=True)]
+    assert found.rewards.shape == (7, 3) and len(found.ballots) == 7
+
+
 @pytest.mark.parametrize("reward_model", [None, scorer()], ids=["task", "model"])
 def test_the_best_of_samples_on_heldout_problems(reward_model):
     """1 is the mean, doubling up to the number of samples; chosen by the task itself it never falls."""
@@ -147,6 +171,7 @@ def test_a_vote_does_not_depend_on_the_order_of_its_ballots(votes, rng, generato
     shuffled = rng.sample(range(len(votes)), len(votes))
     assert majority_vote(votes) == majority_vote([votes[i] for i in shuffled])
     assert majority_vote(votes, weights) == majority_vote([votes[i] for i in shuffled], [weights[i] for i in shuffled])
+    assert majority_vote("aaab", [0.1, 0.2, 0.3, 0.6]) == majority_vote("aaab", [0.3, 0.2, 0.1, 0.6])
 
 
 @pytest.mark.math
