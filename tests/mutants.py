@@ -519,7 +519,7 @@ MUTANTS = [
     Mutant("fewer pairs at a longer lag count as less memory", SEARCH,
            "(d[: S - k] * d[k:]).mean()", "(d[: S - k] * d[k:]).sum() / d.numel()"),
     Mutant("the conditional of a power does not look ahead", TABULAR,
-           "alpha * log_softmax(logits[rows]) + S.view(-1, V)", "alpha * log_softmax(logits[rows])"),
+           "alpha * log_softmax(logits[rows]) + log_S.view(-1, V)", "alpha * log_softmax(logits[rows])"),
 
     # ---- Distillation ----
     Mutant("forward is reverse", DISTILL, "d = kl_divergence(teacher, student)", "d = kl_divergence(student, teacher)"),

@@ -41,7 +41,10 @@ import train_pretrain
 import train_reward
 import train_sft
 from nanorl import run
-from nanorl.tasks import Stories, is_heldout
+from nanorl.data import shuffled_batch
+from nanorl.ops import kl_divergence
+from nanorl.rollout import answer, answer_kl, collect, evaluate, heldout_problems
+from nanorl.tasks import Stories, is_heldout, make_task
 
 pytestmark = pytest.mark.usefixtures("inside")
 
@@ -497,6 +500,37 @@ def test_a_student_learns_what_its_teacher_says(tmp_path, capsys):
     for name in ("eval/forward_kl", "eval/reverse_kl"):
         assert 0 <= last[name] < first[name]
     assert "the teacher, sampled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("on", ["data", "teacher", "student"])
+def test_a_step_of_distillation_is_what_it_says(on, tmp_path):
+    """From the two checkpoints alone: whose answers they are, the sum of KL(teacher || student) over an answer's tokens and its
+    gradient, and both divergences of the evaluation, each in its direction and on its side's answers."""
+    data = " --data letters.jsonl" if on == "data" else ""
+    flags = DISTILL.replace("--steps 3", "--steps 1").replace("--teacher grpo", "--teacher pretrain")
+    start(train_distill, flags + f" --on {on}{data}", tmp_path / "run")
+    first, how = metrics(tmp_path / "run")[0], {"max_new_tokens": 16}
+    tokenizer = run.tokenizer_from(run.load_checkpoint("sft"))
+    models = student, teacher = [run.model_from(run.load_checkpoint(name), torch.device("cpu")) for name in ("sft", "pretrain")]
+    task = make_task("addition")
+    if on == "data":
+        records = train_sft.training_records("letters.jsonl", task)
+        rendered = train_sft.render(records, tokenizer, 256, "letters.jsonl")
+        tokens, mask = train_sft.batch_of(*rendered, shuffled_batch(len(records), 6, 0, 0), tokenizer.pad)
+    else:
+        rollout = collect(models[on == "teacher"], tokenizer, task, prompts=3, samples=2, seed=run.derive(0, "rollout", 0),
+                          **how).rollout
+        tokens, mask = rollout.tokens, rollout.mask
+    total = (kl_divergence(teacher(tokens)[:, :-1].detach(), student(tokens)[:, :-1]) * mask).sum()
+    (total / len(tokens)).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
+    assert first["train/divergence"] == pytest.approx(total.item() / int(mask.sum()), rel=1e-4)
+    assert first["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    said = answer(teacher, tokenizer, task, heldout_problems(task, 3, 0), seed=run.derive(0, "teacher"), **how)
+    _, own = evaluate(student, tokenizer, task, problems=3, seed=0, **how)
+    forward, reverse = answer_kl(teacher, student, said.rollout, 1.0, 64), answer_kl(student, teacher, own.rollout, 1.0, 64)
+    assert first["eval/forward_kl"] == pytest.approx(forward, rel=1e-4)
+    assert first["eval/reverse_kl"] == pytest.approx(reverse, rel=1e-4) and abs(forward - reverse) > 1
 
 
 def test_distillation_begins_at_zero_where_student_and_teacher_are_one(tmp_path):
