@@ -179,6 +179,7 @@ class Config(run.RunConfig):
     minibatches: run.Count = 1  # optimizer steps per pass
     stale: run.Natural = 0      # train on rollouts that are this many steps old, so that ratios leave 1 on purpose
     micro_batch: run.Count = 64  # rows in memory at a time
+    skip: bool = False          # leave rows out whose gradient is exactly 0, those without an advantage: the metrics, too
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
     eval_problems: run.Count = 500    # held-out problems
@@ -221,6 +222,8 @@ class Config(run.RunConfig):
                     "a z-score would undo --kl-coef; expected --advantage reward, center or leave_one_out")
         self.expect(self.group > 1 or (self.advantage in ("reward", "positive") and self.groups == "all"),
                     "group advantage groups", "answers are compared within a group, expected a --group of at least 2")
+        self.expect(not self.skip or not (self.entropy_coef or (self.kl_coef and self.kl_in != "reward")),
+                    "skip kl_coef entropy_coef", "a row without an advantage has the gradient of its KL and its entropy")
         self.expect(self.minibatches <= self.prompts * self.group, "minibatches",
                     f"a rollout has only {self.prompts * self.group} answers")
         self.expect(self.stale < self.steps, "stale",
@@ -442,7 +445,10 @@ def main(cfg: Config) -> None:
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], cfg.aggregate,
                                                cfg.max_new_tokens)
-            for rows, T in micro_batches(minibatch, rollout.lengths, cfg.micro_batch):
+            trained = mask[minibatch].any(-1)
+            if cfg.skip:
+                trained &= adv[minibatch].squeeze(-1) != 0
+            for rows, T in micro_batches(minibatch[trained], rollout.lengths, cfg.micro_batch):
                 m = mask[rows, : T - 1]
                 logp, entropy = score(policy, rollout.tokens[rows, :T], m)
                 old = logp.detach() if on_policy else old_logp[rows, : T - 1]
@@ -463,7 +469,8 @@ def main(cfg: Config) -> None:
             out.log({"train/demonstration_loss": demonstration_loss})
         out.log({"train/lr": lr, "time/update_s": time.perf_counter() - started},
                 show={"reward": f"{facts['reward']:.2f}", "worked": f"{facts['worked']:.2f}",
-                      "length": f"{facts['length']:.1f}", "entropy": f"{totals['train/entropy'] / max(tokens, 1):.3f}"})
+                      "length": f"{facts['length']:.1f}",
+                      "entropy": f"{totals.get('train/entropy', 0.0) / max(tokens, 1):.3f}"})
 
     # 8. What it was good for: held-out problems before and after.
     final = look()

@@ -149,7 +149,7 @@ def minibatches(seed: int, step: int, count: int, epochs: int, parts: int) -> It
 
 def micro_batches(rows: Tensor, lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
     """`rows` in batches of `size`, rows of similar length together. Yields (rows, length of the longest)."""
-    for part in rows[lengths[rows].argsort()].split(size):
+    for part in rows[lengths[rows].argsort()].split(size) if len(rows) else ():
         yield part, int(lengths[part].max())
 
 

@@ -93,6 +93,7 @@ BAD = [
         ("--advantage positive --kl-coef 0.1 --kl k1 --kl-in reward", "--advantage positive"),
         ("--algo raft --group 1 --groups drop", "--group 1"), ("--demonstrations letters.jsonl", "--likelihood-coef"),
         ("--task stories", "no verifier"), ("--overlong 2", "--overlong 2.0"),
+        ("--skip --kl-coef 0.1", "--skip True --kl-coef"), ("--skip --entropy-coef 0.1", "--entropy-coef 0.1"),
         ("--init sft --likelihood-coef 0.1 --data wanted.jsonl", "no demonstrations"),
         ("--init sft --likelihood-coef 0.1 --demonstrations long.jsonl", "long.jsonl, record 1")]),
     *((train_reward, flags, named) for flags, named in [

@@ -347,6 +347,36 @@ def test_a_run_does_not_resume_with_another_model_than_it_began_with(name, model
     assert exit.value.code == 2 and "has changed since this run began" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["", " --minibatches 2 --epochs 2", " --advantage center --aggregate token_mean",
+                                   " --algo raft", " --groups drop"])
+def test_skipping_rows_without_an_advantage_is_exact(flags, tmp_path, monkeypatch):
+    """Some groups have no contrast: fewer tokens go through the model, and gradients and parameters are the same."""
+    seen = {}
+    for how in ("skip", "no-skip"):
+        real, count = train_grpo.token_log_probs, []
+        monkeypatch.setattr(train_grpo, "token_log_probs", lambda *args, real=real, count=count, **kw:
+                            count.append(len(args[1])) or real(*args, **kw))
+        start(train_grpo, GRPO + flags + f" --no-selfcheck --prompts 6 --{how}", tmp_path / how)
+        monkeypatch.setattr(train_grpo, "token_log_probs", real)
+        seen[how] = sum(count)
+    a, b = (metrics(tmp_path / how) for how in ("skip", "no-skip"))
+    assert any(0 < line["rollout/no_contrast"] < 1 for line in a[:-1])
+    assert seen["skip"] < seen["no-skip"] or flags in (" --algo raft", " --groups drop")     # these leave them out anyway
+    for x, y in zip(a[:-1], b[:-1], strict=True):
+        assert x["train/grad_norm_max"] == pytest.approx(y["train/grad_norm_max"], rel=1e-4, abs=1e-9)
+    x, y = (run.load_checkpoint(tmp_path / how)["model"] for how in ("skip", "no-skip"))
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], rtol=0, atol=1e-4)
+
+
+def test_a_step_whose_rows_are_all_skipped_changes_nothing(tmp_path):
+    """Every answer to these questions is wrong: no gradient, no step, and the run goes on."""
+    write_records(tmp_path / "wrong.jsonl", ({"prompt": f"Say {i}.", "answer": "no such answer"} for i in range(99)))
+    start(train_grpo, GRPO.replace("wanted.jsonl", str(tmp_path / "wrong.jsonl")) + " --skip", tmp_path / "run")
+    assert same_parameters(tmp_path / "run", "sft")
+    assert all(line["train/grad_norm_max"] == 0 for line in metrics(tmp_path / "run")[:-1])
+
+
 # ---- preferences ----
 
 
