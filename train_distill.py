@@ -31,7 +31,7 @@ import torch
 import train_grpo
 import train_pretrain
 import train_sft
-from nanorl import run
+from nanorl import ranks, run
 from nanorl.data import shift, shuffled_batch
 from nanorl.ops import (
     entropy_from_logits,
@@ -53,6 +53,7 @@ from nanorl.rollout import (
     describe,
     evaluate,
     heldout_problems,
+    of_all_ranks,
     show_answers,
 )
 from nanorl.tasks import answer_room, make_task
@@ -223,7 +224,8 @@ def main(cfg: Config) -> None:
         started, totals = time.perf_counter(), {}
         rows = torch.arange(len(tokens), device=device)
         weights = token_weights(mask, rows, "sequence_sum")
-        for part in rows.split(cfg.group * max(1, cfg.micro_batch // cfg.group)):
+        groups = ranks.share(rows.view(-1, cfg.group))                                      # [P, G]
+        for part in (some.flatten() for some in groups.split(max(1, cfg.micro_batch // cfg.group)) if len(some)):
             T = 2 + int(mask[part].any(0).nonzero().max())              # mask[:, t] is about tokens[:, t+1]
             inputs, targets = shift(tokens[part, :T])
             m = mask[part, : T - 1]
@@ -234,6 +236,7 @@ def main(cfg: Config) -> None:
             micro_loss, metrics = loss(student_logits, teacher_logits, targets[m], m, weights[part, : T - 1])
             micro_loss.backward()
             add_up(totals, metrics)
+        totals = of_all_ranks(totals)
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
         grad_norm = optimizer.step(lr, cfg.grad_clip)
 

@@ -34,7 +34,7 @@ import torch
 
 import train_reward
 import train_sft
-from nanorl import run
+from nanorl import ranks, run
 from nanorl.data import pair_batch, response_mask, shuffled_batch
 from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import (
@@ -47,6 +47,7 @@ from nanorl.rollout import (
     evaluate,
     learned_rewards,
     load_reward_model,
+    of_all_ranks,
     show_answers,
 )
 from nanorl.sample import token_log_probs
@@ -288,9 +289,10 @@ def main(cfg: Config) -> None:
                     scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
             better, worse = (rows.to(device) for rows in judged_pairs(scores))
             count = len(better)
-            parts = [torch.cat(rows) for rows in zip(better.split(cfg.micro_batch), worse.split(cfg.micro_batch), strict=True)]
+            mine = (ranks.share(rows).split(cfg.micro_batch) for rows in (better, worse))
+            parts = [torch.cat(rows) for rows in zip(*mine, strict=True)]
             batches = (ask(reference, (rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]))
-                       for rows in parts if count)
+                       for rows in parts if len(rows))
             out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
             out.log({"rollout/ties": 1 - count / cfg.batch, "rollout/tokens": int(rollout.mask.sum()),
                      "time/rollout_s": time.perf_counter() - started})
@@ -298,7 +300,7 @@ def main(cfg: Config) -> None:
         else:
             picks = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)]
             batches = (ask(reference, batch) if cfg.refresh_reference else (*batch, *fixed[part].unbind(1))
-                       for batch, part in from_file(picks))
+                       for batch, part in from_file(ranks.share(picks)))
 
         # 4. Update. Both responses of a pair stay together; micro-batches add up to the step.
         totals = {}
@@ -306,6 +308,7 @@ def main(cfg: Config) -> None:
             micro_loss, metrics = pair_loss(*batch, count)
             micro_loss.backward()
             add_up(totals, metrics)
+        totals = of_all_ranks(totals)
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
         if totals:
             totals["train/grad_norm"] = optimizer.step(lr, cfg.grad_clip)

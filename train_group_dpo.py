@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 import train_sft
-from nanorl import run
+from nanorl import ranks, run
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
 from nanorl.rollout import (
     add_up,
@@ -38,6 +38,7 @@ from nanorl.rollout import (
     collect,
     describe,
     evaluate,
+    of_all_ranks,
     score_rollout,
     show_answers,
 )
@@ -164,7 +165,8 @@ def main(cfg: Config) -> None:
 
         # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
         started, totals = time.perf_counter(), {}
-        for groups in torch.arange(cfg.prompts, device=device).split(max(1, cfg.micro_batch // cfg.group)):
+        mine = ranks.share(torch.arange(cfg.prompts, device=device))
+        for groups in mine.split(max(1, cfg.micro_batch // cfg.group)) if len(mine) else ():
             rows = (groups[:, None] * cfg.group + torch.arange(cfg.group, device=device)).flatten()
             T = int(rollout.lengths[rows].max())
             mask = rollout.mask[rows, : T - 1]
@@ -176,6 +178,7 @@ def main(cfg: Config) -> None:
             metrics["train/entropy"] = masked_sum(entropy.detach(), mask)
             metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp[rows, : T - 1]), mask)
             add_up(totals, metrics)
+        totals = of_all_ranks(totals)
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
         grad_norm = optimizer.step(lr, cfg.grad_clip)
 

@@ -26,7 +26,7 @@ import torch
 
 import train_pretrain
 import train_sft
-from nanorl import run
+from nanorl import ranks, run
 from nanorl.data import DATA, read_text, shuffled_batch
 from nanorl.ops import (
     AGGREGATES,
@@ -60,6 +60,7 @@ from nanorl.rollout import (
     means,
     micro_batches,
     minibatches,
+    of_all_ranks,
     score_rollout,
     show_answers,
 )
@@ -388,11 +389,11 @@ def main(cfg: Config) -> None:
         picks = shuffled_batch(len(demonstrations), cfg.prompts, update, cfg.seed)
         tokens, mask = (x.to(device) for x in train_sft.batch_of(*demonstrated, picks, tokenizer.pad))
         weights, total = token_weights(mask, torch.arange(len(picks), device=device), "token_mean"), 0.0
-        for t, m, w in zip(*(x.split(cfg.micro_batch) for x in (tokens, mask, weights)), strict=True):
+        for t, m, w in zip(*(ranks.share(x).split(cfg.micro_batch) for x in (tokens, mask, weights)), strict=True):
             nll, _ = train_pretrain.objective(score(policy, t, m)[0], m, w)
             (cfg.likelihood_coef * nll).backward()
             total += nll.item()
-        return total
+        return sum(ranks.gathered(total))
 
     for step in out.steps():
         # 2. Look: held-out problems, answered by sampling and greedily.
@@ -437,7 +438,7 @@ def main(cfg: Config) -> None:
             out.state["baseline"] = (d * total + (1 - d) * mean, d * weight + (1 - d))
 
         # 6. Update. Micro-batches only bound memory: the weights are the whole optimizer step's, so they add up exactly.
-        totals, tokens, demonstration_loss = {}, 0, 0.0
+        totals, demonstration_loss = {}, 0.0
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
         parts = minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)
         for update, minibatch in enumerate(parts, start=step * cfg.updates):
@@ -448,7 +449,7 @@ def main(cfg: Config) -> None:
             trained = mask[minibatch].any(-1)
             if cfg.skip:
                 trained &= adv[minibatch].squeeze(-1) != 0
-            for rows, T in micro_batches(minibatch[trained], rollout.lengths, cfg.micro_batch):
+            for rows, T in micro_batches(ranks.share(minibatch[trained]), rollout.lengths, cfg.micro_batch):
                 m = mask[rows, : T - 1]
                 logp, entropy = score(policy, rollout.tokens[rows, :T], m)
                 old = logp.detach() if on_policy else old_logp[rows, : T - 1]
@@ -457,13 +458,15 @@ def main(cfg: Config) -> None:
                 micro_loss.backward()
                 metrics["train/entropy"] = masked_sum(entropy.detach(), m)
                 metrics["train/mismatch_kl"] = masked_sum(kl_k3(rollout.logp[rows, : T - 1], old), m)
+                metrics["tokens"] = m.sum()
                 add_up(totals, metrics)
-                tokens += int(m.sum())
             if demonstrations:
                 demonstration_loss += demonstrate(update) / cfg.updates
             add_up(totals, {"train/grad_norm_max": optimizer.step(lr, cfg.grad_clip)})
 
         # 7. Log: sums over tokens become means over tokens.
+        totals = of_all_ranks(totals)
+        tokens = int(totals.pop("tokens", 0))
         out.log(means(totals, tokens))
         if demonstrations:
             out.log({"train/demonstration_loss": demonstration_loss})

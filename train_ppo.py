@@ -28,7 +28,7 @@ from torch import nn
 
 import train_reward
 import train_sft
-from nanorl import run
+from nanorl import ranks, run
 from nanorl.gpt import ScalarGPT
 from nanorl.ops import (
     clipped_away,
@@ -54,6 +54,7 @@ from nanorl.rollout import (
     means,
     micro_batches,
     minibatches,
+    of_all_ranks,
     score_rollout,
     show_answers,
 )
@@ -179,11 +180,11 @@ def state_values(critic, rollout, size):
     -> values [B, T-1], of which [:, t] belongs to tokens[:, t+1], 0 where nothing was sampled; last_value [B]
     """
     values, last_value = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp[:, 0])
-    for rows, T in micro_batches(torch.arange(len(values), device=values.device), rollout.lengths, size):
+    for rows, T in micro_batches(ranks.share(torch.arange(len(values), device=values.device)), rollout.lengths, size):
         v = critic(rollout.tokens[rows, :T]).float()                                        # [rows, T]
         values[rows, : T - 1] = v[:, :-1]
         last_value[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)
-    return values.masked_fill(~rollout.mask, 0.0), last_value
+    return ranks.summed(values.masked_fill(~rollout.mask, 0.0)), ranks.summed(last_value)
 
 
 @run.says_why_it_stopped
@@ -276,13 +277,13 @@ def main(cfg: Config) -> None:
         adv = whiten(adv, mask)
 
         # 5. Update: a few passes over the rollout. The weights are the whole optimizer step's.
-        totals, tokens = {}, 0
+        totals = {}
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
         for minibatch in minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches):
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")
-            for rows, T in micro_batches(minibatch, rollout.lengths, cfg.micro_batch):
+            for rows, T in micro_batches(ranks.share(minibatch), rollout.lengths, cfg.micro_batch):
                 m = mask[rows, : T - 1]
                 with run.autocast(device, cfg.dtype):
                     logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], m, temperature=cfg.temperature)
@@ -290,16 +291,16 @@ def main(cfg: Config) -> None:
                 old, a, w, v, R = (x[rows, : T - 1] for x in (old_logp, adv, weights, old_values, returns))
                 micro_loss, metrics = loss(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy)
                 micro_loss.backward()
-                metrics["train/entropy"] = masked_sum(entropy.detach(), m)
+                metrics |= {"train/entropy": masked_sum(entropy.detach(), m), "tokens": m.sum()}
                 add_up(totals, metrics)
-                tokens += int(m.sum())
             add_up(totals, {"train/grad_norm_max": optimizer.step(lr, cfg.grad_clip)})
 
         # 6. Log, and steer the leash.
         kl = float(masked_sum(kl_k1(old_logp, ref_logp), mask)) / len(mask)
         if cfg.kl_target:
             out.state["kl_coef"] = steer(kl_coef, kl, cfg.kl_target)
-        out.log(means(totals, tokens))
+        totals = of_all_ranks(totals)
+        out.log(means(totals, int(totals.pop("tokens"))))
         out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef, "train/lr": lr,
                  "time/update_s": time.perf_counter() - started},
                 show={name: f"{facts[name]:.2f}" for name in ("reward", "learned_reward", "hidden_reward") if name in facts}

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from nanorl import run
+from nanorl import ranks, run
 from nanorl.data import DATA, consecutive_windows, random_windows, read_text, response_mask
 from nanorl.gpt import GPT, PRESETS, GPTConfig
 from nanorl.ops import masked_sum, token_weights
@@ -139,12 +139,14 @@ def main(cfg: Config) -> None:
         mask = torch.ones(len(tokens), cfg.length - 1, dtype=torch.bool, device=device)
         weights = token_weights(mask, torch.arange(len(tokens), device=device), "token_mean")
         loss = 0.0
-        for t, m, w in zip(tokens.split(cfg.batch), mask.split(cfg.batch), weights.split(cfg.batch), strict=True):
+        mine = (ranks.share(x).split(cfg.batch) for x in (tokens, mask, weights))
+        for t, m, w in zip(*mine, strict=True):
             with run.autocast(device, cfg.dtype):
                 logp, _ = token_log_probs(model, t)
             micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
             loss += metrics["train/loss"].item()
+        loss = sum(ranks.gathered(loss))
         grad_norm = optimizer.step(lr, cfg.grad_clip)
         seconds = time.perf_counter() - started
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 
 import train_sft
-from nanorl import run
+from nanorl import ranks, run
 from nanorl.data import DATA, pair_batch, read_records, shuffled_batch
 from nanorl.gpt import ScalarGPT
 from nanorl.ops import bradley_terry, ranked_right
-from nanorl.rollout import add_up
+from nanorl.rollout import add_up, of_all_ranks
 from nanorl.tasks import Stories
 
 STORIES = str(DATA / "preferences.jsonl")
@@ -130,11 +130,13 @@ def main(cfg: Config) -> None:
 
         # 3. One step. Both responses of a pair stay together; the weights are the whole step's.
         picks, totals = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)], {}
-        for i in range(0, len(picks), cfg.micro_batch):
-            better, worse = rewards(picks[i : i + cfg.micro_batch])
+        mine = ranks.share(picks)
+        for i in range(0, len(mine), cfg.micro_batch):
+            better, worse = rewards(mine[i : i + cfg.micro_batch])
             loss, metrics = objective(better, worse, torch.full_like(better, 1 / cfg.batch))
             loss.backward()
             add_up(totals, metrics)
+        totals = of_all_ranks(totals)
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
         grad_norm = optimizer.step(lr, cfg.grad_clip)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import train_pretrain
-from nanorl import run
+from nanorl import ranks, run
 from nanorl.data import pad, read_records, response_mask, shuffled_batch
 from nanorl.ops import token_weights
 from nanorl.rollout import check_room, evaluate, show_answers
@@ -145,13 +145,14 @@ def main(cfg: Config) -> None:
         tokens, mask = (x.to(device) for x in batch_of(prompts, responses, picks, tokenizer.pad))
         weights = token_weights(mask, torch.arange(len(picks), device=device), "token_mean")
         loss = 0.0
-        n = cfg.micro_batch
-        for t, m, w in zip(tokens.split(n), mask.split(n), weights.split(n), strict=True):
+        mine = (ranks.share(x).split(cfg.micro_batch) for x in (tokens, mask, weights))
+        for t, m, w in zip(*mine, strict=True):
             with run.autocast(device, cfg.dtype):
                 logp, _ = token_log_probs(model, t, m)
             micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
             loss += metrics["train/loss"].item()
+        loss = sum(ranks.gathered(loss))
         lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
         grad_norm = optimizer.step(lr, cfg.grad_clip)
 

@@ -5,13 +5,14 @@ P prompts with G samples each make B = P * G rows, prompt-major: the samples of 
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanorl import ranks
 from nanorl.data import read_records, shift
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import kl_divergence
@@ -80,11 +81,31 @@ def answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem]
     counts them as part of the prompt.
     """
     openings = openings or [[] for _ in problems]
+    if ranks.count() > 1:
+        return _answer_together(model, tokenizer, task, problems, openings, samples, how)
+    return _answer(model, tokenizer, task, problems, openings, samples, how)
+
+
+def _answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], openings: list[list[int]], samples: int,
+            how: dict[str, Any]) -> Experience:
     prompts = [tokenizer.render(problem.prompt) + begun for problem, begun in zip(problems, openings, strict=True)]
     rollout = generate(model, prompts, stop_ids={tokenizer.end}, samples_per_prompt=samples, **how)
     texts = [tokenizer.decode(openings[row // samples] + ids) for row, ids in enumerate(rollout.responses())]
     rewards = task.grades([problem for problem in problems for _ in range(samples)], texts, rollout.finished.tolist())
     return Experience(task, rollout, problems, texts, torch.tensor(rewards).view(len(problems), samples))
+
+
+def _answer_together(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], openings: list[list[int]],
+                     samples: int, how: dict[str, Any]) -> Experience:
+    """Each process answers its part of the problems, and all of them get all answers: those that one alone would give."""
+    mine = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist()
+    part = None
+    if mine:
+        part = _answer(model, tokenizer, task, [problems[p] for p in mine], [openings[p] for p in mine], samples,
+                       how | {"first_row": samples * mine[0]})
+        part = replace(part, task=None, rollout=part.rollout.to("cpu"))
+    parts = [replace(e, task=task, rollout=e.rollout.to(model.head.weight.device)) for e in ranks.gathered(part) if e]
+    return _join([(e, p) for e in parts for p in range(len(e.problems))])
 
 
 def collect(model: GPT, tokenizer: Tokenizer, task: Task, *, prompts: int, samples: int, seed: int,
@@ -165,23 +186,33 @@ def means(totals: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: x if name.endswith(("_max", "_min")) else x / max(count, 1) for name, x in totals.items()}
 
 
+def of_all_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the micro-batches of all processes have added up to. One that had no rows has no totals."""
+    if ranks.count() == 1:
+        return totals
+    whole: dict[str, Tensor] = {}
+    for part in ranks.gathered({name: x.cpu() for name, x in totals.items()}):
+        add_up(whole, part)
+    return whole
+
+
 @torch.no_grad()
 def score_rollout(model: GPT, rollout: Rollout, temperature: float, size: int) -> Tensor:
     """log-probs of a rollout's sampled tokens under `model`, 0 elsewhere.       -> [B, T-1]"""
     logp, mask = torch.zeros_like(rollout.logp), rollout.mask
-    for rows, T in micro_batches(torch.arange(len(logp), device=logp.device), rollout.lengths, size):
+    for rows, T in micro_batches(ranks.share(torch.arange(len(logp), device=logp.device)), rollout.lengths, size):
         part, _ = token_log_probs(model, rollout.tokens[rows, :T], mask[rows, : T - 1], temperature=temperature)
         logp[rows, : T - 1] = part.to(logp.dtype)
-    return logp
+    return ranks.summed(logp)
 
 
 @torch.no_grad()
 def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, size: int) -> Tensor:
     """What a reward model says of each answer, read at its last token.       -> [B]"""
     rewards = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
-    for rows, T in micro_batches(torch.arange(len(rewards), device=rewards.device), rollout.lengths, size):
+    for rows, T in micro_batches(ranks.share(torch.arange(len(rewards), device=rewards.device)), rollout.lengths, size):
         rewards[rows] = reward_model.at_end(rollout.tokens[rows, :T], rollout.lengths[rows]).float()
-    return rewards
+    return ranks.summed(rewards)
 
 
 @torch.no_grad()
@@ -194,13 +225,13 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, size
     alone are unbiased, too, but a policy that has given something up hardly ever samples what would show it.
     """
     total, mask = 0.0, rollout.mask
-    for rows, T in micro_batches(torch.arange(len(mask), device=mask.device), rollout.lengths, size):
+    for rows, T in micro_batches(ranks.share(torch.arange(len(mask), device=mask.device)), rollout.lengths, size):
         inputs, _ = shift(rollout.tokens[rows, :T])
         m = mask[rows, : T - 1]
         for h, g in zip(model.hidden(inputs)[m].split(1024), other.hidden(inputs)[m].split(1024), strict=True):
             p, q = (net.head(x).float() / temperature for net, x in ((model, h), (other, g)))
             total += float(kl_divergence(p, q).sum())
-    return total / len(mask)
+    return sum(ranks.gathered(total)) / len(mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from nanorl import ranks
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.tokenizer import Tokenizer
 
@@ -222,8 +223,9 @@ def find_device(name: str) -> torch.device:
 
 
 def pick_device(cfg: RunConfig) -> torch.device:
-    """The device to train on, deterministic if the flags ask for it."""
+    """The device to train on, deterministic if the flags ask for it, shared with nobody under torchrun."""
     device = find_device(cfg.device)
+    ranks.join(device)
     if device.type == "cuda":
         # Only a warning, because sampling needs a cumsum, which has no deterministic kernel by PyTorch's own list.
         torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
@@ -265,6 +267,14 @@ def peak_flops(device: torch.device) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Over all processes, as one tensor. A process that had no rows adds zeros."""
+    if ranks.count() > 1:
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        for p, grad in zip(parameters, ranks.summed(flat).split([p.numel() for p in parameters]), strict=True):
+            p.grad = grad.view_as(p)
+
+
 class Optimizers:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest, stepped as one.
 
@@ -293,6 +303,7 @@ class Optimizers:
         FloatingPointError when the gradient is not finite; no weight has changed then.
         """
         parameters = [p for _, p in self.named]
+        _sum_gradients(parameters)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not norm.isfinite():
             check_finite({f"the gradient of {name}": p.grad for name, p in self.named})
@@ -554,8 +565,7 @@ class Run:
         self.step = 0
         self.state: dict[str, Any] = {}     # what else a script must know to resume: tensors and builtins
         self._line: dict[str, float] = {}
-        self._signal: int | None = None
-        self.out.mkdir(parents=True, exist_ok=True)
+        self._signal = 0
         if checkpoint is not None:
             self.step, self.state = checkpoint["step"], checkpoint["state"]
             try:
@@ -563,6 +573,15 @@ class Run:
             except Exception as e:
                 with user_errors():
                     raise ValueError(f"{self.out / 'ckpt.pt'}: its optimizer is not that of this run ({e})") from None
+        ranks.wait()                        # the others may still be looking for what stands here already
+        if ranks.rank() == 0:
+            self._begin()
+        ranks.wait()
+
+    def _begin(self) -> None:
+        """The files of a new run, or those of an earlier one up to its checkpoint; nobody else may write here from now on."""
+        cfg = self.cfg
+        self.out.mkdir(parents=True, exist_ok=True)
         if not cfg.resume:
             flags = json.dumps(dataclasses.asdict(cfg), indent=2)
             write_atomically(self.out / "config.json", lambda f: f.write(flags.encode()))
@@ -622,7 +641,8 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         handlers = {s: signal.signal(s, self._stop_soon) for s in (signal.SIGINT, signal.SIGTERM)}
-        bar = tqdm(total=self.cfg.steps, initial=self.step, desc=self.out.name, disable=self.cfg.quiet, dynamic_ncols=True,
+        bar = tqdm(total=self.cfg.steps, initial=self.step, desc=self.out.name, dynamic_ncols=True,
+                   disable=self.cfg.quiet or ranks.rank() > 0,
                    bar_format="{desc} {n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}")
         self._bar = bar
         try:
@@ -633,6 +653,7 @@ class Run:
                 self._write_line()
                 self.step += 1
                 bar.update()
+                self._signal = max(ranks.gathered(self._signal))       # who was told to stop tells the others
                 if self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps or self._signal:
                     self.save()
                 if self._signal:
@@ -672,6 +693,7 @@ class Run:
         """The final line: what the trained model is worth. Its step is cfg.steps."""
         self.log(metrics)
         self._write_line()
+        ranks.wait()                        # a stage that follows reads what rank 0 has written
 
     def _write_line(self) -> None:
         self._append("metrics.jsonl", {"step": self.step, **dict(sorted(self._line.items()))})
@@ -683,6 +705,8 @@ class Run:
             self._append("samples.jsonl", {"step": self.step, **record})
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
+        if ranks.rank():
+            return
         with open(self.out / name, "a", encoding="utf-8") as f:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
             f.flush()
@@ -694,6 +718,8 @@ class Run:
             tqdm.write(printable(text), file=sys.stdout)
 
     def save(self) -> None:
+        if ranks.rank():
+            return
         checkpoint = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.cfg),
                       "gpt": dataclasses.asdict(self.model.config), "tokenizer": self.tokenizer.state_dict(),
                       "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "state": self.state}

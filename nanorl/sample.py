@@ -62,9 +62,10 @@ def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return ids.squeeze(-1), logp.gather(-1, ids).squeeze(-1)
 
 
-def uniforms(seed: int, rows: int, count: int) -> Tensor:
-    """One number in [0, 1) for each (seed, row, position), whatever is asked for beside it.       -> [rows, count]"""
-    streams = (np.random.Generator(np.random.Philox(key=[seed, row])) for row in range(rows))
+def uniforms(seed: int, rows: int, count: int, first: int = 0) -> Tensor:
+    """One number in [0, 1) for each (seed, row, position), whatever is asked for beside it; rows are counted from `first`.
+    -> [rows, count]"""
+    streams = (np.random.Generator(np.random.Philox(key=[seed, row])) for row in range(first, first + rows))
     return torch.from_numpy(np.stack([stream.random(count, dtype=np.float32) for stream in streams]))
 
 
@@ -89,6 +90,9 @@ class Rollout:
     def mask(self) -> Tensor:
         """[B, T-1] True where tokens[:, t+1] was sampled."""
         return response_mask(self.prompt_lengths, self.lengths, self.tokens.shape[1])
+
+    def to(self, device: str | torch.device) -> "Rollout":
+        return Rollout(**{name: x.to(device) for name, x in vars(self).items()})
 
     def responses(self) -> list[list[int]]:
         """The sampled ids of each row, without the stop token."""
@@ -126,13 +130,13 @@ def _compiled_step(model: GPT, cache: KVCache):
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list[int], temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, stop_ids: set[int], samples_per_prompt: int = 1, seed: int = 0,
-             compile: bool = False) -> Rollout:
+             first_row: int = 0, compile: bool = False) -> Rollout:
     """Sample `samples_per_prompt` responses to each prompt, row by row until a stop token or `max_new_tokens`.
 
     `max_new_tokens` is one limit for all prompts, or a list with one for each. temperature 0 is greedy (and logp 0: a
     point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for all its samples. Randomness is one uniform
-    per (seed, row, position): a row does not depend on the rows beside it. Eager decoding drops finished rows as it goes;
-    `compile` keeps a fixed shape, as CUDA graphs need it.
+    per (seed, row, position): a row does not depend on the rows beside it; rows are counted from `first_row`. Eager decoding
+    drops finished rows as it goes; `compile` keeps a fixed shape, as CUDA graphs need it.
     FloatingPointError when a logit was nan or inf.
     """
     if not prompts or not all(prompts):
@@ -171,7 +175,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     tokens = torch.cat((tokens, tokens.new_zeros(B, longest - tokens.shape[1])), dim=1)     # [B, T]
     logp = torch.zeros(B, longest - 1, device=device)
     lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
-    u = uniforms(seed, B, max(limits)).to(device)
+    u = uniforms(seed, B, max(limits), first_row).to(device)
     stops = torch.tensor(sorted(stop_ids), device=device)
     rows = torch.arange(B, device=device)               # the row of the rollout behind each row of the cache
     step = _next_logits
