@@ -1,0 +1,102 @@
+"""What nanorl is held against does the same work, and the benchmark measures what it says."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from world import ROOT
+
+from benchmarks import plain
+from benchmarks.measure import median_ratio, race
+from nanorl.ops import entropy_from_logits, selective_log_softmax
+from train_grpo import objective
+
+CPU = torch.device("cpu")
+
+
+def tiny():
+    torch.manual_seed(0)
+    return plain.GPT2(vocab_size=11, context=16, layers=2, width=8, heads=2).double()
+
+
+def test_the_plain_model_gives_the_same_logits_with_its_cache_and_without():
+    model, tokens = tiny(), torch.randint(11, (3, 9))
+    whole, past = model(tokens)[0], None
+    for t in range(9):
+        logits, past = model(tokens[:, t : t + 1], past)
+        torch.testing.assert_close(logits[:, 0], whole[:, t])
+
+
+def test_the_plain_model_looks_back_only():
+    model, tokens = tiny(), torch.randint(11, (3, 9))
+    changed = tokens.clone()
+    changed[:, 5:] = 0
+    torch.testing.assert_close(model(tokens)[0][:, :5], model(changed)[0][:, :5])
+
+
+def test_plain_and_ours_compute_the_same():
+    logits, ids = torch.randn(4, 11, dtype=torch.float64), torch.randint(11, (4,))
+    torch.testing.assert_close(plain.token_log_probs(logits, ids), selective_log_softmax(logits.float(), ids))
+    torch.testing.assert_close(plain.entropy(logits), entropy_from_logits(logits.float()))
+
+
+def test_the_plain_step_of_grpo_has_the_gradient_of_ours():
+    """On answers of one length, of the same model: only the way there differs."""
+    model, tokens, adv = tiny().float(), torch.randint(11, (6, 9)), torch.randn(6)
+    logp = plain.token_log_probs(model(tokens[:, :-1])[0], tokens[:, 1:])[:, 3:]
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    objective(logp, logp.detach(), adv[:, None], mask, mask / mask.sum(-1, keepdim=True) / 6)[0].backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    class Keep:
+        def step(self):
+            self.found = [p.grad.clone() for p in model.parameters()]
+
+        def zero_grad(self, set_to_none):
+            pass
+
+    optimizer = Keep()
+    plain.grpo_step(model, optimizer, tokens, 4, adv, micro_batch=4)
+    norm = torch.nn.utils.get_total_norm(expected).clamp(min=1.0)
+    for found, grad in zip(optimizer.found, expected, strict=True):
+        torch.testing.assert_close(found, grad / norm, rtol=1e-3, atol=1e-6)
+
+
+def test_a_race_counts_rounds_in_turn_after_one_to_warm_up():
+    calls = []
+    rounds = race({"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.01))}, CPU, 0.0)
+    assert calls == ["a", "b"] * 4 and [len(times) for times in rounds.values()] == [3, 3]
+    assert min(rounds["b"]) >= 0.01 > max(rounds["a"])
+    assert median_ratio([4.0, 9.0, 2.0], [2.0, 3.0, 2.0]) == 2.0
+
+
+def test_peak_memory_is_what_is_needed_at_once():
+    """In a process that gives freed memory back: 64 MB, twice after one another, and both together."""
+    code = ("import torch; from benchmarks.measure import peak_memory; f = lambda: torch.ones(2**24).sum(); "
+            "g = lambda: (f(), f()); h = lambda: torch.ones(2**24) + torch.ones(2**24); "
+            "print(*(peak_memory(x, torch.device('cpu')) for x in (f, g, h)))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+                            capture_output=True, text=True)
+    if "None" in result.stdout:
+        pytest.skip("nobody counts here")
+    one, twice, both = (int(x) / 2**26 for x in result.stdout.split())
+    assert one == pytest.approx(1, abs=0.1) and twice == pytest.approx(1, abs=0.1) and both == pytest.approx(3, abs=0.2)
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_runs(tmp_path):
+    out = tmp_path / "results.json"
+    command = [sys.executable, "-m", "benchmarks", "--smoke", "--no-compile", "--device", "cpu", "--out", str(out)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kept = json.loads(out.read_text())
+    assert {row["group"] for row in kept["rows"]} == {"pretrain", "generate", "grpo", "atoms", "memory"}
+    assert kept["machine"]["torch"] == torch.__version__ and all(x > 0 for x in kept["ceilings"].values())
+    for row in kept["rows"]:
+        assert row["memory"] is not None if row["group"] == "memory" else row["seconds"] > 0
+        assert row["ratio"] is None or row["ratio"] > 0
