@@ -111,6 +111,18 @@ def with_tail(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.cat((log_p.gather(-1, ids), logsumexp(others)[..., None]), dim=-1)
 
 
+def _chunk_log_softmax(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """log_softmax(hidden weight^T / temperature), and memory of its size to write into.       [n, d], [V, d] -> [n, V] twice
+
+    The same sums as `log_softmax`, in place: of a vocabulary's width, every temporary costs as much as the product itself.
+    """
+    z = (hidden @ weight.T).to(dtype).div_(temperature)
+    z -= z.amax(-1, keepdim=True)
+    scratch = z.exp()
+    z -= scratch.sum(-1, keepdim=True).log_()
+    return z, scratch
+
+
 class _LinearLogProbs(torch.autograd.Function):
     """See linear_log_probs. The backward pass computes the logits again instead of keeping them."""
 
@@ -120,33 +132,39 @@ class _LinearLogProbs(torch.autograd.Function):
         logp, entropy = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(2))
         for start in range(0, len(ids), chunk_size):
             rows = slice(start, start + chunk_size)
-            log_p = log_softmax((hidden[rows] @ weight.T).to(dtype) / temperature)          # [chunk, V]
+            log_p, p = _chunk_log_softmax(hidden[rows], weight, temperature, dtype)         # [chunk, V]
             logp[rows] = log_p.gather(-1, ids[rows, None]).squeeze(-1)
-            entropy[rows] = -(log_p.exp() * log_p).sum(-1)
+            entropy[rows] = -torch.exp(log_p, out=p).mul_(log_p).sum(-1)
         ctx.save_for_backward(hidden, weight, ids, entropy)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, ids, entropy = ctx.saved_tensors
+        grad_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=entropy.dtype)
         for start in range(0, len(ids), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
-            log_p = log_softmax((hidden[rows] @ weight.T).to(entropy.dtype) / ctx.temperature)
+            log_p, p = _chunk_log_softmax(hidden[rows], weight, ctx.temperature, entropy.dtype)
             # d logp / dz = onehot - p          dH / dz = -p (log p + H)
-            g_logp, g_entropy = grad_logp[rows, None], grad_entropy[rows, None]
-            grad_z = -log_p.exp() * (g_logp + g_entropy * (log_p + entropy[rows, None]))
+            g_logp = grad_logp[rows, None]
+            grad_z = torch.exp(log_p, out=p).neg_()
+            if grad_entropy is None:
+                grad_z *= g_logp
+            else:
+                grad_z *= log_p.add_(entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(g_logp)
             grad_z.scatter_add_(-1, ids[rows, None], g_logp)
-            grad_z = (grad_z / ctx.temperature).to(hidden.dtype)
+            grad_z = grad_z.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad_z @ weight
             grad_weight += grad_z.T @ hidden[rows]
         return grad_hidden, grad_weight, None, None, None
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, chunk_size: int = 1024
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of `ids` and entropy, straight from hidden states: z = hidden weight^T / temperature.
 
@@ -154,11 +172,13 @@ def linear_log_probs(
 
     hidden [N, d], weight [V, d], ids [N] -> (logp [N], entropy [N]) in nats, both differentiable in hidden and weight.
     The [N, V] logits are what fills a GPU's memory, not the model: here only [chunk_size, V] of them exist at a time,
-    forward and backward, at the price of computing them twice. Any chunk size gives the same values.
+    forward and backward, at the price of computing them twice. Any chunk size gives the same values; by default it is 1024,
+    or less where the vocabulary is large: a chunk has at most 8 million logits.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
+    chunk_size = chunk_size or min(1024, max(1, 2**23 // len(weight)))
     return _LinearLogProbs.apply(hidden, weight.to(hidden.dtype), ids, temperature, chunk_size)
 
 
