@@ -113,13 +113,14 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 class KVCache:
     """Keys and values of the tokens seen so far, so that the next token costs one position instead of all of them.
 
-    keys, values [layers, B, Hkv, capacity, D]; length [B] is each row's write position, the position of its next
+    keys, values: for each layer [B, Hkv, capacity, D]; length [B] is each row's write position, the position of its next
     token. Rows are left-aligned and may differ in length: what lies at or beyond a row's length is never looked at.
     """
 
     def __init__(self, config: GPTConfig, rows: int, capacity: int, device=None, dtype=None, static: bool = False):
-        shape = (config.layers, rows, config.kv_heads, capacity, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = (rows, config.kv_heads, capacity, config.head_dim)
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+                                  for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.visible = capacity if static else 0    # attention reads this many slots; a compiled step needs it constant
         self.static = static
@@ -131,21 +132,24 @@ class KVCache:
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v [B, Hkv, T, D] at positions [B, T]; return all that `layer` has, [B, Hkv, visible, D] each."""
         index = positions[:, None, :, None].expand_as(k)
-        self.keys[layer].scatter_(2, index, k.to(self.keys.dtype))
-        self.values[layer].scatter_(2, index, v.to(self.values.dtype))
-        return self.keys[layer, :, :, : self.visible], self.values[layer, :, :, : self.visible]
+        keys, values = self.keys[layer], self.values[layer]
+        keys.scatter_(2, index, k.to(keys.dtype))
+        values.scatter_(2, index, v.to(values.dtype))
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def repeat(self, times: int) -> None:
         """Every row `times` times, side by side: one prompt becomes the start of several samples."""
-        self.keys, self.values = (x.repeat_interleave(times, dim=1) for x in (self.keys, self.values))
+        self.keys, self.values = ([x.repeat_interleave(times, dim=0) for x in part] for part in (self.keys, self.values))
         self.length = self.length.repeat_interleave(times)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows, in rising order: they move to the front of the same memory."""
         seen, count = slice(0, self.visible), len(rows)
-        for x in (self.keys, self.values):
-            x[:, :count, :, seen] = x[:, rows, :, seen]
-        self.keys, self.values, self.length = self.keys[:, :count], self.values[:, :count], self.length[rows]
+        for part in (self.keys, self.values):
+            for layer, x in enumerate(part):
+                x[:count, :, seen] = x[rows, :, seen]
+                part[layer] = x[:count]
+        self.length = self.length[rows]
 
 
 class Attention(nn.Module):

@@ -113,17 +113,18 @@ _compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
 def _compiled_step(model: GPT, cache: KVCache):
     """The decoding step compiled for a cache of this shape, and a cache whose address never moves, filled from `cache`."""
     steps = _compiled.setdefault(model, {})
-    _, rows, _, capacity, _ = cache.keys.shape
-    kind = (rows, capacity, cache.keys.device, cache.keys.dtype)
+    keys = cache.keys[0]
+    rows, _, capacity, _ = keys.shape
+    kind = (rows, capacity, keys.device, keys.dtype)
     if kind not in steps:
         static = KVCache(model.config, *kind, static=True)
-        for x in (static.keys, static.values, static.length):
+        for x in (*static.keys, *static.values, static.length):
             torch._dynamo.mark_static_address(x)
-        mode = "reduce-overhead" if cache.keys.is_cuda else "default"    # CUDA graphs, where there is CUDA
+        mode = "reduce-overhead" if keys.is_cuda else "default"          # CUDA graphs, where there is CUDA
         steps[kind] = torch.compile(_next_logits, mode=mode, dynamic=False), static
     step, static = steps[kind]
-    for name in ("keys", "values", "length"):
-        getattr(static, name).copy_(getattr(cache, name))
+    for x, y in zip((*static.keys, *static.values, static.length), (*cache.keys, *cache.values, cache.length), strict=True):
+        x.copy_(y)
     return step, static
 
 

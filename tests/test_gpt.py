@@ -420,8 +420,8 @@ def cached_runs(draw):
 def fill_with_junk(cache: KVCache) -> None:
     """Large finite numbers wherever a row has not been written, the padding of its prompt included."""
     for row, length in enumerate(cache.length.tolist()):
-        for x in (cache.keys, cache.values):
-            x[:, row, :, length:] = 1e3 * torch.randn(x[:, row, :, length:].shape, dtype=x.dtype)
+        for x in (*cache.keys, *cache.values):
+            x[row, :, length:] = 1e3 * torch.randn(x[row, :, length:].shape, dtype=x.dtype)
 
 
 @every_position
