@@ -131,10 +131,10 @@ class KVCache:
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v [B, Hkv, T, D] at positions [B, T]; return all that `layer` has, [B, Hkv, visible, D] each."""
-        index = positions[:, None, :, None].expand_as(k)
         keys, values = self.keys[layer], self.values[layer]
-        keys.scatter_(2, index, k.to(keys.dtype))
-        values.scatter_(2, index, v.to(values.dtype))
+        rows, heads = (torch.arange(n, device=k.device) for n in k.shape[:2])
+        at = rows[:, None, None], heads[:, None], positions[:, None]                   # broadcast to [B, Hkv, T]
+        keys[at], values[at] = k.to(keys.dtype), v.to(values.dtype)
         return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def repeat(self, times: int) -> None:

@@ -161,8 +161,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     # Read the prompts, then give each of them its samples.
     on = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
-    # A compiled step is made for one capacity: few different ones, then.
-    capacity = min(-(-longest // 64) * 64, model.config.context) if compile else longest
+    # A compiled step is made for one capacity, and for the slots that it reads: few different ones, then.
+    capacity, prompt_width = min(-(-longest // 64) * 64, model.config.context) if compile else longest, tokens.shape[1]
     cache = KVCache(model.config, len(prompts), capacity, device, dtype)
     hidden = model.hidden(tokens, cache)                                                    # [P, T, width]
     cache.length = prompt_lengths.clone()
@@ -204,8 +204,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
             cache.keep(running.nonzero().squeeze(-1))
             rows, ids = rows[running], ids[running]
         cache.length.clamp_(max=capacity - 1)           # rows that are done go on, in the last slot if need be
-        if not compile:
-            cache.visible = min(cache.visible, capacity - 1)
+        seen = prompt_width + t
+        cache.visible = min(capacity, -(-(seen + 1) // 64) * 64) if compile else min(seen, capacity - 1)
         logits = step(model, ids, cache)
 
     if not logp.isfinite().all():
