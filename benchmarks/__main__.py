@@ -92,10 +92,10 @@ class Benchmark:
         with run.autocast(self.device, "auto"):
             rounds = race(candidates, self.device, 0.0 if self.cfg.smoke else self.cfg.seconds)
         for who, times in rounds.items():
-            seconds = statistics.median(times)
+            seconds, ours = statistics.median(times), who.startswith("nanorl")
             self.add(Row(group, work, who, seconds, tokens / seconds if tokens else None,
                          median_ratio(rounds[reference], times) if reference in rounds else None,
-                         flops / seconds / self.ceiling[f"{self.dtype} FLOP/s"] if flops and who != "plain" else None))
+                         flops / seconds / self.ceiling[f"{self.dtype} FLOP/s"] if flops and ours else None))
         return rounds
 
     def add(self, row: Row) -> None:
@@ -172,10 +172,10 @@ def sampling_at(bench: Benchmark, V: int, batch: int, new: int) -> None:
 
 def grpo(bench: Benchmark) -> None:
     for V in (256,) if bench.cfg.smoke else (256, 4096):
-        grpo_at(bench, V, *((2, 2, 4, 4) if bench.cfg.smoke else (32, 8, 12, 32)))
+        grpo_at(bench, V, *((2, 2, 4, 4, 2) if bench.cfg.smoke else (32, 8, 12, 32, 64)))
 
 
-def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, size: int = 64) -> None:
+def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, size: int) -> None:
     """One update in micro-batches of `size` rows, none left out, on answers that do not stop; then the parts of the step."""
     model, other, B = model_of(V, bench.device), plain_of(V, bench.device), P * G
     optimizer, other_optimizer = run.Optimizers(model, "adamw", 1e-4), adamw(other)
@@ -192,14 +192,14 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
     def score(rows: slice) -> Tensor:
         return token_log_probs(model, rollout.tokens[rows], mask[rows])[0]
 
-    parts = [slice(i, i + size) for i in range(0, B, size)]
+    parts = [slice(i, min(i + size, B)) for i in range(0, B, size)]
 
     @torch.no_grad()
     def forward() -> None:
         for rows in parts:
             score(rows)
 
-    def update() -> None:
+    def update(parts: list[slice] = parts) -> None:
         for rows in parts:
             logp = score(rows)
             grpo_objective(logp, logp.detach(), adv[rows], mask[rows], weights[rows])[0].backward()
@@ -209,6 +209,11 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
         collect()
         update()
 
+    def skipping() -> None:
+        """Half of the rows have no advantage, and --skip leaves them out."""
+        collect()
+        update(parts[: len(parts) // 2])
+
     def plain_step() -> None:
         tokens = plain.generate(other, prompts.repeat_interleave(G, dim=0).to(bench.device), new)
         plain.grpo_step(other, other_optimizer, tokens, prompt, adv.squeeze(-1), size)
@@ -216,7 +221,7 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
     # The sampler reads each token once and the update three times (forward, and backward twice that).
     flops = B * (prompt + new) * model.training_flops_per_token(prompt + new) * 4 / 3
     work = f"{P} x {G} answers, {prompt} + {new} tokens, V={V}"
-    bench.run("grpo", work, {"plain": plain_step, "nanorl": step}, B * new, flops)
+    bench.run("grpo", work, {"plain": plain_step, "nanorl": step, "half skipped": skipping}, B * new, flops)
     bench.run("grpo", f"its parts, V={V}", {"generate": collect, "forward alone": forward, "update": update})
 
 
