@@ -23,6 +23,7 @@ EVAL = " --eval-problems 3 --max-new-tokens 16"
 PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --vocab-size 300" + TINY
 SFT = "--steps 40 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY
 GRPO = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --init sft" + EVAL + TINY
+SELDOM = " --eval-every 3"      # an evaluation of GRPO reads all held-out stories
 BEST = EVAL + " --best-of 2"
 DPO = "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft --max-new-tokens 16" + TINY
 ONLINE = "--steps 3 --batch 8 --online --init sft" + BEST + TINY
@@ -31,10 +32,10 @@ PPO = "--steps 3 --prompts 4 --group 2 --init sft" + BEST + TINY
 DISTILL = "--steps 3 --prompts 3 --group 2 --teacher grpo --init sft" + EVAL + TINY
 SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO),
            "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
-                                            "--truncated mask --aggregate token_mean --advantage leave_one_out"),
+                                            "--truncated mask --aggregate token_mean --advantage leave_one_out" + SELDOM),
            "stale": (train_grpo, GRPO + " --algo cispo --stale 1 --kl-coef 0.1 --kl k1 --kl-in weighted --refresh-reference 1 "
-                                        "--overlong 0.5 --no-selfcheck"),
-           "masked": (train_grpo, GRPO + " --algo masked_is"),
+                                        "--overlong 0.5 --no-selfcheck" + SELDOM),
+           "masked": (train_grpo, GRPO + " --algo masked_is" + SELDOM),
            "reward": (train_reward, "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft" + TINY),
            "dpo": (train_dpo, DPO), "refreshed": (train_dpo, DPO + " --loss ipo --nll-coef 0.1 --refresh-reference 1"),
            "online": (train_dpo, ONLINE + " --judge model --reward-model reward"),
@@ -44,7 +45,8 @@ SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grp
            "distill": (train_distill, DISTILL + " --on student --divergence reverse --gradient sequence"),
            "taught": (train_distill, DISTILL + " --on data --data letters.jsonl --divergence jsd --tau 2 --top-k 3"),
            "reinforce": (train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --likelihood-coef 0.1 "
-                                            "--demonstrations letters.jsonl --kl-coef 0.1 --kl k1 --kl-in reward")}
+                                            "--demonstrations letters.jsonl --kl-coef 0.1 --kl k1 --kl-in reward" + SELDOM)}
+STATES = [name for name in SCRIPTS if name != "masked"]     # whose checkpoints hold something of their own
 
 ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo", "distill")   # one run of every script
 
