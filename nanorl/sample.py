@@ -162,7 +162,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     on = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
     # A compiled step is made for one capacity, and for the slots that it reads: few different ones, then.
-    capacity, prompt_width = min(-(-longest // 64) * 64, model.config.context) if compile else longest, tokens.shape[1]
+    capacity = min(-(-longest // 64) * 64, model.config.context) if compile else longest
+    prompt_width = tokens.shape[1]
     cache = KVCache(model.config, len(prompts), capacity, device, dtype)
     hidden = model.hidden(tokens, cache)                                                    # [P, T, width]
     cache.length = prompt_lengths.clone()
