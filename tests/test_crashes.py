@@ -270,7 +270,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
 DRIVER = """
 import os, random, signal, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import train_distill, train_dpo, train_group_dpo, train_grpo, train_ppo, train_pretrain, train_reward, train_sft
+import train_distill, train_dpo, train_group_dpo, train_grpo, train_ppo, train_pretrain, train_reward, train_sft, world
 from nanorl import run
 sys.argv[0] = "killed"
 

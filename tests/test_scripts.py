@@ -86,7 +86,8 @@ def test_kill_9_and_resume_is_the_uninterrupted_run_bit_for_bit(name, tmp_path):
     argv = [*flags.split(), "--out", str(tmp_path / "run")]
     code = f"""
 import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import world
 import {script.__name__} as script
 from nanorl import run
 write_line = run.Run._write_line

@@ -15,9 +15,11 @@ import train_pretrain
 import train_reward
 import train_sft
 from nanorl import run
-from nanorl.data import DATA
+from nanorl.data import DATA, read_text
 
 ROOT = Path(__file__).parent.parent
+STORIES = read_text(DATA / "stories_heldout.txt")[:8000]
+train_grpo.read_text = lambda path: STORIES         # what every evaluation of GRPO reads: as much as a test has the time for
 TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
 EVAL = " --eval-problems 3 --max-new-tokens 16"
 PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --vocab-size 300" + TINY
