@@ -160,7 +160,7 @@ def main(cfg: Config) -> None:
         for typed in filter(None, (cfg.teacher, "" if checkpoint else cfg.init)):
             run.load_checkpoint(typed, "policy")
     teacher_run = cfg.teacher or run.ensure_stage(train_grpo, out=run.stage_dir("grpo", cfg.task, cfg.difficulty),
-                                           **run.same(cfg, "task", "difficulty"))
+                                                  **run.same(cfg, "task", "difficulty"))
     init = "" if checkpoint else cfg.init or make_student(cfg)
     with run.user_errors():
         start, teacher_start = checkpoint or run.load_checkpoint(init, "policy"), run.load_checkpoint(teacher_run, "policy")
@@ -186,7 +186,7 @@ def main(cfg: Config) -> None:
                              tau=cfg.tau, top_k=cfg.top_k)
     with run.autocast(device, cfg.dtype):
         teacher_answers = answer(teacher, tokenizer, task, heldout_problems(task, cfg.eval_problems, cfg.seed),
-                         seed=run.derive(cfg.seed, "teacher"), **sampling)
+                                 seed=run.derive(cfg.seed, "teacher"), **sampling)
     teacher_accuracy = float(teacher_answers.rewards.mean())
     print(f"Distilling {teacher.num_parameters():,} parameters into {student.num_parameters():,}: {cfg.divergence} divergence "
           f"on answers of the {cfg.on} to {task.name}, on {device.type}. The teacher is right in {teacher_accuracy:.3f} of its "
@@ -224,8 +224,8 @@ def main(cfg: Config) -> None:
         started, totals = time.perf_counter(), {}
         rows = torch.arange(len(tokens), device=device)
         weights = token_weights(mask, rows, "sequence_sum")
-        groups = ranks.share(rows.view(-1, cfg.group))                                      # [P, G]
-        for part in (some.flatten() for some in groups.split(max(1, cfg.micro_batch // cfg.group)) if len(some)):
+        for groups in ranks.parts(rows.view(-1, cfg.group), max(1, cfg.micro_batch // cfg.group)):
+            part = groups.flatten()
             T = 2 + int(mask[part].any(0).nonzero().max())              # mask[:, t] is about tokens[:, t+1]
             inputs, targets = shift(tokens[part, :T])
             m = mask[part, : T - 1]

@@ -289,10 +289,10 @@ def main(cfg: Config) -> None:
                     scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
             better, worse = (rows.to(device) for rows in judged_pairs(scores))
             count = len(better)
-            mine = (ranks.share(rows).split(cfg.micro_batch) for rows in (better, worse))
+            mine = (ranks.parts(rows, cfg.micro_batch) for rows in (better, worse))
             parts = [torch.cat(rows) for rows in zip(*mine, strict=True)]
             batches = (ask(reference, (rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]))
-                       for rows in parts if len(rows))
+                       for rows in parts)
             out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
             out.log({"rollout/ties": 1 - count / cfg.batch, "rollout/tokens": int(rollout.mask.sum()),
                      "time/rollout_s": time.perf_counter() - started})

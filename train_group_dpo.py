@@ -165,8 +165,7 @@ def main(cfg: Config) -> None:
 
         # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
         started, totals = time.perf_counter(), {}
-        mine = ranks.share(torch.arange(cfg.prompts, device=device))
-        for groups in mine.split(max(1, cfg.micro_batch // cfg.group)) if len(mine) else ():
+        for groups in ranks.parts(torch.arange(cfg.prompts, device=device), max(1, cfg.micro_batch // cfg.group)):
             rows = (groups[:, None] * cfg.group + torch.arange(cfg.group, device=device)).flatten()
             T = int(rollout.lengths[rows].max())
             mask = rollout.mask[rows, : T - 1]

@@ -389,7 +389,7 @@ def main(cfg: Config) -> None:
         picks = shuffled_batch(len(demonstrations), cfg.prompts, update, cfg.seed)
         tokens, mask = (x.to(device) for x in train_sft.batch_of(*demonstrated, picks, tokenizer.pad))
         weights, total = token_weights(mask, torch.arange(len(picks), device=device), "token_mean"), 0.0
-        for t, m, w in zip(*(ranks.share(x).split(cfg.micro_batch) for x in (tokens, mask, weights)), strict=True):
+        for t, m, w in zip(*(ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights)), strict=True):
             nll, _ = train_pretrain.objective(score(policy, t, m)[0], m, w)
             (cfg.likelihood_coef * nll).backward()
             total += nll.item()

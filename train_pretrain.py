@@ -139,7 +139,7 @@ def main(cfg: Config) -> None:
         mask = torch.ones(len(tokens), cfg.length - 1, dtype=torch.bool, device=device)
         weights = token_weights(mask, torch.arange(len(tokens), device=device), "token_mean")
         loss = 0.0
-        mine = (ranks.share(x).split(cfg.batch) for x in (tokens, mask, weights))
+        mine = (ranks.parts(x, cfg.batch) for x in (tokens, mask, weights))
         for t, m, w in zip(*mine, strict=True):
             with run.autocast(device, cfg.dtype):
                 logp, _ = token_log_probs(model, t)

@@ -130,9 +130,8 @@ def main(cfg: Config) -> None:
 
         # 3. One step. Both responses of a pair stay together; the weights are the whole step's.
         picks, totals = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)], {}
-        mine = ranks.share(picks)
-        for i in range(0, len(mine), cfg.micro_batch):
-            better, worse = rewards(mine[i : i + cfg.micro_batch])
+        for part in ranks.parts(picks, cfg.micro_batch):
+            better, worse = rewards(part)
             loss, metrics = objective(better, worse, torch.full_like(better, 1 / cfg.batch))
             loss.backward()
             add_up(totals, metrics)

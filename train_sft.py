@@ -145,7 +145,7 @@ def main(cfg: Config) -> None:
         tokens, mask = (x.to(device) for x in batch_of(prompts, responses, picks, tokenizer.pad))
         weights = token_weights(mask, torch.arange(len(picks), device=device), "token_mean")
         loss = 0.0
-        mine = (ranks.share(x).split(cfg.micro_batch) for x in (tokens, mask, weights))
+        mine = (ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights))
         for t, m, w in zip(*mine, strict=True):
             with run.autocast(device, cfg.dtype):
                 logp, _ = token_log_probs(model, t, m)

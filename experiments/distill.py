@@ -25,7 +25,7 @@ from experiments.runs import cell, directory, train_all
 from nanorl.checks import leaf, randn
 from nanorl.plot import read_metrics
 from nanorl.run import generator
-from nanorl.tabular import prefix_rows, sequence_kl, sequence_probs, sequences
+from nanorl.tabular import pairs_of_answers, prefix_rows, sequence_kl, sequence_probs
 from train_distill import objective
 
 WAYS = {
@@ -57,12 +57,10 @@ def blind(z: Tensor) -> Tensor:
 
 def exact_loss(student: Tensor, teacher: Tensor, *, on: str, **how) -> Tensor:
     """The objective of train_distill.py, in expectation over two answers to a prompt, by summing over all pairs of them."""
-    answers, p = sequences(2, T), sequence_probs(student if on == "student" else teacher).detach()
-    pairs = torch.tensor(list(product(range(len(answers)), repeat=2)))
-    tokens, weights = answers[pairs.flatten()], (p[pairs].prod(-1) / 2).repeat_interleave(2)
+    tokens, chance = pairs_of_answers((student if on == "student" else teacher).detach())
     mask, rows = torch.ones_like(tokens, dtype=torch.bool), prefix_rows(tokens, 2).flatten()
-    return objective(student[rows], teacher[rows], tokens.flatten(), mask, weights[:, None].expand(mask.shape), group=2,
-                     **how)[0]
+    weights = (chance / 2)[:, None].expand(mask.shape)
+    return objective(student[rows], teacher[rows], tokens.flatten(), mask, weights, group=2, **how)[0]
 
 
 def shared(p: Tensor, q: Tensor) -> float:

@@ -41,6 +41,12 @@ def share(rows: Any) -> Any:
     return rows[rank()::count()]
 
 
+def parts(rows: Any, size: int) -> list[Any]:
+    """The rows of this process, `size` at a time; none where it has none."""
+    mine = share(rows)
+    return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+
 def summed(x: Tensor) -> Tensor:
     """The sum over all processes, which all of them get."""
     if count() > 1:

@@ -170,7 +170,9 @@ def minibatches(seed: int, step: int, count: int, epochs: int, parts: int) -> It
 
 def micro_batches(rows: Tensor, lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
     """`rows` in batches of `size`, rows of similar length together. Yields (rows, length of the longest)."""
-    for part in rows[lengths[rows].argsort()].split(size) if len(rows) else ():
+    rows = rows[lengths[rows].argsort()]
+    for i in range(0, len(rows), size):
+        part = rows[i : i + size]
         yield part, int(lengths[part].max())
 
 

@@ -20,6 +20,7 @@ from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
 
 ROWS, SCORED = 1024, 64     # answers that are sampled at a time, and scored: caches and hidden states take memory
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Many answers, of which a scorer picks one, or a vote
 # ---------------------------------------------------------------------------------------------------------------------

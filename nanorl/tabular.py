@@ -59,6 +59,14 @@ def expectation(logits: Tensor, values: Tensor) -> Tensor:
     return torch.tensordot(sequence_probs(logits), values, dims=1)
 
 
+def pairs_of_answers(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Every two sequences that two draws from a prompt can give, side by side, and the chance of each such pair, for both of
+    its rows.       [N, V] -> tokens [2 V^2T, T], [2 V^2T]"""
+    answers, p = sequences(logits.shape[1], horizon(logits)), sequence_probs(logits)
+    pairs = torch.cartesian_prod(torch.arange(len(p)), torch.arange(len(p)))                # [V^2T, 2]
+    return answers[pairs.flatten()], p[pairs].prod(-1).repeat_interleave(2)
+
+
 def sequence_kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) = E_{y ~ p}[log p(y) / q(y)] of whole sequences.       [N, V], [N, V] -> []
 

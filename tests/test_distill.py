@@ -1,7 +1,6 @@
 """Distillation: divergences are what they are called, and each gradient is that of the divergence it claims to follow."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
@@ -11,7 +10,17 @@ from strategies import logit_pairs
 
 from nanorl.checks import generators, leaf, policies, randn
 from nanorl.ops import entropy_from_logits, jensen_shannon, kl_divergence, with_tail
-from nanorl.tabular import expectation, fixed_prefix_kl, horizon, log_probs, prefix_rows, sequence_kl, sequence_probs, sequences
+from nanorl.tabular import (
+    expectation,
+    fixed_prefix_kl,
+    horizon,
+    log_probs,
+    pairs_of_answers,
+    prefix_rows,
+    sequence_kl,
+    sequence_probs,
+    sequences,
+)
 from train_distill import objective, token_divergence
 
 pytestmark = pytest.mark.math
@@ -167,10 +176,9 @@ def test_token_by_token_the_prefixes_are_held_fixed(pair):
 
 def over_pairs(student, teacher, stop, **how):
     """The objective in expectation over two answers of the student to a prompt, each the other's baseline."""
-    answers, chance = sequences(student.shape[1], horizon(student)), sequence_probs(student).detach()
-    pairs = torch.tensor(list(product(range(len(answers)), repeat=2)))
-    tokens, weights = answers[pairs.flatten()], (chance[pairs].prod(-1) / 2).repeat_interleave(2)
-    return lesson(student, teacher, tokens, masked(tokens, stop), weights[:, None].expand(tokens.shape), group=2, **how)[0]
+    tokens, chance = pairs_of_answers(student.detach())
+    weights = (chance / 2)[:, None].expand(tokens.shape)
+    return lesson(student, teacher, tokens, masked(tokens, stop), weights, group=2, **how)[0]
 
 
 @given(policies(count=2, V=(2, 3), T=(1, 3)), stops)

@@ -104,11 +104,6 @@ SMALL = "--problems 6 --max-new-tokens 12 --device cpu --data wanted.jsonl --n 6
 EVERYTHING = "--method greedy sample low_temperature majority weighted best_of_n power --scorer verifier logprob reward"
 
 
-@pytest.fixture
-def inside(world, monkeypatch):
-    monkeypatch.chdir(world)
-
-
 def evaluated(flags, out):
     evaluate.main(run.parse(evaluate.Config, [*flags.split(), "--out", str(out)]))
     return json.loads(out.read_text())

@@ -192,4 +192,5 @@ def test_the_table_of_students_has_the_start_and_every_way(tmp_path):
 
 @pytest.mark.parametrize("way", distill.WAYS.values())
 def test_every_way_is_one_that_the_script_takes(way):
-    run.parse(train_distill.Config, [part for name, value in way.items() for part in (f"--{name}", str(value))])
+    cfg = run.parse(train_distill.Config, [part for name, value in way.items() for part in (f"--{name}", str(value))])
+    assert {name: getattr(cfg, name) for name in way} == way

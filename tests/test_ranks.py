@@ -134,6 +134,8 @@ def test_shares_are_a_partition_and_uniforms_know_their_row(n, monkeypatch):
     for r in range(n):
         monkeypatch.setattr(ranks, "rank", lambda r=r: r)
         parts += ranks.share(list(range(10)))
+        assert [x for part in ranks.parts(torch.arange(10), 2) for x in part.tolist()] == ranks.share(list(range(10)))
+        assert ranks.parts(torch.arange(r), 2) == []           # fewer rows than processes: the last have none
         mine = torch.arange(10).tensor_split(n)[r]
         numbers.append(uniforms(7, len(mine), 4, first=int(mine[0])))
     assert sorted(parts) == list(range(10)) and torch.equal(torch.cat(numbers), uniforms(7, 10, 4))
