@@ -92,7 +92,7 @@ def scores(z: Tensor) -> Tensor:
 
 @functools.cache
 def stage(name: str, smoke: bool) -> str:
-    """The directory of a finished run with the default flags, `sft` or `grpo`; in a smoke test, of a few steps from nothing."""
+    """The directory of a finished run with the default flags, `sft` or `grpo`; in a smoke test, a model of a few steps."""
     script = {"sft": train_sft, "grpo": train_grpo}[name]
     if not smoke:
         return run.ensure_stage(script, quiet=True)

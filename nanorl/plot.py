@@ -1,13 +1,17 @@
-"""Learning curves of one run or several, as a PNG:  python -m nanorl.plot runs/grpo [runs/other ...] [--out FILE]
+"""Learning curves of one run or several, as a PNG.        Needs the extra `plot`:  pip install -e ".[plot]"
 
-Needs the extra `plot`:  pip install -e ".[plot]"
+    python -m nanorl.plot runs/grpo [runs/other ...] [--out FILE]
+    python -m nanorl.plot --fit runs/grpo       reward against tokens, the sigmoid that fits it, and where that leads
 """
 
 import argparse
 import itertools
 from pathlib import Path
 
+import torch
+
 from nanorl.run import read_lines, user_errors
+from nanorl.scaling import Fit, fit
 
 # A panel: what its y axis shows, and the metrics drawn in it. One in which all is 0, or nothing is logged, is left out.
 PANELS = [
@@ -118,15 +122,64 @@ def draw_search(rows: list[dict], measured: str, out: Path) -> None:
     plt.close(figure)
 
 
+def reward_by_tokens(lines: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reward of each step of RL, and the answer tokens that had been sampled before it.       -> [n], [n]"""
+    steps = [line for line in lines if "rollout/reward" in line]
+    tokens = torch.tensor([0.0, *(line["rollout/tokens"] for line in steps)], dtype=torch.float64).cumsum(0)[:-1]
+    return tokens, torch.tensor([line["rollout/reward"] for line in steps], dtype=torch.float64)
+
+
+def describe_fit(fitted: Fit) -> str:
+    """The parameters of the sigmoid, with their intervals; of a ceiling that the data do not know, what they do know."""
+    def words(value: float, low: float, high: float) -> str:
+        return f"{value:.3g} ({low:.3g} to {high:.3g})"
+    floor, ceiling, thousands = fitted.predict(0.0), fitted.predict(torch.inf), fitted.midpoint / 1000
+    if fitted.reaches_the_bend:
+        return (f"reward starts at {words(*floor)}, half of the way is done after {words(*fitted.interval(thousands))} "
+                f"thousand tokens, the ceiling is {words(*ceiling)}; B = {words(*fitted.interval(fitted.steepness))}.")
+    return (f"reward starts at {words(*floor)}. The data do not reach the bend: half of the way is done anywhere from "
+            f"{float(thousands.min()):.3g} thousand tokens on, and the ceiling is {'anything ' if fitted.open else ''}above "
+            f"{ceiling[1]:.3g}{'' if fitted.open else f' and below {ceiling[2]:.3g}'}.")
+
+
+def draw_fit(runs: list[Path], out: Path) -> None:
+    """Reward against tokens, the sigmoid with its 95 % interval, and dashed what it says about ten times the tokens."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    highest = 0.0
+    for run, colour in zip(runs, itertools.cycle(PALETTE), strict=False):
+        tokens, reward = reward_by_tokens(read_metrics(run))
+        try:
+            fitted = fit(tokens, reward)
+        except ValueError as e:
+            raise ValueError(f"{run}: {e}") from None
+        print(f"{run}: {describe_fit(fitted)}")
+        first, last = (float(x) / 1000 for x in (tokens[tokens > 0].min(), tokens.max()))
+        axis.plot(tokens / 1000, reward, "o", color=colour, markersize=3, label=str(run))
+        for start, end, style in ((first, last, "-"), (last, 10 * last, "--")):
+            x = torch.logspace(*torch.tensor([start, end]).log10().tolist(), 100, dtype=torch.float64)
+            value, low, high = zip(*(fitted.predict(1000 * float(c)) for c in x), strict=True)
+            axis.plot(x, value, style, color=colour, linewidth=1.4)
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        highest = max(highest, float(reward.max()))
+    axis.set(xscale="log", xlabel="thousand answer tokens sampled", ylabel="reward in training", ylim=(0, 1.25 * highest))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
-    parser.add_argument("--out", type=Path, help="the PNG to write (default: curves.png in the first run)")
+    parser.add_argument("--fit", action="store_true", help="the sigmoid of reward against tokens instead of all curves")
+    parser.add_argument("--out", type=Path, help="the PNG to write (default: curves.png, or fit.png, in the first run)")
     args = parser.parse_args(argv)
-    out = args.out or args.runs[0] / "curves.png"
+    out = args.out or args.runs[0] / ("fit.png" if args.fit else "curves.png")
     with user_errors():
-        draw(args.runs, out)
+        (draw_fit if args.fit else draw)(args.runs, out)
     print(f"Drew {out}.")
 
 

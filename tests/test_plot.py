@@ -1,6 +1,7 @@
 """Learning curves: every metric of a panel that was logged is drawn, and nothing else."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,30 @@ def test_a_run_without_metrics_is_one_sentence(tmp_path, capsys, lines):
         plot.main([str(run)])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and run.name in error
+
+
+def learning_run(folder, midpoint):
+    """Forty steps of 1,000 tokens each, whose reward follows a sigmoid from .2 to .9 with its middle at `midpoint` thousand."""
+    rewards = [0.2 + 0.7 / (1 + (midpoint / k)**2) if k else 0.2 for k in range(40)]
+    return write_run(folder, [{"step": k, "rollout/reward": r + 0.005 * (-1)**k, "rollout/tokens": 1000}
+                              for k, r in enumerate(rewards)] + [{"step": 40, "eval/accuracy_sampled": 0.9}])
+
+
+def test_the_fit_is_drawn_and_said_in_words(tmp_path, capsys):
+    run = learning_run(tmp_path / "late", 10)
+    plot.main(["--fit", str(run)])
+    assert (run / "fit.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    numbers = [float(re.search(rf"{words} ([\d.]+)", said)[1]) for words in ("starts at", "done after", "ceiling is")]
+    assert numbers == pytest.approx((0.2, 10, 0.9), rel=0.03)
+
+
+def test_a_run_before_its_bend_is_told_so(tmp_path, capsys):
+    plot.main(["--fit", str(learning_run(tmp_path / "early", 300)), "--out", str(tmp_path / "fit.png")])
+    assert "The data do not reach the bend" in capsys.readouterr().out
+
+
+def test_a_run_without_rewards_cannot_be_fitted(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        plot.main(["--fit", str(write_run(tmp_path / "sft", [{"step": 0, "train/loss": 1.0}]))])
+    assert exit.value.code == 2 and "sft: 0 points are too few" in capsys.readouterr().err
