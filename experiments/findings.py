@@ -115,9 +115,10 @@ def load(folder: str) -> tuple[GPT, Tokenizer]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def panels(columns: int, rows: int = 1, width: float = 4.0):
-    """A figure and its axes, in one row or, with `rows`, row by row, all in one look."""
-    figure, axes = pyplot().subplots(rows, columns, figsize=(width * columns, 3.8 * rows), squeeze=False, layout="constrained")
+def panels(columns: int, rows: int = 1, width: float = 4.0, height: float = 3.8):
+    """A figure and its axes, row by row, all in one look."""
+    size = (width * columns, height * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, list(axes.flat)

@@ -1,0 +1,68 @@
+"""Every claim, measured: what people say about these algorithms, and whether it is so.
+
+    python -m experiments                   all files of claims, and the table in experiments/README.md
+    python -m experiments dpo variance      some of them
+    python -m experiments --smoke           everything once and tiny, to see that it runs; nothing is kept
+    python -m experiments --draw            every figure and the table again, from the findings that are kept
+
+A file by itself is python -m experiments.variance. Claims about the tiny model start from runs/sft and runs/grpo, which are
+made first where they are missing.
+"""
+
+import argparse
+import importlib
+from types import ModuleType
+
+from experiments import figures
+from experiments.findings import conclude, kept, title
+from experiments.runs import ROOT
+from nanorl.run import user_errors, write_atomically
+
+FILES = ("variance", "clipping", "exploration", "leash", "kl", "modes", "dpo", "groups", "power", "voting", "scaling",
+         "staleness", "foundations")
+PREFACE = """# What people say, measured
+
+Sentences that are repeated about these algorithms, each with an experiment small enough to run while you wait. A claim is
+*confirmed*, *refuted*, or *holds when ...*; the verdict is computed from the numbers, so that changing a line changes it: each
+file names such a line. `python -m experiments` measures all of them, `python -m experiments.dpo` those of one file, and
+`--draw` only draws. This page is written by that command; the numbers behind it are in [results](results).
+
+"""
+
+
+def modules() -> dict[str, ModuleType]:
+    return {name: importlib.import_module(f"experiments.{name}") for name in FILES}
+
+
+def page() -> str:
+    """experiments/README.md, from the findings that are kept."""
+    parts = [PREFACE]
+    for name, module in modules().items():
+        rows = "\n".join(f"| {x.claim} | {x.says} | {x.verdict} | {x.because} |" for x in kept(module).values())
+        parts.append(f"## {title(module)}\n\n[{name}.py]({name}.py): `python -m experiments.{name}`\n\n"
+                     f"| | the claim | verdict | because |\n|---|---|---|---|\n{rows}\n\n"
+                     f"![{title(module)}](../docs/figures/{name}.png)\n\n")
+    return "".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="file", help=f"which of them (default: all): {', '.join(FILES)}")
+    parser.add_argument("--smoke", action="store_true", help="everything once and tiny; nothing is kept")
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    args = parser.parse_args(argv)
+    with user_errors():
+        for name in args.files:
+            if name not in FILES:
+                raise ValueError(f"{name!r} is no file of claims; expected some of {', '.join(FILES)}")
+        for name, module in modules().items():
+            if name in args.files or not args.files:
+                conclude(module, args.smoke, args.draw)
+        if not args.smoke:
+            figures.draw_all()
+            write_atomically(ROOT / "experiments/README.md", lambda f: f.write(page().encode()))
+
+
+if __name__ == "__main__":
+    main()
