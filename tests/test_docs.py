@@ -1,0 +1,44 @@
+"""What the pages say exists, exists; and their code runs."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "experiments/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WALK = (ROOT / "docs/walk.md").read_text()
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
+        if not target.startswith("http"):
+            file, _, anchor = target.partition("#")
+            to = (page.parent / file).resolve() if file else page
+            assert to.exists(), target
+            assert not anchor or anchor in anchors(to), target
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\[`([\w.]+)`\]\(\.\./", WALK))))
+def test_every_function_that_the_walk_links_to_is_in_that_file(name):
+    file = re.search(rf"\[`{re.escape(name)}`\]\(\.\./([\w/]+)\.py\)", WALK)[1]
+    module, *rest = name.split(".")
+    assert file.split("/")[-1] == module
+    found = importlib.import_module(file.replace("/", "."))
+    for part in rest:
+        found = getattr(found, part)
+
+
+@pytest.mark.parametrize("number", [n for n in range(1, 21) if f"## {n}. " in WALK])
+def test_the_code_of_each_step_runs(number):
+    section = re.search(rf"^## {number}\. .*?(?=^## |\Z)", WALK, re.M | re.S)[0]
+    for block in re.findall(r"```python\n(.*?)```", section, re.S):
+        exec(compile(block, f"docs/walk.md, step {number}", "exec"), {})
