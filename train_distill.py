@@ -81,6 +81,7 @@ class Config(run.RunConfig):
     group: run.Count = 4        # G, answers per prompt; with --on data, P x G demonstrations
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120)
     micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
+    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
     warmup: run.Share = 0.1     # of the steps: the learning rate rises
     decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
@@ -181,7 +182,7 @@ def main(cfg: Config) -> None:
     if compiled:
         for model in (student, teacher):
             run.compile_blocks(model)
-    sampling = dict(max_new_tokens=cfg.max_new_tokens, compile=compiled)
+    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, compile=compiled)
     loss = functools.partial(objective, gradient=cfg.gradient, group=cfg.group, divergence=cfg.divergence, beta=cfg.beta,
                              tau=cfg.tau, top_k=cfg.top_k)
     with run.autocast(device, cfg.dtype):

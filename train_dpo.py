@@ -73,6 +73,7 @@ class Config(run.RunConfig):
     data: str = ""              # JSONL records {"prompt", "chosen", "rejected"} (default: data/preferences.jsonl)
     batch: run.Count = 32       # pairs per step
     micro_batch: run.Count = 32  # pairs in memory at a time
+    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
     warmup: run.Share = 0.1     # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
 
@@ -216,7 +217,7 @@ def main(cfg: Config) -> None:
     if compiled:
         for model in {policy, start, reference}:
             run.compile_blocks(model)
-    sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = functools.partial(objective, **{flag: getattr(cfg, flag) for flag in ("loss", *LOSSES[cfg.loss])})
     source = f"fresh pairs, judged by the {cfg.judge}" if cfg.online else f"{len(training):,} pairs of {cfg.data or task.name}"
     print(f"{cfg.loss} on {source}, {cfg.batch} a step, on {device.type}."

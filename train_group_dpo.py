@@ -66,6 +66,7 @@ class Config(run.RunConfig):
     beta: run.Positive = 0.1    # implicit reward per nat of log(pi/ref)
     margin: run.Positive | None = None    # hinge: the D that is enough (default: 1)
     micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
+    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
     eval_problems: run.Count = 500    # held-out problems
@@ -131,7 +132,7 @@ def main(cfg: Config) -> None:
     if compiled:
         for model in (policy, reference):
             run.compile_blocks(model)
-    sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = functools.partial(objective, loss=cfg.loss, margin=cfg.margin)
     print(f"{cfg.loss} over groups on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
 

@@ -180,6 +180,7 @@ class Config(run.RunConfig):
     minibatches: run.Count = 1  # optimizer steps per pass
     stale: run.Natural = 0      # train on rollouts that are this many steps old, so that ratios leave 1 on purpose
     micro_batch: run.Count = 64  # rows in memory at a time
+    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
     skip: bool = False          # leave rows out whose gradient is exactly 0, those without an advantage: the metrics, too
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
@@ -363,7 +364,7 @@ def main(cfg: Config) -> None:
         for model in filter(None, (policy, reference)):
             run.compile_blocks(model)
     story_ids = torch.tensor(tokenizer.encode(stories))
-    sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = loss_of(cfg)
     on_policy = cfg.updates == 1 and not cfg.stale
     unchecked = cfg.selfcheck

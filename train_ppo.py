@@ -94,6 +94,7 @@ class Config(run.RunConfig):
     epochs: run.Count = 2       # passes over a rollout
     minibatches: run.Count = 2  # optimizer steps per pass
     micro_batch: run.Count = 64  # rows in memory at a time
+    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm, of policy and critic together
     eval_problems: run.Count | None = None    # held-out problems (default: 500; stories 200)
@@ -225,7 +226,7 @@ def main(cfg: Config) -> None:
     if compiled:
         for model in (policy, reference, *([critic.trunk] if cfg.critic == "separate" else [])):
             run.compile_blocks(model)
-    sampling = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = functools.partial(objective, **{flag: getattr(cfg, flag) for flag in ("clip_low", "clip_high", "value_clip",
                                                                                  "value_coef", "entropy_coef")})
     print(f"PPO on {task.name}, {f'the reward model of {reward_path}' if reward_model else 'the verifier'} scores: "

@@ -74,16 +74,25 @@ def contrast(rewards: Tensor) -> Tensor:
 
 
 def answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], *, samples: int = 1,
-           openings: list[list[int]] | None = None, **how) -> Experience:
+           openings: list[list[int]] | None = None, rows: int | None = None, **how) -> Experience:
     """Sample responses to these problems and grade them; `how` goes to `generate`.
 
     With `openings`, the responses to a problem begin with these token ids, whatever the model thinks of them. The rollout
-    counts them as part of the prompt.
+    counts them as part of the prompt. `rows` bounds the memory: so many responses are sampled at a time, but at least all of
+    one problem. Each process answers its part of the problems, and all of them get all responses. Neither changes any.
     """
     openings = openings or [[] for _ in problems]
+    mine = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist()
+    size = max(1, (rows or samples * len(problems)) // samples)
+    found = []
+    for i in range(0, len(mine), size):
+        piece = mine[i : i + size]
+        found.append(_answer(model, tokenizer, task, [problems[p] for p in piece], [openings[p] for p in piece], samples,
+                             how | {"first_row": samples * piece[0]}))
     if ranks.count() > 1:
-        return _answer_together(model, tokenizer, task, problems, openings, samples, how)
-    return _answer(model, tokenizer, task, problems, openings, samples, how)
+        parts = ranks.gathered([replace(e, task=None, rollout=e.rollout.to("cpu")) for e in found])
+        found = [replace(e, task=task, rollout=e.rollout.to(model.head.weight.device)) for part in parts for e in part]
+    return found[0] if len(found) == 1 else _join([(e, p) for e in found for p in range(len(e.problems))])
 
 
 def _answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], openings: list[list[int]], samples: int,
@@ -93,19 +102,6 @@ def _answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem
     texts = [tokenizer.decode(openings[row // samples] + ids) for row, ids in enumerate(rollout.responses())]
     rewards = task.grades([problem for problem in problems for _ in range(samples)], texts, rollout.finished.tolist())
     return Experience(task, rollout, problems, texts, torch.tensor(rewards).view(len(problems), samples))
-
-
-def _answer_together(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], openings: list[list[int]],
-                     samples: int, how: dict[str, Any]) -> Experience:
-    """Each process answers its part of the problems, and all of them get all answers: those that one alone would give."""
-    mine = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist()
-    part = None
-    if mine:
-        part = _answer(model, tokenizer, task, [problems[p] for p in mine], [openings[p] for p in mine], samples,
-                       how | {"first_row": samples * mine[0]})
-        part = replace(part, task=None, rollout=part.rollout.to("cpu"))
-    parts = [replace(e, task=task, rollout=e.rollout.to(model.head.weight.device)) for e in ranks.gathered(part) if e]
-    return _join([(e, p) for e in parts for p in range(len(e.problems))])
 
 
 def collect(model: GPT, tokenizer: Tokenizer, task: Task, *, prompts: int, samples: int, seed: int,
@@ -277,16 +273,17 @@ def heldout_problems(task: Task, count: int, seed: int) -> list[Problem]:
     return [task.problem(rng, "heldout") for _ in range(count)]
 
 
-def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, max_new_tokens: int, seed: int,
-             temperature: float = 1.0, compile: bool = False, reference: GPT | None = None,
-             reward_model: ScalarGPT | None = None, size: int = 64) -> tuple[dict[str, float], Experience]:
-    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws. They depend on the seed alone.
+def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, seed: int, temperature: float = 1.0,
+             reference: GPT | None = None, reward_model: ScalarGPT | None = None, size: int = 64,
+             **how) -> tuple[dict[str, float], Experience]:
+    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws. They depend on the seed alone; `how`
+    goes to `answer`.
 
     A task without a verifier has no accuracy: its metrics are those of the sampled answers. With a reference, also the KL
     of the policy to it; with a reward model, also what that says of the answers.
     """
     heldout = heldout_problems(task, problems, seed)
-    how = dict(max_new_tokens=max_new_tokens, seed=derive(seed, "evaluate"), compile=compile)
+    how["seed"] = derive(seed, "evaluate")
     sampled = answer(model, tokenizer, task, heldout, temperature=temperature, **how)
     metrics = {f"eval/{name}": value for name, value in describe(sampled).items()}
     if task.verifiable:
