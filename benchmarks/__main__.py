@@ -11,8 +11,10 @@ generate     sampling answers to prompts, none of which stops early
 grpo         a step of GRPO on answers of full length, and its parts
 atoms        the log-prob and the entropy of a token, forward and backward, with their memory
 memory       the memory that a training step of each preset needs
+learn        python train_grpo.py from nothing, and what it took until the reward in training was 0.9
 
-`plain` is the same work as it is usually written (benchmarks/plain.py), in the same run: a ratio of 2 is half its time.
+`plain` is the same work as it is usually written (benchmarks/plain.py), in the same run: a ratio of 2 is half its time. The
+roofline is the least time that the FLOPs or the bytes of the work need at this machine's ceilings, which are measured first.
 """
 
 import json
@@ -20,6 +22,8 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,16 +38,18 @@ from benchmarks.measure import ceilings, machine, median_ratio, peak_memory, rac
 from nanorl import run
 from nanorl.gpt import GPT, PRESETS, GPTConfig
 from nanorl.ops import entropy_from_logits, linear_log_probs, selective_log_softmax, token_weights
+from nanorl.plot import read_metrics, reward_by_tokens
 from nanorl.sample import Rollout, generate, token_log_probs
 from train_grpo import objective as grpo_objective
 from train_pretrain import objective as pretrain_objective
 
-Group = Literal["pretrain", "generate", "grpo", "atoms", "memory"]
+ROOT = Path(__file__).resolve().parent.parent
+Group = Literal["pretrain", "generate", "grpo", "atoms", "memory", "learn"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    only: tuple[Group, ...] = ("pretrain", "generate", "grpo", "atoms", "memory")    # see the table above
+    only: tuple[Group, ...] = ("pretrain", "generate", "grpo", "atoms", "memory", "learn")    # see the table above
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
     seconds: run.Positive = 6.0  # for each line, after a round to warm up
     compile: bool = True        # also what torch.compile makes of it
@@ -62,8 +68,9 @@ class Row:
     seconds: float | None = None
     rate: float | None = None           # tokens per second
     ratio: float | None = None          # how many times as long `plain` takes
-    share: float | None = None          # of the floating-point ceiling that the work's FLOPs use
+    share: float | None = None          # of the time that the roofline allows at least
     memory: float | None = None         # bytes beyond what is there before
+    tokens: float | None = None         # answer tokens that were sampled for it
 
 
 def model_of(vocab_size: int, device: torch.device, **shape) -> GPT:
@@ -87,15 +94,16 @@ class Benchmark:
         return "bfloat16" if run.uses_bfloat16(self.device, "auto") else "float32"
 
     def run(self, group: str, work: str, candidates: dict[str, Callable], tokens: int = 0, flops: float = 0.0,
-            reference: str = "plain") -> dict[str, list[float]]:
-        """Time the candidates, and add and print their rows."""
+            moved: float = 0.0, reference: str = "plain") -> dict[str, list[float]]:
+        """Time the candidates, which need so many FLOPs and move at least so many bytes, and add and print their rows."""
+        floor = max(flops / self.ceiling[f"{self.dtype} FLOP/s"], moved / self.ceiling["bytes/s"])
         with run.autocast(self.device, "auto"):
             rounds = race(candidates, self.device, 0.0 if self.cfg.smoke else self.cfg.seconds)
         for who, times in rounds.items():
             seconds, ours = statistics.median(times), who.startswith("nanorl")
             self.add(Row(group, work, who, seconds, tokens / seconds if tokens else None,
                          median_ratio(rounds[reference], times) if reference in rounds else None,
-                         flops / seconds / self.ceiling[f"{self.dtype} FLOP/s"] if flops and ours else None))
+                         floor / seconds if floor and ours else None))
         return rounds
 
     def add(self, row: Row) -> None:
@@ -104,8 +112,9 @@ class Benchmark:
                  f"{1e3 * row.seconds:9.1f} ms" if row.seconds else " " * 12,
                  f"{row.rate:9,.0f} tok/s" if row.rate else " " * 15,
                  f"{row.ratio:5.2f}x" if row.ratio else " " * 6,
-                 f"{row.share:5.1%} of peak" if row.share else " " * 14,
-                 f"{row.memory / 2**20:8,.0f} MB" if row.memory is not None else ""]
+                 f"{row.share:5.1%} of roofline" if row.share else " " * 18,
+                 f"{row.memory / 2**20:8,.0f} MB" if row.memory is not None else "",
+                 f"{row.tokens:9,.0f} tokens" if row.tokens is not None else ""]
         print(" ".join(cells).rstrip(), flush=True)
 
 
@@ -167,7 +176,11 @@ def sampling_at(bench: Benchmark, V: int, batch: int, new: int) -> None:
                   "nanorl": lambda: generate(model, prompts.tolist(), **how)}
     if bench.cfg.compile:
         candidates["nanorl, compiled"] = lambda: generate(model, prompts.tolist(), compile=True, **how)
-    bench.run("generate", f"batch {batch}, {new} new tokens, V={V}", candidates, batch * new)
+    # Each step reads every weight once, and every key and value that there is.
+    size = 2 if bench.dtype == "bfloat16" else 4
+    seen = batch * sum(range(12, 12 + new)) * 2 * model.config.layers * model.config.width
+    bench.run("generate", f"batch {batch}, {new} new tokens, V={V}", candidates, batch * new,
+              batch * (12 + new) * model.training_flops_per_token(12 + new) / 3, size * (new * model.num_parameters() + seen))
 
 
 def grpo(bench: Benchmark) -> None:
@@ -316,6 +329,34 @@ def memory(bench: Benchmark) -> None:
         bench.add(Row("memory", f"{preset}, {rows} x {length} tokens, V={V}", "nanorl", memory=found))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole chain
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learn(bench: Benchmark) -> None:
+    """The three stages with their defaults, one after the other, in an empty directory."""
+    flags = {"train_pretrain.py": "", "train_sft.py": "", "train_grpo.py": ""}
+    if bench.cfg.smoke:
+        flags = {"train_pretrain.py": "--steps 2 --batch 2 --preset pico",
+                 "train_sft.py": "--steps 2 --batch 2 --eval-problems 2",
+                 "train_grpo.py": "--steps 2 --prompts 2 --group 2 --eval-problems 2"}
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        for script, more in flags.items():
+            command = [sys.executable, str(ROOT / script), "--quiet", "--device", bench.device.type, *more.split()]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        seconds = time.perf_counter() - begun
+        lines = read_metrics(Path(folder) / "runs/grpo")
+    tokens, reward = reward_by_tokens(lines)
+    everything = sum(line.get("rollout/tokens", 0) for line in lines)
+    bench.add(Row("learn", "train_grpo.py, from nothing", "nanorl", seconds, tokens=everything))
+    step = next((i for i, r in enumerate(reward.tolist()) if r >= 0.9), None)
+    if step is not None:
+        rest = sum(line.get("time/step_s", 0.0) for line in lines if line["step"] >= step)
+        bench.add(Row("learn", "... until a step's reward is 0.9", "nanorl", seconds - rest, tokens=float(tokens[step])))
+
+
 def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.find_device(cfg.device)
@@ -329,7 +370,7 @@ def main(cfg: Config) -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(", ".join(f"{name} {value:.3g}" for name, value in ceiling.items()) + "\n")
     bench = Benchmark(cfg, device, ceiling, [])
-    groups = {"pretrain": pretrain, "generate": sampling, "grpo": grpo, "atoms": atoms, "memory": memory}
+    groups = {"pretrain": pretrain, "generate": sampling, "grpo": grpo, "atoms": atoms, "memory": memory, "learn": learn}
     for name in cfg.only:
         groups[name](bench)
     if cfg.out:

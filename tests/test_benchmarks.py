@@ -11,6 +11,7 @@ import torch
 from world import ROOT
 
 from benchmarks import plain
+from benchmarks.__main__ import Benchmark, Config
 from benchmarks.measure import median_ratio, race
 from nanorl.ops import entropy_from_logits, selective_log_softmax
 from train_grpo import objective
@@ -88,6 +89,16 @@ def test_peak_memory_is_what_is_needed_at_once():
     assert one == pytest.approx(1, abs=0.1) and twice == pytest.approx(1, abs=0.1) and both == pytest.approx(3, abs=0.2)
 
 
+@pytest.mark.parametrize(("flops", "moved", "least"), [(10, 0, 0.01), (0, 40, 0.02), (10, 40, 0.02), (30, 40, 0.03)])
+def test_the_roofline_is_the_slower_of_computing_and_moving(flops, moved, least):
+    """At 1,000 FLOP/s and 2,000 bytes/s; of 0.05 seconds, the share that could not be saved."""
+    bench = Benchmark(Config(smoke=True), CPU, {"float32 FLOP/s": 1e3, "bytes/s": 2e3}, [])
+    bench.run("pretrain", "sleeping", {"plain": lambda: time.sleep(0.01), "nanorl": lambda: time.sleep(0.05)}, 7, flops, moved)
+    plain, ours = bench.rows
+    assert plain.share is None and ours.share == pytest.approx(least / ours.seconds) and ours.share < least / 0.05
+    assert ours.rate == pytest.approx(7 / ours.seconds) and ours.ratio == pytest.approx(0.2, rel=0.2)
+
+
 @pytest.mark.slow
 def test_the_whole_benchmark_runs(tmp_path):
     out = tmp_path / "results.json"
@@ -95,7 +106,7 @@ def test_the_whole_benchmark_runs(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     kept = json.loads(out.read_text())
-    assert {row["group"] for row in kept["rows"]} == {"pretrain", "generate", "grpo", "atoms", "memory"}
+    assert {row["group"] for row in kept["rows"]} == {"pretrain", "generate", "grpo", "atoms", "memory", "learn"}
     assert kept["machine"]["torch"] == torch.__version__ and all(x > 0 for x in kept["ceilings"].values())
     for row in kept["rows"]:
         assert row["memory"] is not None if row["group"] == "memory" else row["seconds"] > 0
