@@ -213,10 +213,7 @@ def main(cfg: Config) -> None:
         if "reference" in out.state:
             reference.load_state_dict(out.state["reference"])
     del initial, checkpoint
-    compiled = run.wants_compile(cfg, device)
-    if compiled:
-        for model in {policy, start, reference}:
-            run.compile_blocks(model)
+    compiled = run.prepare(cfg, device, *{policy, start, reference})
     sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = functools.partial(objective, **{flag: getattr(cfg, flag) for flag in ("loss", *LOSSES[cfg.loss])})
     source = f"fresh pairs, judged by the {cfg.judge}" if cfg.online else f"{len(training):,} pairs of {cfg.data or task.name}"

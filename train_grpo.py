@@ -359,10 +359,7 @@ def main(cfg: Config) -> None:
         with run.user_errors():
             out.started_from(initial_policy=reference)
     del start, initial, checkpoint, refreshed
-    compiled = run.wants_compile(cfg, device)
-    if compiled:
-        for model in filter(None, (policy, reference)):
-            run.compile_blocks(model)
+    compiled = run.prepare(cfg, device, *filter(None, (policy, reference)))
     story_ids = torch.tensor(tokenizer.encode(stories))
     sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = loss_of(cfg)

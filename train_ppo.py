@@ -222,10 +222,7 @@ def main(cfg: Config) -> None:
         critic.load_state_dict(out.state["critic"])
     out.state |= {"critic": critic.state_dict(), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
     del initial, checkpoint
-    compiled = run.wants_compile(cfg, device)
-    if compiled:
-        for model in (policy, reference, *([critic.trunk] if cfg.critic == "separate" else [])):
-            run.compile_blocks(model)
+    compiled = run.prepare(cfg, device, policy, reference, *([critic.trunk] if cfg.critic == "separate" else []))
     sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = functools.partial(objective, **{flag: getattr(cfg, flag) for flag in ("clip_low", "clip_high", "value_clip",
                                                                                  "value_coef", "entropy_coef")})

@@ -116,8 +116,7 @@ def main(cfg: Config) -> None:
     optimizer = run.Optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
     del start, checkpoint
-    if run.wants_compile(cfg, device):
-        run.compile_blocks(model)
+    run.prepare(cfg, device, model)
     step_tokens = cfg.accumulate * cfg.batch * (cfg.length - 1)
     flops = model.training_flops_per_token(cfg.length) * step_tokens
     print(f"Pretraining {model.num_parameters():,} parameters on {cfg.text}: {len(train_ids):,} tokens of a vocabulary of "

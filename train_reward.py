@@ -101,8 +101,7 @@ def main(cfg: Config) -> None:
     optimizer = run.Optimizers(model, "muon", cfg.lr, cfg.weight_decay)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
     del start, checkpoint
-    if run.wants_compile(cfg, device):
-        run.compile_blocks(model.trunk)
+    run.prepare(cfg, device, model.trunk)
     pairs = [[records[i] for i in part] for part in (training, heldout)]
     hidden = hidden_margins(pairs[1]) if not cfg.data else None
     print(f"A reward model from {len(training):,} pairs of {cfg.data or 'stories'}, {cfg.batch} a step, on {device.type}. "

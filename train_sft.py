@@ -115,9 +115,7 @@ def main(cfg: Config) -> None:
     optimizer = run.Optimizers(model, "adamw", cfg.lr, cfg.weight_decay)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
     del start, checkpoint
-    compiled = run.wants_compile(cfg, device)
-    if compiled:
-        run.compile_blocks(model)
+    compiled = run.prepare(cfg, device, model)
     print(f"Fine-tuning on {len(training):,} demonstrations of {cfg.data or task.name}, {cfg.batch} a step, on "
           f"{device.type}.")
 

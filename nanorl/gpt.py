@@ -4,6 +4,7 @@ The block is Llama's and Qwen's: RMSNorm before each sublayer, rotary positions,
 biases, no dropout. Reading order: GPTConfig, GPT.hidden, Block, Attention. There is no loss and no optimizer in here.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanorl.ops import log_softmax
 
@@ -211,6 +213,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
+        self.recompute = False      # keep the activations of a block, or compute them again in the backward pass
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.context, config.width)
@@ -259,6 +262,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             # A block may have been compiled for training; with a cache, the engine compiles the whole step instead.
             run = block if cache is None else block.forward
+            if self.recompute and torch.is_grad_enabled():
+                run = functools.partial(checkpoint, run, use_reentrant=False)
             x = run(x, rope, positions, mask, cache)
         return self.norm(x)
 

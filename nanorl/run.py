@@ -71,6 +71,7 @@ class RunConfig(DeviceConfig):
     lr: Positive                # peak learning rate
     save_every: Count = 20      # steps between checkpoints
     eval_every: Count           # steps between evaluations
+    recompute: bool = False     # compute activations again in the backward pass instead of keeping them: slower, less memory
     deterministic: bool = False  # on cuda: slower kernels that give the same result every time
     quiet: bool = False         # no progress bar and no samples on the screen
 
@@ -245,6 +246,19 @@ def autocast(device: torch.device, dtype: str):
 
 def wants_compile(cfg: DeviceConfig, device: torch.device) -> bool:
     return device.type == "cuda" if cfg.compile is None else cfg.compile
+
+
+def prepare(cfg: RunConfig, device: torch.device, *models: GPT) -> bool:
+    """Compile the blocks of these models for all shapes, and have their activations computed again, where `cfg` asks for it.
+
+    Says whether it asks for compiling: sampling compiles steps of its own.
+    """
+    compiled = wants_compile(cfg, device)
+    for model in models:
+        model.recompute = cfg.recompute
+        if compiled:
+            compile_blocks(model)
+    return compiled
 
 
 def compile_blocks(model: GPT) -> None:

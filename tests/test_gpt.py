@@ -493,6 +493,30 @@ def test_scalar_scores_do_not_depend_on_padding():
         assert torch.equal(model.at_end(tokens, lengths), model(tokens)[torch.arange(4), lengths - 1])
 
 
+def test_activations_that_are_computed_again_give_the_same_gradient_and_are_not_kept():
+    """To the bit, and each block runs a second time; without a gradient there is nothing to compute again."""
+    model, tokens, runs, kept = tiny(), ids(2, 9, seed=3), [], []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    gradients = []
+    for model.recompute in (False, True):
+        runs.clear()
+        model.zero_grad()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            loss = model(tokens).square().sum()
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        assert len(runs) == (4 if model.recompute else 2)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
+    runs.clear()
+    with torch.no_grad():
+        model(tokens)
+    assert len(runs) == 2
+
+
 def test_a_fresh_scalar_head_says_nothing_and_can_learn():
     model, tokens = ScalarGPT(tiny()).double(), ids(2, 9, seed=7)
     scores = model(tokens)

@@ -302,6 +302,14 @@ def test_micro_batches_change_nothing_but_memory(tmp_path):
     assert micro == pytest.approx(whole, rel=1e-4) and whole > 0
 
 
+@pytest.mark.parametrize("name", ["pretrain", "grpo"])
+def test_recomputing_changes_nothing_but_memory(name, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    script, flags = SCRIPTS[name]
+    start(script, flags, tmp_path / "again", "--recompute")
+    assert metrics(tmp_path / "again") == metrics(name) and same_parameters(tmp_path / "again", name)
+
+
 def test_the_stages_before_are_made_when_only_the_default_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for script in (train_pretrain, train_sft):
