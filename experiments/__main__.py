@@ -3,10 +3,10 @@
     python -m experiments                   all files of claims, and the table in experiments/README.md
     python -m experiments dpo variance      some of them
     python -m experiments --smoke           everything once and tiny, to see that it runs; nothing is kept
-    python -m experiments --draw            every figure and the table again, from the findings that are kept
+    python -m experiments --draw            the figures and the table again, from the findings that are kept
 
-A file by itself is python -m experiments.variance. Claims about the tiny model start from runs/sft and runs/grpo, which are
-made first where they are missing.
+A file by itself is python -m experiments.variance; the table is this command's alone. Some claims and figures are about the
+models in runs/sft and runs/grpo, which are made first where they are missing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PREFACE = """# What people say, measured
 Sentences that are repeated about these algorithms, each with an experiment small enough to run while you wait. A claim is
 *confirmed*, *refuted*, or *holds when ...*; the verdict is computed from the numbers, so that changing a line changes it: each
 file names such a line. `python -m experiments` measures all of them, `python -m experiments.dpo` those of one file, and
-`--draw` only draws. This page is written by that command; the numbers behind it are in [results](results).
+`--draw` only draws. `python -m experiments` writes this page; the numbers behind it are in [results](results).
 
 """
 
@@ -38,7 +38,8 @@ def page() -> str:
     """experiments/README.md, from the findings that are kept."""
     parts = [PREFACE]
     for name, module in modules().items():
-        rows = "\n".join(f"| {x.claim} | {x.says} | {x.verdict} | {x.because} |" for x in kept(module).values())
+        cells = ([x.replace("|", "\\|") for x in (f.claim, f.says, f.verdict, f.because)] for f in kept(module).values())
+        rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"## {title(module)}\n\n[{name}.py]({name}.py): `python -m experiments.{name}`\n\n"
                      f"| | the claim | verdict | because |\n|---|---|---|---|\n{rows}\n\n"
                      f"![{title(module)}](../docs/figures/{name}.png)\n\n")
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
             if name in args.files or not args.files:
                 conclude(module, args.smoke, args.draw)
         if not args.smoke:
-            figures.draw_all()
+            if not args.files:
+                figures.draw_all()
             write_atomically(ROOT / "experiments/README.md", lambda f: f.write(page().encode()))
 
 

@@ -2,7 +2,7 @@
 
     python -m experiments --draw        these and all others
 
-Each function draws one figure. Those about the tiny model read runs/pretrain and runs/grpo, made by python train_grpo.py.
+Each function draws one figure. Those about the tiny model read runs/sft and runs/grpo, made by python train_grpo.py.
 """
 
 import math
@@ -117,17 +117,17 @@ def surprise(path):
 def underflow(path):
     """The probability of one real text, token by token: the product leaves the numbers there are, the sum of logs does not."""
     model, tokenizer = load(stage("sft", smoke=False))
-    ids = tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
-    windows = torch.tensor(ids[:8 * 256]).view(8, 256)
+    ids = torch.tensor(tokenizer.encode(read_text(DATA / "stories_heldout.txt"))[:20 * 63]).view(20, 63)
+    windows = torch.cat((torch.full((20, 1), tokenizer.bos), ids), dim=1)       # as long as what it was trained on
     logp = token_log_probs(model, windows)[0].detach().flatten().double()
     figure, axes = panels(2)
     n = torch.arange(1, len(logp) + 1)
-    for dtype, colour, bound in ((torch.float32, RED, "float32"), (torch.float64, BLUE, "float64")):
+    for dtype, colour, name in ((torch.float32, RED, "float32"), (torch.float64, BLUE, "float64")):
         product = logp.to(dtype).exp().cumprod(0).double()
         alive = product > 0
         axes[0].plot(n[alive], product[alive].log10(), color=colour, linewidth=4 if dtype == torch.float32 else 1.5,
-                     label=f"product in {bound}: 0 after {int(alive.sum())} tokens")
-    axes[0].set(title="probability of a story", xlabel="tokens", ylabel="log10 of the product")
+                     label=f"product in {name}: 0 after {int(alive.sum())} tokens")
+    axes[0].set(title="probability of some stories", xlabel="tokens", ylabel="log10 of the product")
     axes[0].legend(frameon=False, fontsize=8)
     axes[1].plot(n, logp.float().cumsum(0), color=GREEN, label="sum of log-probs in float32")
     axes[1].set(title="the same as a sum of logs", xlabel="tokens", ylabel="nats")

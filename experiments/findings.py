@@ -31,6 +31,7 @@ from nanorl.evaluate import interval
 from nanorl.gpt import GPT
 from nanorl.ops import log_softmax
 from nanorl.plot import pyplot
+from nanorl.scaling import quantile_of_t
 from nanorl.tokenizer import Tokenizer
 
 RESULTS, FIGURES = ROOT / "experiments/results", ROOT / "docs/figures"
@@ -64,9 +65,13 @@ class Finding:
 
 
 def mean_and_interval(values: Tensor | list[float], shares: bool = False) -> tuple[float, float, float]:
-    """The mean of one value per seed, and its 95 % confidence interval, Wilson's for shares (nanorl/evaluate.py)."""
+    """The mean of one value per seed, and its 95 % confidence interval: Student's; of shares Wilson's (nanorl/evaluate.py)."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    return (float(values.mean()), *interval(values, shares))
+    mean = float(values.mean())
+    if shares:
+        return mean, *interval(values)
+    half = quantile_of_t(len(values) - 1) * float(values.std()) / len(values) ** 0.5
+    return mean, mean - half, mean + half
 
 
 def plain(x):
@@ -91,12 +96,18 @@ def scores(z: Tensor) -> Tensor:
 
 
 @functools.cache
+def scratch() -> tempfile.TemporaryDirectory:
+    """A directory that is gone when the program ends."""
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
 def stage(name: str, smoke: bool) -> str:
-    """The directory of a finished run with the default flags, `sft` or `grpo`; in a smoke test, a model of a few steps."""
+    """The directory of a finished run with the default flags, `sft` or `grpo`; in a smoke test, fine-tuned for two steps."""
     script = {"sft": train_sft, "grpo": train_grpo}[name]
     if not smoke:
         return run.ensure_stage(script, quiet=True)
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(scratch().name)
     (folder / "text.txt").write_text(read_text(DATA / "text.txt")[:20_000])
     tiny = {"device": "cpu", "quiet": True}
     base = run.ensure_stage(train_pretrain, out=str(folder / "pretrain"), preset="pico", steps=2, batch=2, length=32,
@@ -187,10 +198,10 @@ def main(module: ModuleType, argv: list[str] | None = None) -> None:
 def conclude(module: ModuleType, smoke: bool, draw: bool) -> None:
     """Measure the claims of a file, or read what was measured; keep and draw it, but for a smoke test's, which goes nowhere."""
     findings = kept(module) if draw else measure(module, smoke)
-    with tempfile.TemporaryDirectory() as folder:
-        module.draw(findings, Path(folder) / "figure.png" if smoke else FIGURES / f"{name_of(module)}.png")
     if not smoke and not draw:
         keep(module, findings)
+    with tempfile.TemporaryDirectory() as folder:
+        module.draw(findings, Path(folder) / "figure.png" if smoke else FIGURES / f"{name_of(module)}.png")
 
 
 def title(module: ModuleType) -> str:

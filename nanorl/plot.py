@@ -130,7 +130,7 @@ def reward_by_tokens(lines: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def describe_fit(fitted: Fit) -> str:
-    """The parameters of the sigmoid, with their intervals; of a ceiling that the data do not know, what they do know."""
+    """The parameters of the sigmoid, with their intervals; before the bend, only what the data bound."""
     def words(value: float, low: float, high: float) -> str:
         return f"{value:.3g} ({low:.3g} to {high:.3g})"
     floor, ceiling, thousands = fitted.predict(0.0), fitted.predict(torch.inf), fitted.midpoint / 1000

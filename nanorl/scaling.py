@@ -1,4 +1,4 @@
-"""How reward grows with compute: a sigmoid in the logarithm of compute, fitted with honest intervals.
+"""How reward grows with compute: a sigmoid in the logarithm of compute, with intervals.
 
     R(C) = R0 + (A - R0) / (1 + (C_mid / C)^B)                                  (ScaleRL, Khatri et al. 2025, eq. 1)
 
@@ -9,7 +9,8 @@ and B, the curve is linear in R0 and A, so that least squares over a grid of the
 
 Whatever follows from a parameter pair with S <= S_min (1 + t^2 / (n - 4)), t the 97.5 % quantile of Student's t with n - 4
 degrees of freedom, is inside of the 95 % interval. Where the data end before the bend, steep curves with a low ceiling and flat
-ones with a high ceiling fit equally well, and the interval of the ceiling says so: it is open above.
+ones with a high ceiling fit equally well, and the interval of the ceiling says so: it is open above. All of that is for a
+sigmoid with noise of one size; of a curve that is none, the interval knows nothing (experiments/scaling.py).
 """
 
 from dataclasses import dataclass

@@ -37,7 +37,7 @@ def test_every_function_that_the_walk_links_to_is_in_that_file(name):
         found = getattr(found, part)
 
 
-@pytest.mark.parametrize("number", [n for n in range(1, 21) if f"## {n}. " in WALK])
+@pytest.mark.parametrize("number", range(1, 21))
 def test_the_code_of_each_step_runs(number):
     section = re.search(rf"^## {number}\. .*?(?=^## |\Z)", WALK, re.M | re.S)[0]
     for block in re.findall(r"```python\n(.*?)```", section, re.S):
