@@ -5,7 +5,7 @@ C4   With several updates on each batch, clipping stabilises: fewer runs end wit
          J = min(rho A, clip(rho, 1 - eps, 1 + eps) A),        rho = pi(a) / pi_old(a)
 
 C5   With eps = .2, one iteration takes an answer of 10 % to 12 % at most. No clip holds the first update, where all rho are 1;
-     where the batch is this answer alone, with A = 1, it leads to
+     where ten answers are alike and the batch is this one alone, with A = 1, it leads to
 
          p' = p e^lr / (1 - p + p e^lr),        beyond 12 % if lr > log(.12 (1 - p) / (.88 p)) = .205
 

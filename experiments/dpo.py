@@ -188,7 +188,7 @@ def c18(smoke):
     measured = -(found * along).sum(-1) / (BETA * along.square().sum(-1))
     law, derivative = (-h).sigmoid(), h.sigmoid() * (-h).sigmoid()
     off = float((found + BETA * law[:, None] * along).abs().max())
-    regions = {"a pair is ranked right by far (h ≥ 5)": h >= 5, "it is near a tie (|h| < 5)": h.abs() < 5,
+    regions = {"a pair is ranked right by far (h ≥ 5, and to 1 %)": h >= 5, "it is near a tie (|h| < 5)": h.abs() < 5,
                "it is ranked wrong by far (h ≤ -5)": h <= -5}
     rows = [{"h": float(h[i]), "measured": float(measured[i]), "sigma(-h)": float(law[i]), "sigma'(h)": float(derivative[i])}
             for i in range(0, len(h), 10)]

@@ -70,7 +70,7 @@ def mean_and_interval(values: Tensor | list[float], shares: bool = False) -> tup
     mean = float(values.mean())
     if shares:
         return mean, *interval(values)
-    half = quantile_of_t(len(values) - 1) * float(values.std()) / len(values) ** 0.5
+    half = quantile_of_t(len(values) - 1) * float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return mean, mean - half, mean + half
 
 

@@ -21,6 +21,7 @@ import io
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -85,7 +86,8 @@ def exact_gap():
 
 def practise(init, lr, flags, lag, seed, updates, **tiny):
     """The share of right answers before each update of a GPT, and the mean share of tokens that the bound holds back."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
+          mock.patch.object(train_grpo, "read_text", return_value="No story.")):            # that it is evaluated on, too
         cfg = train_grpo.Config(out=f"{folder}/run", init=init, seed=seed, lr=lr, stale=lag, steps=updates + lag, prompts=16,
                                 eval_every=1000, eval_problems=1, selfcheck=False, quiet=True, device="cpu", **flags, **tiny)
         train_grpo.main(cfg)
@@ -118,7 +120,7 @@ def c30(smoke):
 
     init, curves = stage("sft", smoke), {}
     tiny = {"max_new_tokens": 8, "group": 2} if smoke else {}
-    for lr in (3e-4, 1e-3):
+    for lr in (1e-3,) if smoke else (3e-4, 1e-3):
         worse, paths = {}, {}
         for name, lag in (("on-policy", 0), ("no ratio", age), ("ratio", age), ("clip", age)):
             runs = [practise(init, lr, BOUNDS.get(name, {}), lag, seed, updates, **tiny) for seed in range(gpt_seeds)]
@@ -136,10 +138,10 @@ def c30(smoke):
                         for lr, paths in curves.items())
     return Finding("C30", "On-policy data are better than stale data.", held,
                    f"a table takes {fresh:.0f} updates with fresh samples; with some that are 32 updates old, "
-                   f"{table['ratio', 32]:.0f} with the ratio, {table['no ratio', 32]:.0f} without it, {table['mask', 32]:.0f} with "
-                   f"a mask and {table['clip', 32]:.0f} with a clip, and with 8 updates old ones {table['ratio', 8]:.0f}, "
-                   f"{table['no ratio', 8]:.0f}, {table['mask', 8]:.0f} and {table['clip', 8]:.0f} ({seeds} seeds). The reward of a "
-                   f"GPT ends, at a rate of {ends} ({gpt_seeds} seeds)", rows, curves)
+                   f"{table['ratio', 32]:.0f} with the ratio, {table['no ratio', 32]:.0f} without it, {table['mask', 32]:.0f} "
+                   f"with a mask and {table['clip', 32]:.0f} with a clip, and with 8 updates old ones {table['ratio', 8]:.0f}, "
+                   f"{table['no ratio', 8]:.0f}, {table['mask', 8]:.0f} and {table['clip', 8]:.0f} ({seeds} seeds). The reward "
+                   f"of a GPT ends, at a rate of {ends} ({gpt_seeds} seeds)", rows, curves)
 
 
 def draw(findings, path):

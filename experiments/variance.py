@@ -103,10 +103,11 @@ def c2(smoke):
     return Finding("C2", "Group means give a scaled true gradient, leaving one out the true one, and z-scores weigh prompts.",
                    {"the mean is taken off": close["r - mean"], "one is left out": close["leave one out"],
                     "z-scores are of four answers or more": weighs[4] and weighs[8] and weighs[16],
-                    "z-scores are of two": weighs[2]},
+                    "z-scores are of two and rewards 0 or 1": weighs[2]},
                    f"(G-1)/G and 1 to 1e-12. z-scores of 16 multiply the gradient of a prompt with pass rate .5 by {easy:.2f}, "
-                   f"with .05 by {hard:.2f}; those of two multiply all by {factors[2][0]:.0f}. With graded rewards they also "
-                   f"turn it a little (1 - cosine {scale['z-score', 'graded', 4][1]:.1g} at G = 4)", rows,
+                   f"with .05 by {hard:.2f}; those of two multiply all by {factors[2][0]:.0f}. Of graded rewards they also "
+                   f"lose the scale (a factor of {scale['z-score', 'graded', 2][0]:.2g} at G = 2), and turn the gradient a "
+                   f"little (1 - cosine {scale['z-score', 'graded', 2][1]:.1g})", rows,
                    {"rates": rates, "factors": factors})
 
 

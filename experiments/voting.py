@@ -168,7 +168,9 @@ def c34(smoke):
                      f"best for {n}": TEMPERATURES[voting], "vote is right": float(many[1::2, voting].mean()),
                      "the vote gains by its own": gains[1][0], "low": gains[1][1], "high": gains[1][2]})
         curves[name] = {"one": one.mean(0), "vote": many.mean(0)}
-    at_once, third, tuned, grpo = rows
+    at_once, third, tuned, _ = rows
+    lasts = {way: max(tau for tau, x in zip(TEMPERATURES, values.tolist(), strict=True) if x == values.max())
+             for way, values in curves["the GRPO model"].items()}
     hot = {way: float(values[TEMPERATURES.index(1.5)]) for way, values in curves["the GRPO model"].items()}
     return Finding("C34", "The best temperature for a vote is not the best one for a single answer.", held,
                    f"policies that answer in their third token are best at {third['best for one']:g} alone and at "
@@ -176,7 +178,7 @@ def c34(smoke):
                    f"({third['low']:.3f} to {third['high']:.3f}); those that answer at once, at {at_once['best for one']:g} "
                    f"and {at_once[f'best for {n}']:g}. The fine-tuned model is best at {tuned['best for one']:g} and "
                    f"{tuned[f'best for {n}']:g}, right in {tuned['is right']:.2f} and {tuned['vote is right']:.2f} of cases; "
-                   f"that of GRPO at {grpo['best for one']:g} and {grpo[f'best for {n}']:g}. A vote bears more: at 1.5, one "
+                   f"that of GRPO as good at all up to {lasts['one']:g} and {lasts['vote']:g}. A vote bears more: at 1.5, one "
                    f"answer of GRPO is right in {hot['one']:.2f} of cases, and a vote in {hot['vote']:.2f}",
                    rows, curves)
 

@@ -137,9 +137,9 @@ def describe_fit(fitted: Fit) -> str:
     if fitted.reaches_the_bend:
         return (f"reward starts at {words(*floor)}, half of the way is done after {words(*fitted.interval(thousands))} "
                 f"thousand tokens, the ceiling is {words(*ceiling)}; B = {words(*fitted.interval(fitted.steepness))}.")
+    known = f"anything above {ceiling[1]:.3g}" if fitted.open_above else f"from {ceiling[1]:.3g} to {ceiling[2]:.3g}"
     return (f"reward starts at {words(*floor)}. The data do not reach the bend: half of the way is done anywhere from "
-            f"{float(thousands.min()):.3g} thousand tokens on, and the ceiling is {'anything ' if fitted.open else ''}above "
-            f"{ceiling[1]:.3g}{'' if fitted.open else f' and below {ceiling[2]:.3g}'}.")
+            f"{float(thousands.min()):.3g} thousand tokens on, and the ceiling is {known}.")
 
 
 def draw_fit(runs: list[Path], out: Path) -> None:

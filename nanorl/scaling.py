@@ -19,24 +19,54 @@ import torch
 from torch import Tensor
 
 STEEP = (0.2, 20.0)     # the B that are considered
-BEYOND = 100.0          # C_mid is sought up to so many times the compute of the last point
-GRID = (96, 64)         # cells: C_mid, B
+BEYOND = 100.0          # C_mid is sought from a hundredth of the first point's compute to a hundred times the last one's
+GRID = 17               # B at a time
 
 
 def saturation(compute: Tensor, midpoint: Tensor, steepness: Tensor) -> Tensor:
-    """1 / (1 + (C_mid / C)^B): 0 without compute, 1/2 at C_mid, 1 in the limit.       [N], [K], [K] -> [K, N]"""
-    return torch.sigmoid(steepness[:, None] * (compute.log() - midpoint[:, None].log()))
+    """1 / (1 + (C_mid / C)^B): 0 without compute, 1/2 at C_mid, 1 in the limit.       [n], [...], [...] -> [..., n]"""
+    return torch.sigmoid(steepness[..., None] * (compute.log() - midpoint[..., None].log()))
 
 
 def line(s: Tensor, reward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least squares of R = mean(R) + slope (s - mean(s)).       [K, n], [n] -> mean(s), slope, sum (s - mean(s))^2 [K, 1]"""
+    """Least squares of R = mean(R) + slope (s - mean(s)).       [.., n], [n] -> mean(s), slope, sum (s - mean(s))^2 [.., 1]"""
     middle = s.mean(-1, keepdim=True)
     spread = (s - middle).square().sum(-1, keepdim=True).clamp(min=1e-30)
     return middle, ((s - middle) * reward).sum(-1, keepdim=True) / spread, spread
 
 
+def squares_left(compute: Tensor, reward: Tensor, midpoint: Tensor, steepness: Tensor) -> Tensor:
+    """S(C_mid, B).       [n], [n], [...], [...] -> [...]"""
+    s = saturation(compute, midpoint, steepness)
+    middle, slope, _ = line(s, reward)
+    return (reward - reward.mean() - slope * (s - middle)).square().sum(-1)
+
+
+def best_steepness(compute: Tensor, reward: Tensor, midpoint: Tensor) -> Tensor:
+    """For each C_mid the B with the smallest S, on ever finer grids.       [n], [n], [M] -> [M]"""
+    low, high = (torch.full_like(midpoint, b).log() for b in STEEP)
+    steps = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    for _ in range(7):
+        grid = low[:, None] + (high - low)[:, None] * steps                                 # [M, GRID]
+        at = squares_left(compute, reward, midpoint[:, None].expand_as(grid), grid.exp()).argmin(-1, keepdim=True)
+        low, high = (grid.gather(-1, (at + i).clamp(0, GRID - 1)).squeeze(-1) for i in (-1, 1))
+    return ((low + high) / 2).exp()
+
+
+def edge(compute: Tensor, reward: Tensor, midpoint: Tensor, steepness: Tensor, limit: float, most: float) -> Tensor:
+    """For each C_mid, how far B may go from its best one towards `limit` before S is more than `most`.       -> [M]"""
+    inside, outside = steepness.log(), torch.full_like(steepness, limit).log()
+    for _ in range(40):
+        middle = (inside + outside) / 2
+        fits = squares_left(compute, reward, midpoint, middle.exp()) <= most
+        inside, outside = torch.where(fits, middle, inside), torch.where(fits, outside, middle)
+    return inside.exp()
+
+
 def quantile_of_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; within 1 % from three degrees of freedom on.  (Abramowitz and Stegun 1964, 26.7.5)"""
+    """The 97.5 % quantile of Student's t; within 1 %.       (Abramowitz and Stegun 1964, 26.7.5; 1 and 2 in closed form)"""
+    if freedom < 3:
+        return {1: 12.7062, 2: 4.3027}[freedom]
     z, n = 1.959964, freedom
     return (z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
             + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3))
@@ -44,7 +74,7 @@ def quantile_of_t(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """Every cell (C_mid, B) that fits the data well enough."""
+    """Cells (C_mid, B) from all over the region that fits the data well enough."""
 
     compute: Tensor         # [n] the data
     reward: Tensor          # [n]
@@ -52,7 +82,8 @@ class Fit:
     steepness: Tensor       # [K] B
     squares: Tensor         # [K] S(C_mid, B)
     most: float             # the S that an interval allows
-    open: bool              # the cells go on beyond the grid: there is no upper end to C_mid, or no lower one to B
+    open_below: bool        # the region goes on to ever smaller C_mid or B: the floor is not known
+    open_above: bool        # it goes on to ever larger C_mid or smaller B: the ceiling is not known
 
     def interval(self, values: Tensor) -> tuple[float, float, float]:
         """What the best cell says, and the smallest and the largest of all.       [K]"""
@@ -65,16 +96,21 @@ class Fit:
         +- sqrt((most - S) (1/n + (s - mean(s_i))^2 / sum_i (s_i - mean(s_i))^2)).
         """
         middle, slope, spread = line(saturation(self.compute, self.midpoint, self.steepness), self.reward)
-        away = saturation(torch.tensor([compute], dtype=torch.float64), self.midpoint, self.steepness) - middle     # [K, 1]
+        at = torch.tensor([compute], dtype=torch.float64)
+        away = saturation(at, self.midpoint, self.steepness) - middle                       # [K, 1]
         value = self.reward.mean() + slope * away
-        half = ((self.most - self.squares[:, None]) * (1 / len(self.reward) + away.square() / spread)).sqrt()
-        high = torch.inf if self.open and compute == torch.inf else float((value + half).max())
-        return float(value[self.squares.argmin()]), float((value - half).min()), high
+        half = ((self.most - self.squares[:, None]).clamp(min=0) * (1 / len(self.reward) + away.square() / spread)).sqrt()
+        low, high = float((value - half).min()), float((value + half).max())
+        if (self.open_below and compute == 0) or (self.open_above and compute == torch.inf):
+            rises, falls = bool((slope > 0).any()), bool((slope < 0).any())
+            up, down = (rises, falls) if compute else (falls, rises)
+            low, high = -torch.inf if down else low, torch.inf if up else high
+        return float(value[self.squares.argmin()]), low, high
 
     @property
     def reaches_the_bend(self) -> bool:
         """Whether the data go on beyond C_mid, wherever in its interval that is."""
-        return not self.open and bool(self.midpoint.max() <= self.compute.max())
+        return not self.open_above and bool(self.midpoint.max() <= self.compute.max())
 
 
 def fit(compute: Tensor, reward: Tensor) -> Fit:
@@ -87,23 +123,23 @@ def fit(compute: Tensor, reward: Tensor) -> Fit:
         raise ValueError(f"{len(compute)} points are too few for a sigmoid, which has four parameters; expected at least six")
     if not (compute > 0).any() or reward.max() == reward.min():
         raise ValueError("nothing to fit; expected rewards that change while compute grows")
-    limits = [torch.stack((compute[compute > 0].min() / BEYOND, compute.max() * BEYOND)).log(),
-              torch.tensor(STEEP, dtype=torch.float64).log()]
+    limits = torch.stack((compute[compute > 0].min() / BEYOND, compute.max() * BEYOND)).log()
     box, freedom = limits, len(reward) - 4
-    while True:                     # the grid closes in on the cells that fit, until they fill it
-        axes = [torch.linspace(*ends.tolist(), count, dtype=torch.float64).exp() for ends, count in zip(box, GRID, strict=True)]
-        midpoint, steepness = torch.cartesian_prod(*axes).T                                 # [cells] each
-        s = saturation(compute, midpoint, steepness)                                        # [cells, n]
-        middle, slope, _ = line(s, reward)
-        squares = (reward - reward.mean() - slope * (s - middle)).square().sum(-1)
+    while True:                     # the midpoints close in on those that fit with their best B, until these fill the box
+        midpoint = torch.linspace(*box.tolist(), 64, dtype=torch.float64).exp()
+        steepness = best_steepness(compute, reward, midpoint)
+        squares = squares_left(compute, reward, midpoint, steepness)
         most = float(squares.min()) * (1 + quantile_of_t(freedom)**2 / freedom)
-        inside = squares <= most
-        midpoint, steepness, squares = midpoint[inside], steepness[inside], squares[inside]
-        last, box = box, []
-        for cells, limit, axis in zip((midpoint, steepness), limits, axes, strict=True):
-            margin = 8 * (axis[1] / axis[0]).log()
-            box.append(torch.stack((cells.min().log() - margin, cells.max().log() + margin)).clamp(*limit))
-        if all(new.diff() >= 0.8 * old.diff() for new, old in zip(box, last, strict=True)):
+        inside = midpoint[squares <= most].log()
+        margin = 2 * (box[1] - box[0]) / 63
+        last, box = box, torch.stack((inside.min() - margin, inside.max() + margin)).clamp(*limits)
+        if box.diff() >= 0.8 * last.diff():
             break
-    return Fit(compute, reward, midpoint, steepness, squares, most,
-               open=bool(box[0][1] == limits[0][1] or box[1][0] == limits[1][0]))
+    midpoint, steepness = midpoint[squares <= most], steepness[squares <= most]
+    low, high = (edge(compute, reward, midpoint, steepness, limit, most) for limit in STEEP)
+    steps = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    grid = torch.cat((low[:, None] * (high / low)[:, None] ** steps, steepness[:, None]), dim=1)            # [M, GRID + 1]
+    midpoint, steepness = midpoint[:, None].expand_as(grid).flatten(), grid.flatten()
+    flat = bool(steepness.min() <= 1.001 * STEEP[0])
+    return Fit(compute, reward, midpoint, steepness, squares_left(compute, reward, midpoint, steepness), most,
+               open_below=flat or bool(box[0] == limits[0]), open_above=flat or bool(box[1] == limits[1]))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorl.checks import randn
 from nanorl.run import generator
-from nanorl.scaling import fit, quantile_of_t, saturation
+from nanorl.scaling import fit, line, quantile_of_t, saturation
 
 pytestmark = pytest.mark.math
 
@@ -67,14 +67,46 @@ def test_before_the_bend_the_ceiling_is_open():
     """A quarter of the way to C_mid nobody knows the ceiling; that it is above what was seen is all there is to say."""
     compute, g = torch.linspace(0, 75, 20, dtype=torch.float64), generator(0, "early")
     fitted = fit(compute, planted(compute, 0.2, 0.9, 300.0, 2.0) + 0.01 * randn(g, 20))
-    assert not fitted.reaches_the_bend and fitted.open
+    assert not fitted.reaches_the_bend and fitted.open_above
     _, low, high = fitted.predict(torch.inf)
     assert low < 0.9 and high == torch.inf
 
 
+@given(st.floats(0.02, 30.0), st.floats(0.7, 3.7), st.sampled_from([1e-4, 1e-3, 1e-2]), st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_no_planted_curve_fits_better_than_the_one_that_is_found(midpoint, steepness, noise, seed):
+    """Also where the data end long before the bend, and sigmoids of all kinds are nearly the same there."""
+    compute = torch.linspace(0, 1000, 40, dtype=torch.float64)
+    reward = planted(compute, 0.2, 0.9, 1000 * midpoint, steepness)
+    reward = reward + noise * (reward[-1] - reward[0]) * randn(generator(seed, "best"), 40)
+    fitted = fit(compute, reward)
+    s = saturation(compute, torch.tensor([1000 * midpoint]).double(), torch.tensor([steepness]).double())
+    middle, slope, _ = line(s, reward)
+    truth = float((reward - reward.mean() - slope * (s - middle)).square().sum())
+    assert float(fitted.squares.min()) <= truth * (1 + 1e-6) and bool((fitted.squares <= fitted.most * (1 + 1e-6)).all())
+
+
+def test_before_the_bend_the_intervals_cover_the_truth_too():
+    """C_mid at ten times the last point; an interval is open, or as honest as it says."""
+    g, hits, compute = generator(0, "before"), 0, torch.linspace(0, 1000, 60, dtype=torch.float64)
+    clean = planted(compute, 0.2, 0.9, 1e4, 2.4)
+    for _ in range(40):
+        _, low, high = fit(compute, clean + 1e-3 * (clean[-1] - clean[0]) * randn(g, 60)).predict(torch.inf)
+        hits += low <= 0.9 <= high
+    assert hits >= 36
+
+
+def test_falling_rewards_have_an_open_floor_instead():
+    """Where the curve falls, what is not known is how far down it goes."""
+    compute = torch.linspace(0, 1000, 40, dtype=torch.float64)
+    fitted = fit(compute, 1 - compute / 4000 + 0.01 * randn(generator(0, "falling"), 40))
+    _, low, high = fitted.predict(torch.inf)
+    assert low == -torch.inf and high < 1
+
+
 def test_student_s_quantiles():
     """Against the tables."""
-    for freedom, value in ((3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)):
+    for freedom, value in ((1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)):
         assert quantile_of_t(freedom) == pytest.approx(value, rel=0.01)
 
 
