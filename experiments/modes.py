@@ -257,8 +257,8 @@ def c15(smoke):
                     "prompts are masked and what is learned about responses counts": max(-last["low"], last["high"]) < 0.02},
                    f"with a mask of ones, loss and gradient are pretraining's bit by bit; with prompts masked the loss is "
                    f"{responses:.2f} nats instead of {everything:.2f}, and the prompts' part makes up for it to {off:.0e}. "
-                   f"With the prompts in the loss, held-out responses cost between {min(gaps):+.1%} and {max(gaps):+.1%} on the "
-                   f"way, and {last['relative gap']:+.1%} ({last['low']:+.1%} to {last['high']:+.1%}) after {steps} steps "
+                   f"With the prompts in the loss, held-out responses cost between {min(gaps):+.1%} and {max(gaps):+.1%} on "
+                   f"the way, and {last['relative gap']:+.1%} ({last['low']:+.1%} to {last['high']:+.1%}) after {steps} steps "
                    f"({seeds} seeds)",
                    rows)
 

@@ -88,7 +88,7 @@ def practise(init, lr, flags, lag, seed, updates, **tiny):
     """The share of right answers before each update of a GPT, and the mean share of tokens that the bound holds back."""
     with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
           mock.patch.object(train_grpo, "read_text", return_value="No story.")):            # that it is evaluated on, too
-        cfg = train_grpo.Config(out=f"{folder}/run", init=init, seed=seed, lr=lr, stale=lag, steps=updates + lag, prompts=16,
+        cfg = train_grpo.Config(out=f"{folder}/run", init=init, seed=seed, lr=lr, stale=lag, steps=updates + lag, prompts=8,
                                 eval_every=1000, eval_problems=1, selfcheck=False, quiet=True, device="cpu", **flags, **tiny)
         train_grpo.main(cfg)
         lines = read_metrics(Path(cfg.out))
@@ -104,7 +104,7 @@ def grouped(says, worse):
 
 
 def c30(smoke):
-    seeds, most, gpt_seeds, updates, last, age = (4, 5, 2, 2, 1, 1) if smoke else (200, 2000, 3, 20, 5, 8)
+    seeds, most, gpt_seeds, updates, last, age = (4, 5, 2, 2, 1, 1) if smoke else (200, 2000, 6, 20, 5, 8)
     rows, held, gap = [], {}, exact_gap()
     fresh = updates_to_target(0, BOUNDS["ratio"], seeds, most)[0].mean()
     for lag in (0, 2, 8, 32):
