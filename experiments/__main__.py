@@ -14,7 +14,7 @@ import importlib
 from types import ModuleType
 
 from experiments import figures
-from experiments.findings import conclude, kept, title
+from experiments.findings import Finding, conclude, kept, title
 from experiments.runs import ROOT
 from nanorl.run import user_errors, write_atomically
 
@@ -34,16 +34,24 @@ def modules() -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"experiments.{name}") for name in FILES}
 
 
+def verdict(finding: Finding) -> str:
+    """In two lines where it depends."""
+    if finding.verdict in ("confirmed", "refuted"):
+        return f"**{finding.verdict}**"
+    yes, no = ("; ".join(name for name, held in finding.held.items() if held == wanted) for wanted in (True, False))
+    return f"**holds when** {yes}<br>**not when** {no}"
+
+
 def page() -> str:
     """experiments/README.md, from the findings that are kept."""
     parts = [PREFACE]
     for name, module in modules().items():
-        cells = ([x.replace("|", "\\|") for x in (f.claim, f.says, f.verdict, f.because)] for f in kept(module).values())
+        cells = ([x.replace("|", "\\|") for x in (f.claim, f.says, verdict(f), f.because)] for f in kept(module).values())
         rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"## {title(module)}\n\n[{name}.py]({name}.py): `python -m experiments.{name}`\n\n"
                      f"| | the claim | verdict | because |\n|---|---|---|---|\n{rows}\n\n"
                      f"![{title(module)}](../docs/figures/{name}.png)\n\n")
-    return "".join(parts)
+    return "".join(parts).rstrip() + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:

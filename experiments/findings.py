@@ -205,4 +205,4 @@ def conclude(module: ModuleType, smoke: bool, draw: bool) -> None:
 
 
 def title(module: ModuleType) -> str:
-    return inspect.getdoc(module).split("\n")[0]
+    return inspect.getdoc(module).split("\n")[0].removesuffix(".")

@@ -178,26 +178,26 @@ def c37(smoke):
     seeds, most, rows, held = (2, 20, [], {}) if smoke else (20, 5000, [], {})
     points, labels, centres = (torch.stack(x) for x in zip(*map(classes, range(seeds)), strict=True))
     begins = {"bad": 2 * centres.roll(1, 1), "fair": torch.zeros_like(centres)}
-    for start, descent in (("bad", "plain"), ("fair", "plain"), ("bad", "Adam's")):
+    for start, steps in (("bad", "plain"), ("fair", "plain"), ("bad", "Adam's")):
         taken = {}
         for signal in SIGNALS:
             W = leaf(begins[start])                                                         # [seeds, K, 3]
-            optimizer = torch.optim.Adam([W], 0.02) if descent == "Adam's" else torch.optim.SGD([W], 0.1)
+            optimizer = torch.optim.Adam([W], 0.02) if steps == "Adam's" else torch.optim.SGD([W], 0.1)
             taken[signal] = steps_to_target(
                 W, lambda W: selective_log_softmax(points @ W.transpose(1, 2), labels), signal, optimizer, most)
-        ratio, low, high = mean_and_interval(taken["1 - p"] / taken["-log p"])
-        rows.append({"start": start, "descent": descent, **{f"steps, {name}": float(x.median()) for name, x in taken.items()},
+        ratio, low, high = (math.exp(x) for x in mean_and_interval((taken["1 - p"] / taken["-log p"]).log()))
+        rows.append({"start": start, "steps are": steps, **{f"steps, {name}": float(x.median()) for name, x in taken.items()},
                      "1 - p not done": float((taken["1 - p"] == most).double().mean()),
-                     "ratio": ratio, "low": low, "high": high})
-        held[f"the start is {start} and descent is {descent}"] = wrong < 1e-12 and off < 0.05 and low > 10
-    bad, fair, adam = (row["ratio"] for row in rows)
+                     "ratio, geometric mean": ratio, "low": low, "high": high})
+        held[f"the start is {start} and the steps are {steps}"] = wrong < 1e-12 and off < 0.05 and low > 10
+    bad, fair, adam = (row["ratio, geometric mean"] for row in rows)
     slow, fast = (float(times[signal]["measured"][-1]) for signal in ("1 - p", "-log p"))
     return Finding("C37", "A log-probability teaches where a probability stalls.", held,
                    f"from p = {starts[-1]} to {TARGET}, one logit takes {fast:.0f} units of time with -log p and {slow:.0f} "
                    f"with 1 - p, within {off:.1%} of the closed form. A classifier takes {bad:.0f} times as many steps with "
                    f"1 - p from a bad start (or more: in {most:,} steps, {rows[0]['1 - p not done']:.0%} of {seeds} seeds do "
-                   f"not get there), {fair:.1f} times from a fair one, and {adam:.1f} times from the bad one with Adam, which "
-                   "divides out how large gradients are",
+                   f"not get there), {fair:.1f} times from a fair one, and {adam:.1f} times ({rows[2]['low']:.1f} to "
+                   f"{rows[2]['high']:.1f}) from the bad one with Adam, which divides out how large gradients are",
                    rows, {"starts": starts, "times": times})
 
 
@@ -270,7 +270,7 @@ def draw(findings, path):
     axes[2].barh(names, [row["who bites, right"] for row in rows],
                  color=[PALETTE[4] if row["positions"] == "rope" else PALETTE[0] for row in rows])
     axes[2].axvline(0.5, color="0.6", linewidth=0.8, linestyle="--")
-    axes[2].set(title="who bites whom, without positions", xlabel="share named right; dashed: a coin", ylabel="a token sees",
+    axes[2].set(title="who bites whom?", xlabel="share named right; dashed: a coin", ylabel="a token sees",
                 xlim=(0, 1))
     save(figure, path)
 

@@ -163,7 +163,7 @@ def draw(findings, path):
         axis.legend(frameon=False, fontsize=8)
 
     colours = {"on-policy": "0.5", **dict(zip(BOUNDS, PALETTE, strict=False))}
-    for axis, (lr, paths) in zip(axes[2:], curves.items(), strict=True):
+    for axis, (lr, paths) in zip(axes[2:], curves.items(), strict=False):
         for name, mean in paths.items():
             axis.plot(mean, color=colours[name], label=name if name == "on-policy" else f"8 updates old, {name}")
         axis.set(title=f"a GPT, learning rate {lr}", xlabel="updates", ylabel="reward", ylim=(0, 1.02))
