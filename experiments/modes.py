@@ -57,7 +57,8 @@ def gaussian(mean, log_width):
 
 def mixture(m):
     """Log-density of WEIGHTS[0] N(-m, WIDTH^2) + WEIGHTS[1] N(m, WIDTH^2).       -> [481]"""
-    return logsumexp(WEIGHTS.log()[:, None] + gaussian(torch.tensor([-m, m]), torch.full((2,), WIDTH).log()), dim=0)
+    means, widths = torch.tensor([[-m, m], [WIDTH, WIDTH]], dtype=X.dtype)
+    return logsumexp(WEIGHTS.log()[:, None] + gaussian(means, widths.log()), dim=0)
 
 
 def low_rank(A, B):
@@ -236,9 +237,10 @@ def c15(smoke):
     identical, off, everything, responses = same_loss(init, smoke)
 
     (model, tokenizer), task, rng = load(init), make_task("addition"), Random(0)
-    problems = [task.problem(rng, "heldout") for _ in range(count)]
-    unseen = [{"prompt": problem.prompt, "response": respond(problem, rng)} for problem in problems
-              for respond in (task.work if rng.random() < task.worked_share else task.direct,)]
+    unseen = []
+    for problem in [task.problem(rng, "heldout") for _ in range(count)]:
+        respond = task.work if rng.random() < task.worked_share else task.direct
+        unseen.append({"prompt": problem.prompt, "response": respond(problem, rng)})
     (x, y), new = (train_sft.render(records, tokenizer, model.config.context, task.name)
                    for records in (task.demonstrations(batch * steps), unseen))
     heldout = train_sft.batch_of(*new, range(count), tokenizer.pad)
@@ -255,8 +257,9 @@ def c15(smoke):
                    {"every token counts": identical and off < 1e-6,
                     "prompts are masked": abs(responses / everything - 1) < 1e-6,
                     "prompts are masked and what is learned about responses counts": max(-last["low"], last["high"]) < 0.02},
-                   f"with a mask of ones, loss and gradient are pretraining's bit by bit; with prompts masked the loss is "
-                   f"{responses:.2f} nats instead of {everything:.2f}, and the prompts' part makes up for it to {off:.0e}. "
+                   f"with a mask of ones, loss and gradient are {'' if identical else 'not '}pretraining's bit by bit; with "
+                   f"prompts masked the loss is {responses:.2f} nats instead of {everything:.2f}, and their part makes up for it "
+                   f"to {off:.0e}. "
                    f"With the prompts in the loss, held-out responses cost between {min(gaps):+.1%} and {max(gaps):+.1%} on "
                    f"the way, and {last['relative gap']:+.1%} ({last['low']:+.1%} to {last['high']:+.1%}) after {steps} steps "
                    f"({seeds} seeds)",
@@ -285,7 +288,7 @@ def draw(findings, path):
     axes[2].plot(steps, gap, color=PALETTE[0], marker="o", markersize=3)
     axes[2].fill_between(steps, low, high, color=PALETTE[0], alpha=0.15, linewidth=0)
     axes[2].axhline(0, color="0.6", linewidth=0.8, linestyle="--")
-    axes[2].yaxis.set_major_formatter("{x:+.1%}")
+    axes[2].yaxis.set_major_formatter("{x:+.0%}")
     axes[2].set(title="prompts in the loss, too", xlabel="step of fine-tuning",
                 ylabel="loss on held-out responses,\nrelative to prompts masked")
     save(figure, path)
