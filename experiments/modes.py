@@ -258,8 +258,8 @@ def c15(smoke):
                     "prompts are masked": abs(responses / everything - 1) < 1e-6,
                     "prompts are masked and what is learned about responses counts": max(-last["low"], last["high"]) < 0.02},
                    f"with a mask of ones, loss and gradient are {'' if identical else 'not '}pretraining's bit by bit; with "
-                   f"prompts masked the loss is {responses:.2f} nats instead of {everything:.2f}, and their part makes up for it "
-                   f"to {off:.0e}. "
+                   f"prompts masked the loss is {responses:.2f} nats instead of {everything:.2f}, and their part makes up for "
+                   f"it to {off:.0e}. "
                    f"With the prompts in the loss, held-out responses cost between {min(gaps):+.1%} and {max(gaps):+.1%} on "
                    f"the way, and {last['relative gap']:+.1%} ({last['low']:+.1%} to {last['high']:+.1%}) after {steps} steps "
                    f"({seeds} seeds)",
