@@ -147,14 +147,14 @@ def c30(smoke):
 
     table = {lag: ", ".join(f"{row['updates to .95']:.0f} with {row['bound']}" for row in rows
                             if (row["learner"], row["lag"]) == ("table", lag)) for lag in AGES}
-    gpt = {lr: [f"{float(path[-last:].mean()):.2f} {'' if name == 'on-policy' else 'with '}{name}"
-                for name, path in paths.items()] for lr, paths in curves.items()}
+    gpt = {lr: ", ".join(f"{float(path[-last:].mean()):.2f} {'' if name == 'on-policy' else 'with '}{name}"
+                         for name, path in paths.items()) for lr, paths in curves.items()}
     return Finding("C30", "On-policy data are better than stale data.", held,
                    f"a table takes {float(fresh.mean()):.0f} updates with fresh samples; "
-                   + "; ".join(f"{lag} updates behind, {numbers}" for lag, numbers in table.items()) + f" ({seeds} seeds). A GPT "
-                   + "; ".join(f"at a learning rate of {lr} ends at a reward of {fresh} and, {age} updates behind, of "
-                               + ", ".join(stale) for lr, (fresh, *stale) in gpt.items()) + f" ({gpt_seeds} seeds)",
-                   rows, curves)
+                   + "; ".join(f"{lag} updates behind, {numbers}" for lag, numbers in table.items())
+                   + f" ({seeds} seeds). A GPT ends, {age} updates behind, at a reward of "
+                   + "; ".join(f"{numbers} at a learning rate of {lr}" for lr, numbers in gpt.items())
+                   + f" ({gpt_seeds} seeds)", rows, curves)
 
 
 def draw(findings, path):
