@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from nanorl.ops import log_softmax
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "experiments/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +38,14 @@ def test_every_function_that_the_walk_links_to_is_in_that_file(name):
     found = importlib.import_module(file.replace("/", "."))
     for part in rest:
         found = getattr(found, part)
+
+
+def test_the_table_of_log_probs_is_what_the_functions_give():
+    rows = re.findall(r"^\| \w+ \| ([-\d.]+) \| ([-\d.]+) \| ([-\d.]+) \|$", WALK, re.M)
+    z, p, logp = torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64).T
+    assert len(z) == 4
+    torch.testing.assert_close(log_softmax(z), logp, rtol=0, atol=5e-5)
+    torch.testing.assert_close(log_softmax(z).exp(), p, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("number", range(1, 21))
