@@ -11,7 +11,7 @@ dz = lr p (1 - p). The ceiling is the share that can be solved; what is fitted i
 run of `python train_grpo.py`: its reward in training, against the answer tokens sampled before. The fit and its intervals are
 those of nanorl/scaling.py.
 
-Change `STEPS = 4000` to `STEPS = 100`: C29 holds only when 40% of the GRPO run predict it.
+Change `STEPS = 4000` to `STEPS = 60`: C29 holds only when 40% of the GRPO run predict it.
 """
 
 import sys
