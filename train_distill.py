@@ -179,7 +179,7 @@ def main(cfg: Config) -> None:
         out.started_from(teacher=teacher)
     del start, teacher_start, checkpoint
     compiled = run.prepare(cfg, device, student, teacher)
-    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, compile=compiled)
+    sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, compile=compiled)
     loss = functools.partial(objective, gradient=cfg.gradient, group=cfg.group, divergence=cfg.divergence, beta=cfg.beta,
                              tau=cfg.tau, top_k=cfg.top_k)
     with run.autocast(device, cfg.dtype):

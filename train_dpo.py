@@ -214,7 +214,7 @@ def main(cfg: Config) -> None:
             reference.load_state_dict(out.state["reference"])
     del initial, checkpoint
     compiled = run.prepare(cfg, device, *{policy, start, reference})
-    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = functools.partial(objective, **{flag: getattr(cfg, flag) for flag in ("loss", *LOSSES[cfg.loss])})
     source = f"fresh pairs, judged by the {cfg.judge}" if cfg.online else f"{len(training):,} pairs of {cfg.data or task.name}"
     print(f"{cfg.loss} on {source}, {cfg.batch} a step, on {device.type}."

@@ -129,7 +129,7 @@ def main(cfg: Config) -> None:
         out.started_from(initial_policy=reference)
     del initial, checkpoint
     compiled = run.prepare(cfg, device, policy, reference)
-    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = functools.partial(objective, loss=cfg.loss, margin=cfg.margin)
     print(f"{cfg.loss} over groups on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
 

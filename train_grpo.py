@@ -361,7 +361,7 @@ def main(cfg: Config) -> None:
     del start, initial, checkpoint, refreshed
     compiled = run.prepare(cfg, device, *filter(None, (policy, reference)))
     story_ids = torch.tensor(tokenizer.encode(stories))
-    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = loss_of(cfg)
     on_policy = cfg.updates == 1 and not cfg.stale
     unchecked = cfg.selfcheck

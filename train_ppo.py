@@ -223,7 +223,7 @@ def main(cfg: Config) -> None:
     out.state |= {"critic": critic.state_dict(), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
     del initial, checkpoint
     compiled = run.prepare(cfg, device, policy, reference, *([critic.trunk] if cfg.critic == "separate" else []))
-    sampling = dict(rows=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = functools.partial(objective, **{flag: getattr(cfg, flag) for flag in ("clip_low", "clip_high", "value_clip",
                                                                                  "value_coef", "entropy_coef")})
     print(f"PPO on {task.name}, {f'the reward model of {reward_path}' if reward_model else 'the verifier'} scores: "

@@ -108,7 +108,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same function as `attention`, by PyTorch's kernels, which never hold the [T, S] scores. The model uses it."""
+    """The same function as `attention`, by PyTorch's kernels, which never hold the [T, S] scores. The model uses it.
+
+    mask may also be what is added to the scores, 0 or -inf: the kernels make that of a bool mask at every call.
+    """
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -131,18 +134,26 @@ class KVCache:
         self.length += tokens
         self.visible += 0 if self.static else tokens
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v [B, Hkv, T, D] at positions [B, T]; return all that `layer` has, [B, Hkv, visible, D] each."""
+    def addresses(self, positions: Tensor) -> Tensor:
+        """Where these positions of each row and head lie in a layer's memory, counted in keys.       [B, T] -> [B, Hkv, T]"""
+        B, H, capacity, _ = self.keys[0].shape
+        return capacity * torch.arange(B * H, device=positions.device).view(B, H, 1) + positions[:, None]
+
+    def write(self, layer: int, addresses: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k, v [B, Hkv, T, D] there; return all that `layer` has, [B, Hkv, visible, D] each."""
         keys, values = self.keys[layer], self.values[layer]
-        rows, heads = (torch.arange(n, device=k.device) for n in k.shape[:2])
-        at = rows[:, None, None], heads[:, None], positions[:, None]                   # broadcast to [B, Hkv, T]
-        keys[at], values[at] = k.to(keys.dtype), v.to(values.dtype)
+        for memory, x in ((keys, k), (values, v)):
+            memory.view(-1, x.shape[-1])[addresses] = x.to(memory.dtype)
         return keys[:, :, : self.visible], values[:, :, : self.visible]
 
-    def repeat(self, times: int) -> None:
-        """Every row `times` times, side by side: one prompt becomes the start of several samples."""
-        self.keys, self.values = ([x.repeat_interleave(times, dim=0) for x in part] for part in (self.keys, self.values))
-        self.length = self.length.repeat_interleave(times)
+    def put(self, rows: Tensor, other: "KVCache") -> None:
+        """Begin these rows anew with what `other` has seen; each of its rows serves as many of them, side by side."""
+        times, seen = len(rows) // len(other.length), other.visible
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for x, y in zip(mine, theirs, strict=True):
+                x[rows, :, :seen] = y[:, :, :seen].repeat_interleave(times, dim=0)
+        self.length[rows] = other.length.repeat_interleave(times)
+        self.visible = max(self.visible, seen)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows, in rising order: they move to the front of the same memory."""
@@ -165,14 +176,14 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, addresses: Tensor | None) -> Tensor:
         q = self.q_norm(rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads))
         k = self.k_norm(rearrange(self.k(x), "b t (h d) -> b h t d", h=self.kv_heads))
         v = rearrange(self.v(x), "b t (h d) -> b h t d", h=self.kv_heads)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
-            k, v = cache.write(self.layer, positions, k, v)
+            k, v = cache.write(self.layer, addresses, k, v)
         return self.out(rearrange(fused_attention(q, k, v, mask), "b h t d -> b t (h d)"))
 
 
@@ -197,8 +208,8 @@ class Block(nn.Module):
         self.attention_norm, self.attention = nn.RMSNorm(config.width, eps=1e-6), Attention(config, layer)
         self.mlp_norm, self.mlp = nn.RMSNorm(config.width, eps=1e-6), MLP(config)
 
-    def forward(self, x: Tensor, rope, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, positions, mask, cache)
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, addresses: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, addresses)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -242,18 +253,18 @@ class GPT(nn.Module):
         see everything before them and are written into the cache.
         """
         T = tokens.shape[1]
-        if cache is None:
-            positions, mask = torch.arange(T, device=tokens.device)[None], None             # [1, T]
-            longest = T
-        else:
-            positions = cache.length[:, None] + torch.arange(T, device=tokens.device)       # [B, T]
+        x = self.embedding(tokens)                                                          # [B, T, width]
+        positions, mask, addresses, longest = torch.arange(T, device=tokens.device)[None], None, None, T     # [1, T]
+        if cache is not None:
+            positions = cache.length[:, None] + positions                                   # [B, T]
+            addresses = cache.addresses(positions)
             cache.advance(T)
             longest = cache.visible
-            mask = torch.arange(longest, device=tokens.device) <= positions[:, None, :, None]    # [B, 1, T, visible]
+            hidden = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]   # [B, 1, T, visible]
+            mask = x.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)                # added to the scores
         if longest > self.config.context:
             raise ValueError(f"a sequence of {longest} tokens does not fit the model's context of {self.config.context}")
 
-        x = self.embedding(tokens)                                                          # [B, T, width]
         rope = None
         if self.config.positions == "learned":
             x = x + self.position_embedding(positions)
@@ -264,7 +275,7 @@ class GPT(nn.Module):
             run = block if cache is None else block.forward
             if self.recompute and torch.is_grad_enabled():
                 run = functools.partial(checkpoint, run, use_reentrant=False)
-            x = run(x, rope, positions, mask, cache)
+            x = run(x, rope, mask, cache, addresses)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -74,25 +74,23 @@ def contrast(rewards: Tensor) -> Tensor:
 
 
 def answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], *, samples: int = 1,
-           openings: list[list[int]] | None = None, rows: int | None = None, **how) -> Experience:
+           openings: list[list[int]] | None = None, **how) -> Experience:
     """Sample responses to these problems and grade them; `how` goes to `generate`.
 
     With `openings`, the responses to a problem begin with these token ids, whatever the model thinks of them. The rollout
-    counts them as part of the prompt. `rows` bounds the memory: so many responses are sampled at a time, but at least all of
-    one problem. Each process answers its part of the problems, and all of them get all responses. Neither changes any.
+    counts them as part of the prompt. Each process answers its part of the problems, and all of them get all responses, the
+    same as those of one process.
     """
     openings = openings or [[] for _ in problems]
-    mine = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist()
-    size = max(1, (rows or samples * len(problems)) // samples)
-    found = []
-    for i in range(0, len(mine), size):
-        piece = mine[i : i + size]
-        found.append(_answer(model, tokenizer, task, [problems[p] for p in piece], [openings[p] for p in piece], samples,
-                             how | {"first_row": samples * piece[0]}))
-    if ranks.count() > 1:
-        parts = ranks.gathered([replace(e, task=None, rollout=e.rollout.to("cpu")) for e in found])
-        found = [replace(e, task=task, rollout=e.rollout.to(model.head.weight.device)) for part in parts for e in part]
-    return found[0] if len(found) == 1 else _join([(e, p) for e in found for p in range(len(e.problems))])
+    if ranks.count() == 1:
+        return _answer(model, tokenizer, task, problems, openings, samples, how)
+    mine, found = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist(), None
+    if mine:
+        found = _answer(model, tokenizer, task, [problems[p] for p in mine], [openings[p] for p in mine], samples,
+                        how | {"first_row": samples * mine[0]})
+        found = replace(found, task=None, rollout=found.rollout.to("cpu"))
+    parts = [replace(e, task=task, rollout=e.rollout.to(model.head.weight.device)) for e in ranks.gathered(found) if e]
+    return _join([(e, p) for e in parts for p in range(len(e.problems))])
 
 
 def _answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], openings: list[list[int]], samples: int,

@@ -4,6 +4,7 @@
 the softmax, in at least float32, so for equal weights the ratio of their probabilities is 1.
 """
 
+import itertools
 import math
 import weakref
 from dataclasses import dataclass
@@ -105,114 +106,139 @@ def _next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
     return model(ids[:, None], cache)[:, -1]
 
 
-# A compiled step is tied to the memory of its cache, so that memory is kept between calls. Its contents are not: every
-# call overwrites all of it.
+# To ask the device whether rows have finished, the host must wait for it: not after every token where that is dear.
+PATIENCE = {"cuda": 8}
+
+# A compiled step is tied to the memory of its cache, so that memory is kept between calls. Its contents are not.
 _compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
 
 
-def _compiled_step(model: GPT, cache: KVCache):
-    """The decoding step compiled for a cache of this shape, and a cache whose address never moves, filled from `cache`."""
+def _compiled_step(model: GPT, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
+    """The decoding step compiled for a cache of this shape, and the cache, empty, whose address never moves."""
     steps = _compiled.setdefault(model, {})
-    keys = cache.keys[0]
-    rows, _, capacity, _ = keys.shape
-    kind = (rows, capacity, keys.device, keys.dtype)
+    kind = (rows, capacity, device, dtype)
     if kind not in steps:
         static = KVCache(model.config, *kind, static=True)
         for x in (*static.keys, *static.values, static.length):
             torch._dynamo.mark_static_address(x)
-        mode = "reduce-overhead" if keys.is_cuda else "default"          # CUDA graphs, where there is CUDA
+        # Each kind of cache is compiled for each stretch that attention reads of it. Beyond its limit, 8 in all, the compiler
+        # would give up without a word.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        mode = "reduce-overhead" if device.type == "cuda" else "default"          # CUDA graphs, where there is CUDA
         steps[kind] = torch.compile(_next_logits, mode=mode, dynamic=False), static
     step, static = steps[kind]
-    for x, y in zip((*static.keys, *static.values, static.length), (*cache.keys, *cache.values, cache.length), strict=True):
-        x.copy_(y)
+    for x in (*static.keys, *static.values, static.length):
+        x.zero_()
     return step, static
+
+
+def _read(model: GPT, prompts: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
+    """A cache that has seen these prompts, and the logits of what comes after each.       [P, T], [P] -> [P, V]"""
+    cache = KVCache(model.config, *prompts.shape, prompts.device, dtype)
+    hidden = model.hidden(prompts, cache)                                                   # [P, T, width]
+    cache.length = lengths
+    return cache, model.head(hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1])
 
 
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list[int], temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, stop_ids: set[int], samples_per_prompt: int = 1, seed: int = 0,
-             first_row: int = 0, compile: bool = False) -> Rollout:
+             first_row: int = 0, slots: int | None = None, compile: bool = False) -> Rollout:
     """Sample `samples_per_prompt` responses to each prompt, row by row until a stop token or `max_new_tokens`.
 
     `max_new_tokens` is one limit for all prompts, or a list with one for each. temperature 0 is greedy (and logp 0: a
     point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for all its samples. Randomness is one uniform
-    per (seed, row, position): a row does not depend on the rows beside it; rows are counted from `first_row`. Eager decoding
-    drops finished rows as it goes; `compile` keeps a fixed shape, as CUDA graphs need it.
-    FloatingPointError when a logit was nan or inf.
+    per (seed, row, position): a row does not depend on the rows beside it; rows are counted from `first_row`.
+
+    `slots` bounds the memory: so many rows are sampled at a time, but at least all of one prompt, and the others wait for
+    slots to become free. When none wait, eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as
+    CUDA graphs need it. FloatingPointError when a logit was nan or inf.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate: every prompt needs at least one token")
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    if len(limits) != len(prompts):
-        raise ValueError(f"generate: {len(limits)} limits for {len(prompts)} prompts; expected one for each")
-    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or min(limits) < 1 or samples_per_prompt < 1:
-        raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, top_p={top_p}, "
-                         f"max_new_tokens={max_new_tokens}, samples_per_prompt={samples_per_prompt}; expected "
-                         "a finite temperature >= 0, top_k >= 0, 0 < top_p <= 1 and positive counts")
-    device = model.head.weight.device
-    tokens, prompt_lengths = (x.to(device) for x in pad(prompts))
-    ends = prompt_lengths + torch.tensor(limits, device=device)                             # [P] where an answer is cut
+    P, G = len(prompts), samples_per_prompt
+    limits = [max_new_tokens] * P if isinstance(max_new_tokens, int) else max_new_tokens
+    if len(limits) != P:
+        raise ValueError(f"generate: {len(limits)} limits for {P} prompts; expected one for each")
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or min(*limits, G, 1 if slots is None else slots) < 1:
+        raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, top_p={top_p}, max_new_tokens={max_new_tokens}, "
+                         f"samples_per_prompt={G}, slots={slots}; expected a finite temperature >= 0, top_k >= 0, "
+                         "0 < top_p <= 1 and positive counts")
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     if longest > model.config.context:
         prompt, limit = next((len(x), n) for x, n in zip(prompts, limits, strict=True) if len(x) + n == longest)
         raise ValueError(f"a prompt of {prompt} tokens and max_new_tokens={limit} do not fit the "
                          f"model's context of {model.config.context}")
-
-    # Read the prompts, then give each of them its samples.
+    device = model.head.weight.device
     on = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
-    # A compiled step is made for one capacity, and for the slots that it reads: few different ones, then.
-    capacity = min(-(-longest // 64) * 64, model.config.context) if compile else longest
-    prompt_width = tokens.shape[1]
-    cache = KVCache(model.config, len(prompts), capacity, device, dtype)
-    hidden = model.hidden(tokens, cache)                                                    # [P, T, width]
-    cache.length = prompt_lengths.clone()
-    logits = model.head(hidden[torch.arange(len(prompts), device=device), prompt_lengths - 1])             # [P, V]
-    cache.repeat(samples_per_prompt)
-    logits, tokens, prompt_lengths, ends, prompt_index = (
-        x.repeat_interleave(samples_per_prompt, dim=0)
-        for x in (logits, tokens, prompt_lengths, ends, torch.arange(len(prompts), device=device)))
 
-    B = len(tokens)
-    tokens = torch.cat((tokens, tokens.new_zeros(B, longest - tokens.shape[1])), dim=1)     # [B, T]
+    # The rollout, which holds the prompts alone as yet.
+    tokens, prompt_lengths, ends = (x.to(device).repeat_interleave(G, dim=0) for x in (
+        *pad(prompts), torch.tensor([len(x) + n for x, n in zip(prompts, limits, strict=True)])))
+    B, width = tokens.shape
+    tokens = torch.cat((tokens, tokens.new_zeros(B, longest - width)), dim=1)               # [B, T]
     logp = torch.zeros(B, longest - 1, device=device)
     lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
     u = uniforms(seed, B, max(limits), first_row).to(device)
     stops = torch.tensor(sorted(stop_ids), device=device)
-    rows = torch.arange(B, device=device)               # the row of the rollout behind each row of the cache
-    step = _next_logits
-    if compile:
-        step, cache = _compiled_step(model, cache)
 
-    for t in range(max(limits)):
+    # A compiled step is made for one capacity, and for the stretch of it that it reads: few different ones, then.
+    capacity = min(-(-longest // 64) * 64, model.config.context) if compile else longest
+    S = max(1, min(slots or B, B) // G) * G
+    shape = (S, capacity, device, dtype)
+    step, cache = _compiled_step(model, *shape) if compile else (_next_logits, KVCache(model.config, *shape))
+    patience = PATIENCE.get(device.type, 1)
+    rows = free = torch.arange(S, device=device)        # the row of the rollout in each slot; slots that wait for a row
+    waiting = 0                                         # the first row that has had no slot
+    logits = torch.zeros(S, model.config.vocab_size, device=device, dtype=dtype)
+
+    for turn in itertools.count(1):
+        if len(free):
+            new = torch.arange(waiting, waiting + len(free), device=device)
+            rows, waiting = rows.index_copy(0, free, new), waiting + len(new)
+            part = slice(new[0], waiting, G)
+            read, next_logits = _read(model, tokens[part, : prompt_lengths[part].max()], prompt_lengths[part], dtype)
+            cache.put(free, read)
+            logits = logits.index_copy(0, free, next_logits.repeat_interleave(G, dim=0))
+            seen = int(lengths[rows].max())             # the most tokens that a slot's row has in the cache
+
+        at = lengths[rows].clamp(max=longest - 1)       # a row that is done keeps what stands there
         if temperature == 0:
             largest, ids = logits.max(-1)
             ids_logp = 0.0 * largest                    # 0, unless a logit is nan or inf
         else:
-            ids, ids_logp = draw(sampling_logits(logits, temperature, top_k, top_p), u[rows, t])
+            drawn = (at - prompt_lengths[rows]).clamp(max=u.shape[1] - 1)
+            ids, ids_logp = draw(sampling_logits(logits, temperature, top_k, top_p), u[rows, drawn])
         running = (~finished & (lengths < ends))[rows]
-        at = lengths[rows].clamp(max=longest - 1)       # a row that is done keeps what stands there
         tokens[rows, at] = torch.where(running, ids, tokens[rows, at])
         logp[rows, at - 1] = torch.where(running, ids_logp.to(logp.dtype), logp[rows, at - 1])
         lengths[rows] += running
         finished[rows] |= running & torch.isin(ids, stops)
-        running = (~finished & (lengths < ends))[rows]
-        count = int(running.sum())
-        if count == 0:
-            break
-        # Moving the cache costs about as much as a few steps: wait until a quarter of the rows have finished.
-        if not compile and count <= 0.75 * len(rows):
-            cache.keep(running.nonzero().squeeze(-1))
-            rows, ids = rows[running], ids[running]
-        cache.length.clamp_(max=capacity - 1)           # rows that are done go on, in the last slot if need be
-        seen = prompt_width + t
-        cache.visible = min(capacity, -(-(seen + 1) // 64) * 64) if compile else min(seen, capacity - 1)
+
+        free = rows[:0]
+        if turn % patience == 0:
+            running = (~finished & (lengths < ends))[rows]
+            left = int(running.sum())
+            if left == 0 and waiting == B:
+                break
+            # Reading prompts and moving the cache cost about as much as a few steps: wait until a quarter of the slots is free.
+            if left <= 0.75 * len(rows):
+                if waiting < B:
+                    free = (~running).nonzero().squeeze(-1)[: min((S - left) // G * G, B - waiting)]
+                elif not compile:
+                    cache.keep(running.nonzero().squeeze(-1))
+                    rows, ids = rows[running], ids[running]
+        cache.length.clamp_(max=capacity - 1)           # rows that are done go on, in the last place if need be
+        cache.visible = min(capacity, max(64, 1 << seen.bit_length())) if compile else min(seen, capacity - 1)
         logits = step(model, ids, cache)
+        seen += 1
 
     if not logp.isfinite().all():
         raise FloatingPointError("a logit of the policy is nan or inf")
     T = int(lengths.max())
-    return Rollout(tokens[:, :T], prompt_lengths, lengths, logp[:, : T - 1], finished, prompt_index)
+    return Rollout(tokens[:, :T], prompt_lengths, lengths, logp[:, : T - 1], finished,
+                   torch.arange(P, device=device).repeat_interleave(G))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -411,9 +411,9 @@ def test_flops_per_token_count_the_matrix_products(positions, changes):
 
 @st.composite
 def cached_runs(draw):
-    """Prompts of ragged lengths, then chunks; between them rows are repeated or dropped."""
+    """Prompts of ragged lengths, then chunks; between them rows are begun anew or dropped."""
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
-    steps = draw(st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["", "keep", "repeat", "junk"])), max_size=4))
+    steps = draw(st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["", "keep", "put", "junk"])), max_size=4))
     return lengths, steps, draw(st.booleans()), draw(seeds)
 
 
@@ -429,7 +429,7 @@ def fill_with_junk(cache: KVCache) -> None:
 @quick
 def test_any_split_through_the_cache_is_the_plain_forward(positions, run):
     """Hidden states do not tell whether a sequence came whole or in chunks, alone or beside longer rows, with rows
-    dropped or doubled on the way, in memory of a fixed or a growing extent, clean or full of junk."""
+    dropped or begun anew on the way, in memory of a fixed or a growing extent, clean or full of junk."""
     lengths, steps, static, seed = run
     model, generator = tiny(seed % 5, positions=positions), seeded(seed)
     extra = sum(width for width, _ in steps)
@@ -447,9 +447,14 @@ def test_any_split_through_the_cache_is_the_plain_forward(positions, run):
 
         alive = list(range(len(lengths)))                       # which sequence each row of the cache holds
         for width, event in steps:
-            if event == "repeat" and len(alive) <= 8:
-                cache.repeat(2)
-                alive = [row for row in alive for _ in range(2)]
+            if event == "put":                                  # two rows begin with a prompt that was read elsewhere
+                new, rows = int(torch.randint(len(lengths), (1,), generator=generator)), torch.tensor([0, len(alive) - 1])
+                rows = rows.unique()
+                read = KVCache(model.config, 1, lengths[new], dtype=torch.float64)
+                model.hidden(torch.tensor([sequences[new][: lengths[new]]]), read)
+                cache.put(rows, read)
+                for row in rows.tolist():
+                    alive[row] = new
             if event == "keep":
                 kept = torch.rand(len(alive), generator=generator) < 0.6
                 kept[int(torch.randint(len(alive), (1,), generator=generator))] = True

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorl import rollout, run
+from nanorl import run
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.rollout import (
     Experience,
@@ -26,7 +26,7 @@ from nanorl.rollout import (
     score_rollout,
     show_answers,
 )
-from nanorl.sample import Rollout, generate, token_log_probs
+from nanorl.sample import Rollout, token_log_probs
 from nanorl.tasks import FileTask, Problem, Stories, Task, is_heldout, make_task
 from nanorl.tokenizer import Tokenizer
 
@@ -100,27 +100,6 @@ def test_every_answer_is_verified_against_its_own_problem(seed, count, samples):
     experience = answer(MODEL, TOKENIZER, task, problems, samples=samples, seed=seed, **HOW)
     assert experience.problems == problems
     assert_belongs_together(experience, task, samples)
-
-
-@given(seeds, st.integers(1, 7), st.integers(1, 3), st.integers(1, 12))
-@quick
-def test_sampling_a_few_rows_at_a_time_changes_nothing_but_memory(seed, count, samples, rows):
-    """The same answers, and never more rows at a time than asked for, or than one problem has."""
-    task, rng, sizes = Parity(), Random(seed), []
-    problems = [task.draw(rng) for _ in range(count)]
-    whole = answer(MODEL, TOKENIZER, task, problems, samples=samples, seed=seed, **HOW)
-
-    def counted(model, prompts, **how):
-        sizes.append(len(prompts) * samples)
-        return generate(model, prompts, **how)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "generate", counted)
-        parts = answer(MODEL, TOKENIZER, task, problems, samples=samples, seed=seed, rows=rows, **HOW)
-    assert max(sizes) <= max(rows, samples) and sum(sizes) == count * samples
-    assert (parts.problems, parts.texts) == (whole.problems, whole.texts) and torch.equal(parts.rewards, whole.rewards)
-    for name, x in vars(whole.rollout).items():
-        torch.testing.assert_close(getattr(parts.rollout, name), x, rtol=0, atol=1e-5)
 
 
 @given(seeds, st.sampled_from([0, 2]))

@@ -10,9 +10,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nanorl import sample
 from nanorl.data import pad
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.ops import kl_divergence, log_softmax
@@ -233,19 +234,33 @@ models = st.tuples(st.integers(0, 5), st.sampled_from(["rope", "learned", "none"
 truncations = st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.8}])
 
 
-@given(models, requests(), truncations, st.sampled_from([torch.float64, torch.float32]))
-@settings(max_examples=100, deadline=None)
-def test_every_token_is_drawn_by_its_own_uniform_from_the_plain_law(model, request, truncation, dtype):
+# With this, `compile=True` is without the compiler: the step runs as it is, in the memory that stays between calls.
+fixed_slots = patch.object(torch, "compile", lambda step, **_: step)
+
+
+def patient(turns: int):
+    """Ask after every so many tokens whether rows have finished, as is done on a GPU after eight."""
+    return patch.dict(sample.PATIENCE, cpu=turns)
+
+
+# How the engine runs: rows at a time, fixed slots or shrinking ones, and after how many tokens it looks.
+engines = st.tuples(st.none() | st.integers(1, 12), st.booleans(), st.sampled_from([1, 1, 2, 5]))
+
+
+@given(models, requests(), truncations, st.sampled_from([torch.float64, torch.float32]), engines)
+@settings(max_examples=150, deadline=None)
+def test_every_token_is_drawn_by_its_own_uniform_from_the_plain_law(model, request, truncation, dtype, engine):
     """The engine against its definition, one row at a time: row b's n-th token is where uniforms(seed)[b, n] falls into
     the cumulative law of a plain forward over that row alone, and logp is the log of that law.
 
-    So neither the cache nor the batch, ragged prompts or finished neighbours matter, up to draws within 1e-5 of a
-    boundary in float32 and 1e-9 in float64. Truncated laws are compared in float64, where rounding never decides who is
-    in the nucleus.
+    So neither the cache nor the batch, ragged prompts, finished neighbours or a wait for a slot matter, up to draws within
+    1e-5 of a boundary in float32 and 1e-9 in float64. Truncated laws are compared in float64, where rounding never decides
+    who is in the nucleus.
     """
-    dtype = torch.float64 if truncation else dtype
+    dtype, (slots, compile, turns) = torch.float64 if truncation else dtype, engine
     (prompts, how), model = request, tiny(**model, dtype=dtype)
-    out = generate(model, prompts, **how, **truncation)
+    with fixed_slots, patient(turns):
+        out = generate(model, prompts, **how, **truncation, slots=slots, compile=compile)
     slack = 1e-5 if dtype == torch.float32 else 1e-9
     u = uniforms(how["seed"], len(out.tokens), how["max_new_tokens"]).double()
     for row, length in enumerate(out.lengths.tolist()):
@@ -427,8 +442,32 @@ def same_rollout(a, b, atol: float = 0.0) -> None:
     torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=atol)
 
 
-# With this, `compile=True` is without the compiler: the step runs as it is, in the memory that stays between calls.
-fixed_slots = patch.object(torch, "compile", lambda step, **_: step)
+# A prompt that has to wait, and is longer than all that the slots have held before.
+longer_later = [[1], [1, 2, 3, 4, 3, 6]], {"stop_ids": set(), "samples_per_prompt": 2}
+
+
+@given(models, requests(), st.integers(1, 12), st.booleans(), seeds)
+@example({"seed": 0}, longer_later, 2, False, 2)
+@quick
+def test_rows_wait_for_slots(model, request, slots, compile, seed):
+    """Never more rows at a time than slots, or than one prompt has; and the answers are those of all at once."""
+    (prompts, how), model = request, tiny(**model)
+    at_most = max(slots // how["samples_per_prompt"], 1) * how["samples_per_prompt"]
+    how["max_new_tokens"] = [1 + (seed + 5 * p) % 11 for p in range(len(prompts))]
+    whole = generate(model, prompts, **how)
+    with fixed_slots, patch.object(model, "hidden", wraps=model.hidden) as hidden:
+        parts = generate(model, prompts, **how, slots=slots, compile=compile)
+    assert max(len(call.args[0]) for call in hidden.call_args_list) <= at_most
+    same_rollout(parts, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_one_long_answer_does_not_hold_the_others(compile):
+    """In two slots, an answer of eight tokens beside seven of one: the seven take turns in the other slot."""
+    model, prompts = tiny(), [[1]] * 8
+    with fixed_slots, patch.object(sample, "_next_logits", wraps=sample._next_logits) as step:
+        generate(model, prompts, max_new_tokens=[8, *[1] * 7], stop_ids=set(), slots=2, compile=compile)
+    assert step.call_count == 7
 
 
 @given(models, requests(), truncations)
@@ -455,6 +494,19 @@ def test_new_weights_are_a_fresh_engine(compile):
         new, fresh = generate(model, prompts, **how), generate(copy.deepcopy(model), prompts, **how)
     same_rollout(new, fresh)
     assert [new.responses()[row] for row in range(8)] != [old.responses()[row] for row in range(8)]
+
+
+def test_nothing_of_a_failed_call_is_left_in_fixed_slots():
+    """After a call that met a nan, the same model with sound weights samples as if that had not been."""
+    model, how = tiny(), {"max_new_tokens": 4, "stop_ids": STOPS, "compile": True}
+    with fixed_slots:
+        sound = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            model.blocks[0].attention.v.weight.fill_(math.nan)
+        with pytest.raises(FloatingPointError):
+            generate(model, [[1, 2, 3]], **how)
+        model.load_state_dict(sound)
+        same_rollout(generate(model, [[1, 2, 3]], **how), generate(tiny(), [[1, 2, 3]], **how))
 
 
 def test_fixed_slots_follow_the_dtype():
