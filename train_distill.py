@@ -43,6 +43,7 @@ from nanorl.ops import (
     with_tail,
 )
 from nanorl.rollout import (
+    Room,
     add_up,
     answer,
     answer_kl,
@@ -193,9 +194,9 @@ def main(cfg: Config) -> None:
     def look() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
             metrics, experience = evaluate(student, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
-                                           reference=teacher, size=cfg.micro_batch, **sampling)
+                                           reference=teacher, room=Room(cfg.micro_batch), **sampling)
             metrics["eval/reverse_kl"] = metrics.pop("eval/answer_kl")
-            metrics["eval/forward_kl"] = answer_kl(teacher, student, teacher_answers.rollout, 1.0, cfg.micro_batch)
+            metrics["eval/forward_kl"] = answer_kl(teacher, student, teacher_answers.rollout, 1.0, Room(cfg.micro_batch))
         show_answers(out, experience)
         return metrics
 

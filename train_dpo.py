@@ -38,6 +38,7 @@ from nanorl import ranks, run
 from nanorl.data import pair_batch, response_mask, shuffled_batch
 from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import (
+    Room,
     add_up,
     before_and_after,
     check_room,
@@ -257,7 +258,8 @@ def main(cfg: Config) -> None:
                 train_sft.show_responses(out, policy, tokenizer, (heldout or training)[:4], records, prompts, cfg)
             else:
                 metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
-                                               reference=start, reward_model=reward_model, size=cfg.micro_batch, **sampling)
+                                               reference=start, reward_model=reward_model,
+                                               room=Room(cfg.micro_batch), **sampling)
                 show_answers(out, experience)
                 if cfg.best_of and out.step == 0:
                     curve = best_of_n_curve(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems,
@@ -284,7 +286,7 @@ def main(cfg: Config) -> None:
                                 seed=run.derive(cfg.seed, "rollout", step), **sampling)
                 rollout, scores = fresh.rollout, fresh.rewards
                 if cfg.judge == "model":
-                    scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
+                    scores = learned_rewards(reward_model, rollout, Room(cfg.micro_batch)).view(-1, 2)
             better, worse = (rows.to(device) for rows in judged_pairs(scores))
             count = len(better)
             mine = (ranks.parts(rows, cfg.micro_batch) for rows in (better, worse))

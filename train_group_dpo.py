@@ -31,6 +31,7 @@ import train_sft
 from nanorl import ranks, run
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
 from nanorl.rollout import (
+    Room,
     add_up,
     before_and_after,
     check_room,
@@ -136,7 +137,7 @@ def main(cfg: Config) -> None:
     def look() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
             metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
-                                           reference=reference, size=cfg.micro_batch, **sampling)
+                                           reference=reference, room=Room(cfg.micro_batch), **sampling)
             if cfg.best_of and out.step == 0:
                 curve = best_of_n_curve(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems, seed=cfg.seed,
                                         **sampling)
@@ -155,7 +156,7 @@ def main(cfg: Config) -> None:
             fresh = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), **sampling)
             rollout = fresh.rollout
-            ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
+            ref_logp = score_rollout(reference, rollout, cfg.temperature, Room(cfg.micro_batch))
         won = (fresh.rewards == 1).to(device)                                          # [P, G]
         facts = describe(fresh)
         out.log({f"rollout/{name}": value for name, value in facts.items()} | {"rollout/tokens": int(rollout.mask.sum())})

@@ -49,6 +49,7 @@ from nanorl.ops import (
 )
 from nanorl.rollout import (
     NoContrast,
+    Room,
     add_up,
     before_and_after,
     check_room,
@@ -179,7 +180,8 @@ class Config(run.RunConfig):
     epochs: run.Count = 1       # passes over a rollout
     minibatches: run.Count = 1  # optimizer steps per pass
     stale: run.Natural = 0      # train on rollouts that are this many steps old, so that ratios leave 1 on purpose
-    micro_batch: run.Count = 64  # rows in memory at a time
+    micro_batch: run.Count = 64  # rows in memory at a time ...
+    micro_tokens: run.Count = 2**14  # ... and tokens, padding included, so that long answers come in smaller numbers
     sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
     skip: bool = False          # leave rows out whose gradient is exactly 0, those without an advantage: the metrics, too
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
@@ -361,6 +363,7 @@ def main(cfg: Config) -> None:
     del start, initial, checkpoint, refreshed
     compiled = run.prepare(cfg, device, *filter(None, (policy, reference)))
     story_ids = torch.tensor(tokenizer.encode(stories))
+    room = Room(cfg.micro_batch, cfg.micro_tokens)
     sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = loss_of(cfg)
     on_policy = cfg.updates == 1 and not cfg.stale
@@ -380,7 +383,7 @@ def main(cfg: Config) -> None:
 
     def score_all(model, rollout):
         with run.autocast(device, cfg.dtype):
-            return score_rollout(model, rollout, cfg.temperature, cfg.micro_batch)
+            return score_rollout(model, rollout, cfg.temperature, room)
 
     def demonstrate(update):
         """Add the gradient of the demonstrations' likelihood, P of them per update. Returns their loss, nats per token."""
@@ -447,7 +450,7 @@ def main(cfg: Config) -> None:
             trained = mask[minibatch].any(-1)
             if cfg.skip:
                 trained &= adv[minibatch].squeeze(-1) != 0
-            for rows, T in micro_batches(ranks.share(minibatch[trained]), rollout.lengths, cfg.micro_batch):
+            for rows, T in micro_batches(ranks.share(minibatch[trained]), rollout.lengths, room):
                 m = mask[rows, : T - 1]
                 logp, entropy = score(policy, rollout.tokens[rows, :T], m)
                 old = logp.detach() if on_policy else old_logp[rows, : T - 1]

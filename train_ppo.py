@@ -42,6 +42,7 @@ from nanorl.ops import (
     whiten,
 )
 from nanorl.rollout import (
+    Room,
     add_up,
     before_and_after,
     check_room,
@@ -93,7 +94,8 @@ class Config(run.RunConfig):
     kl_target: run.Positive | None = None    # nats of KL per answer: from its first value, --kl-coef is steered towards them
     epochs: run.Count = 2       # passes over a rollout
     minibatches: run.Count = 2  # optimizer steps per pass
-    micro_batch: run.Count = 64  # rows in memory at a time
+    micro_batch: run.Count = 64  # rows in memory at a time ...
+    micro_tokens: run.Count = 2**14  # ... and tokens, padding included, so that long answers come in smaller numbers
     sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm, of policy and critic together
@@ -175,13 +177,13 @@ def steer(kl_coef, kl, target):
 
 
 @torch.no_grad()
-def state_values(critic, rollout, size):
+def state_values(critic, rollout, room):
     """The critic's value of the state that each token was chosen in, and of the one behind the last token.
 
     -> values [B, T-1], of which [:, t] belongs to tokens[:, t+1], 0 where nothing was sampled; last_value [B]
     """
     values, last_value = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp[:, 0])
-    for rows, T in micro_batches(ranks.share(torch.arange(len(values), device=values.device)), rollout.lengths, size):
+    for rows, T in micro_batches(ranks.share(torch.arange(len(values), device=values.device)), rollout.lengths, room):
         v = critic(rollout.tokens[rows, :T]).float()                                        # [rows, T]
         values[rows, : T - 1] = v[:, :-1]
         last_value[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)
@@ -223,6 +225,7 @@ def main(cfg: Config) -> None:
     out.state |= {"critic": critic.state_dict(), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
     del initial, checkpoint
     compiled = run.prepare(cfg, device, policy, reference, *([critic.trunk] if cfg.critic == "separate" else []))
+    room = Room(cfg.micro_batch, cfg.micro_tokens)
     sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
     loss = functools.partial(objective, **{flag: getattr(cfg, flag) for flag in ("clip_low", "clip_high", "value_clip",
                                                                                  "value_coef", "entropy_coef")})
@@ -232,7 +235,7 @@ def main(cfg: Config) -> None:
     def look() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
             metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
-                                           reference=reference, reward_model=reward_model, size=cfg.micro_batch, **sampling)
+                                           reference=reference, reward_model=reward_model, room=room, **sampling)
             if cfg.best_of and out.step == 0:
                 curve = best_of_n_curve(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems, seed=cfg.seed,
                                         reward_model=reward_model, **sampling)
@@ -253,10 +256,10 @@ def main(cfg: Config) -> None:
             rollout, mask = fresh.rollout, fresh.rollout.mask
             rewards = fresh.rewards.flatten().to(device)
             if reward_model:
-                rewards = learned_rewards(reward_model, rollout, cfg.micro_batch)
-            old_logp = score_rollout(policy, rollout, cfg.temperature, cfg.micro_batch)     # [B, T-1]
-            ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
-            old_values, last_value = state_values(critic, rollout, cfg.micro_batch)
+                rewards = learned_rewards(reward_model, rollout, room)
+            old_logp = score_rollout(policy, rollout, cfg.temperature, room)     # [B, T-1]
+            ref_logp = score_rollout(reference, rollout, cfg.temperature, room)
+            old_values, last_value = state_values(critic, rollout, room)
         ended = rollout.finished | (cfg.truncated == "score")
         facts = describe(fresh)
         if reward_model:
@@ -281,7 +284,7 @@ def main(cfg: Config) -> None:
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")
-            for rows, T in micro_batches(ranks.share(minibatch), rollout.lengths, cfg.micro_batch):
+            for rows, T in micro_batches(ranks.share(minibatch), rollout.lengths, room):
                 m = mask[rows, : T - 1]
                 with run.autocast(device, cfg.dtype):
                     logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], m, temperature=cfg.temperature)

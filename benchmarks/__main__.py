@@ -10,14 +10,18 @@ pretrain     a training step on next tokens
 generate     sampling answers to prompts, none of which stops early
 grpo         a step of GRPO on answers of full length, and its parts
 atoms        the log-prob and the entropy of a token, forward and backward, with their memory
-memory       the memory that a training step of each preset needs
+memory       the memory that each script needs at each preset, with its defaults
 learn        python train_grpo.py from nothing, and what it took until the reward in training was 0.9
 
 `plain` is the same work as it is usually written (benchmarks/plain.py), in the same run: a ratio of 2 is half its time. The
 roofline is the least time that the FLOPs or the bytes of the work need at this machine's ceilings, which are measured first.
+Below a line stands what the profiler saw inside: the time in matrix products, in attention and in other operators.
 """
 
+import contextlib
+import importlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -27,24 +31,26 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import plain
-from benchmarks.measure import ceilings, machine, median_ratio, peak_memory, race
+from benchmarks.measure import Stopwatch, ceilings, inside, machine, median_ratio, peak_memory, race
 from nanorl import run
+from nanorl.data import DATA
 from nanorl.gpt import GPT, PRESETS, GPTConfig
 from nanorl.ops import entropy_from_logits, linear_log_probs, selective_log_softmax, token_weights
 from nanorl.plot import read_metrics, reward_by_tokens
-from nanorl.sample import Rollout, generate, token_log_probs
+from nanorl.sample import Rollout, generate, read_prompts, token_log_probs
 from train_grpo import objective as grpo_objective
 from train_pretrain import objective as pretrain_objective
 
 ROOT = Path(__file__).resolve().parent.parent
 Group = Literal["pretrain", "generate", "grpo", "atoms", "memory", "learn"]
+INSIDE = "  inside: "     # what the profiler saw in the row above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,7 @@ class Config:
     compile: bool = True        # also what torch.compile makes of it
     smoke: bool = False         # tiny sizes and one round: does it run?
     out: str = ""               # JSON file for the results
-    memory_of: str = ""         # for itself: print the memory of one candidate of `atoms` or `memory`
+    memory_of: str = ""         # for itself: print the memory of one candidate of `atoms`, or of all scripts at a preset
 
 
 @dataclass
@@ -68,7 +74,7 @@ class Row:
     seconds: float | None = None
     rate: float | None = None           # tokens per second
     ratio: float | None = None          # how many times as long `plain` takes
-    share: float | None = None          # of the time that the roofline allows at least
+    share: float | None = None          # the least time that the roofline allows, of the time; inside, of the whole line's
     memory: float | None = None         # bytes beyond what is there before
     tokens: float | None = None         # answer tokens that were sampled for it
 
@@ -94,17 +100,20 @@ class Benchmark:
         return "bfloat16" if run.uses_bfloat16(self.device, "auto") else "float32"
 
     def run(self, group: str, work: str, candidates: dict[str, Callable], tokens: int = 0, flops: float = 0.0,
-            moved: float = 0.0, reference: str = "plain") -> dict[str, list[float]]:
-        """Time the candidates, which need so many FLOPs and move at least so many bytes, and add and print their rows."""
+            moved: float = 0.0) -> None:
+        """Time the candidates, which need so many FLOPs and move at least so many bytes, and add and print their rows. Where a
+        roofline is known, also look inside ours."""
         floor = max(flops / self.ceiling[f"{self.dtype} FLOP/s"], moved / self.ceiling["bytes/s"])
         with run.autocast(self.device, "auto"):
             rounds = race(candidates, self.device, 0.0 if self.cfg.smoke else self.cfg.seconds)
-        for who, times in rounds.items():
-            seconds, ours = statistics.median(times), who.startswith("nanorl")
-            self.add(Row(group, work, who, seconds, tokens / seconds if tokens else None,
-                         median_ratio(rounds[reference], times) if reference in rounds else None,
-                         floor / seconds if floor and ours else None))
-        return rounds
+            for who, times in rounds.items():
+                seconds, ours = statistics.median(times), who.startswith("nanorl")
+                self.add(Row(group, work, who, seconds, tokens / seconds if tokens else None,
+                             median_ratio(rounds["plain"], times) if "plain" in rounds else None,
+                             floor / seconds if floor and ours else None))
+                if floor and ours:
+                    for part, spent in inside(candidates[who], self.device).items():
+                        self.add(Row(group, INSIDE + part, who, spent, share=spent / seconds))
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -112,7 +121,7 @@ class Benchmark:
                  f"{1e3 * row.seconds:9.1f} ms" if row.seconds else " " * 12,
                  f"{row.rate:9,.0f} tok/s" if row.rate else " " * 15,
                  f"{row.ratio:5.2f}x" if row.ratio else " " * 6,
-                 f"{row.share:5.1%} of roofline" if row.share else " " * 18,
+                 f"{row.share:5.1%} of {'it' if row.work.startswith(INSIDE) else 'roofline'}" if row.share else " " * 18,
                  f"{row.memory / 2**20:8,.0f} MB" if row.memory is not None else "",
                  f"{row.tokens:9,.0f} tokens" if row.tokens is not None else ""]
         print(" ".join(cells).rstrip(), flush=True)
@@ -202,30 +211,40 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
     mask = rollout.mask
     weights = token_weights(mask, rollout.prompt_index, "sequence_mean")
 
-    def score(rows: slice) -> Tensor:
-        return token_log_probs(model, rollout.tokens[rows], mask[rows])[0]
-
     parts = [slice(i, min(i + size, B)) for i in range(0, B, size)]
 
-    @torch.no_grad()
-    def forward() -> None:
-        for rows in parts:
-            score(rows)
+    def loss(rows: slice) -> Tensor:
+        logp, _ = token_log_probs(model, rollout.tokens[rows], mask[rows])
+        return grpo_objective(logp, logp.detach(), adv[rows], mask[rows], weights[rows])[0]
 
-    def update(parts: list[slice] = parts) -> None:
-        for rows in parts:
-            logp = score(rows)
-            grpo_objective(logp, logp.detach(), adv[rows], mask[rows], weights[rows])[0].backward()
-        optimizer.step(1e-4, 1.0)
-
-    def step() -> None:
+    def step(share: int = 1) -> None:
         collect()
-        update()
+        for rows in parts[: len(parts) // share]:
+            loss(rows).backward()
+        optimizer.step(1e-4, 1.0)
 
     def skipping() -> None:
         """Half of the rows have no advantage, and --skip leaves them out."""
-        collect()
-        update(parts[: len(parts) // 2])
+        step(share=2)
+
+    def timed_step() -> Stopwatch:
+        """The parts of a step, and the score that a reference or an old policy would ask for."""
+        watch, lengths = Stopwatch(bench.device), torch.full((P,), prompt, device=bench.device)
+        with watch("prefill"), torch.no_grad():     # once more: it is a part of what follows
+            read_prompts(model, rollout.tokens[::G, :prompt], lengths, model.head.weight.dtype)
+        with watch("prefill and decode"):
+            collect()
+        with watch("score, if asked for"), torch.no_grad():
+            for rows in parts:
+                token_log_probs(model, rollout.tokens[rows], mask[rows])
+        for rows in parts:
+            with watch("forward"):
+                found = loss(rows)
+            with watch("backward"):
+                found.backward()
+        with watch("optimizer"):
+            optimizer.step(1e-4, 1.0)
+        return watch
 
     def plain_step() -> None:
         tokens = plain.generate(other, prompts.repeat_interleave(G, dim=0).to(bench.device), new)
@@ -235,7 +254,10 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
     flops = B * (prompt + new) * model.training_flops_per_token(prompt + new) * 4 / 3
     work = f"{P} x {G} answers, {prompt} + {new} tokens, V={V}"
     bench.run("grpo", work, {"plain": plain_step, "nanorl": step, "half skipped": skipping}, B * new, flops)
-    bench.run("grpo", f"its parts, V={V}", {"generate": collect, "forward alone": forward, "update": update})
+    with run.autocast(bench.device, "auto"):
+        rounds = [timed_step().seconds for _ in range(1 if bench.cfg.smoke else 7)]
+    for part in rounds[0]:
+        bench.add(Row("grpo", f"  part: {part}", "nanorl", statistics.median(sum(spent[part]) for spent in rounds)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,41 +297,52 @@ def atom_shapes(smoke: bool) -> list[tuple[str, int, int, int]]:
     return [(name, 8, 4, 16) for name, *_ in shapes[:3]] if smoke else shapes
 
 
-def memory_shapes(cfg: Config, device: torch.device) -> list[tuple[str, int, int, int]]:
-    """preset, rows, tokens, vocabulary of a training step in one micro-batch."""
-    if cfg.smoke:
-        return [("nano", 2, 8, 256)]
-    return [("nano", 64, 64, 512), ("micro", 64, 64, 512), ("mini", 64, 64, 512),
-            *([("gpt2", 32, 1024, 50304)] if device.type == "cuda" else [("gpt2", 4, 256, 50304)])]
-
-
-def training(preset: str, rows: int, length: int, V: int, device: torch.device) -> Callable:
-    """A training step that makes its model first: weights, gradients, optimizer state and activations."""
-    def whole() -> None:
-        model = model_of(V, device, **PRESETS[preset])
-        tokens = torch.randint(V, (rows, length), generator=run.generator(0, "tokens")).to(device)
-        train_step(model, run.Optimizers(model, "adamw", 1e-4), tokens)
-    return whole
-
-
-def memory_in_a_process(cfg: Config, key: str) -> int | None:
-    """The memory of one candidate, in a process of its own, whose allocator gives back what is freed."""
+def memory_in_a_process(cfg: Config, key: str) -> Any:
+    """What --memory-of prints, in a process of its own; for an atom, one whose allocator gives back what is freed."""
     command = [sys.executable, "-m", "benchmarks", "--memory-of", key, "--device", cfg.device] + ["--smoke"] * cfg.smoke
-    result = subprocess.run(command, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True)
+    gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536"} if key.startswith("atoms") else {}
+    result = subprocess.run(command, env=os.environ | gives_back, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def print_memory(cfg: Config, device: torch.device) -> None:
-    """What --memory-of asks for: "atoms/INDEX/WHO" or "memory/INDEX"."""
-    kind, index, *who = cfg.memory_of.split("/")
-    if kind == "atoms":
-        candidate = atoms_of(*atom_shapes(cfg.smoke)[int(index)], device)[who[0]]
-    else:
-        candidate = training(*memory_shapes(cfg, device)[int(index)], device)
+    """What --memory-of asks for: "atoms/INDEX/WHO" or "memory/PRESET"."""
+    kind, which, *who = cfg.memory_of.split("/")
+    if kind == "memory":
+        print(json.dumps(memory_of_scripts(which, device, cfg.smoke)))
+        return
+    candidate = atoms_of(*atom_shapes(cfg.smoke)[int(which)], device)[who[0]]
     with run.autocast(device, "auto"):
+        candidate()
         print(json.dumps(peak_memory(candidate, device)))
+
+
+def memory_of_scripts(preset: str, device: torch.device, smoke: bool) -> dict[str, int | None]:
+    """Bytes that a step of each script takes with its defaults, and its evaluations on a few problems; one after the other, in
+    an empty directory."""
+    few = "--eval-problems 2 --max-new-tokens 4" if smoke else "--eval-problems 16"
+    batch, groups = ("--batch 2", f"{few} --prompts 2 --group 2") if smoke else ("", few)
+    pairs = f"--init runs/sft --data pairs.jsonl {batch}"
+    flags = {"train_pretrain": f"--preset {preset} {batch}", "train_sft": f"{few} {batch}", "train_reward": pairs,
+             "train_dpo": f"{pairs} {few}", "train_group_dpo": groups, "train_grpo": groups, "train_ppo": groups,
+             "train_distill": f"--teacher runs/grpo --init runs/sft {groups}"}
+    jobs = [(name, f"--steps 1 --quiet --no-compile --device {device.type} {more}", device) for name, more in flags.items()]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        records = (DATA / "preferences.jsonl").read_text().splitlines(keepends=True)
+        Path("pairs.jsonl").write_text("".join(records[:200]))
+        if device.type == "cuda":
+            return dict(map(memory_of_script, jobs))
+        with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as fresh:      # Python, too, keeps what it frees
+            return dict(fresh.map(memory_of_script, jobs, chunksize=1))
+
+
+def memory_of_script(job: tuple[str, str, torch.device]) -> tuple[str, int | None]:
+    name, flags, device = job
+    script = importlib.import_module(name)
+    cfg = run.parse(script.Config, flags.split())
+    return f"{name}.py", peak_memory(lambda: script.main(cfg), device)
 
 
 def atoms(bench: Benchmark) -> None:
@@ -324,9 +357,10 @@ def atoms(bench: Benchmark) -> None:
 
 
 def memory(bench: Benchmark) -> None:
-    for index, (preset, rows, length, V) in enumerate(memory_shapes(bench.cfg, bench.device)):
-        found = memory_in_a_process(bench.cfg, f"memory/{index}")
-        bench.add(Row("memory", f"{preset}, {rows} x {length} tokens, V={V}", "nanorl", memory=found))
+    presets = ["nano", "micro", "mini", "gpt2"] if bench.device.type == "cuda" else ["pico", "nano", "micro", "mini"]
+    for preset in presets[:1] if bench.cfg.smoke else presets:
+        for script, found in memory_in_a_process(bench.cfg, f"memory/{preset}").items():
+            bench.add(Row("memory", f"{script}, {preset}", "nanorl", memory=found))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

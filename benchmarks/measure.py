@@ -5,10 +5,13 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def synchronize(device: torch.device) -> None:
@@ -38,6 +41,40 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
+class Stopwatch:
+    """The seconds of named parts of some work, each part from when the device is idle until it is idle again."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        synchronize(self.device)
+        begun = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[part].append(time.perf_counter() - begun)
+
+
+def inside(work: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """The seconds that one run of `work` spends in matrix products, in attention and in all other operators, by the profiler.
+
+    What is left of its time is Python's, and the dispatcher's; on a GPU, the GPU waits for them.
+    """
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        work()
+        synchronize(device)
+    seconds = {"matrix products": 0.0, "attention": 0.0, "other operators": 0.0}
+    for event in profiler.key_averages():
+        operator = event.key.startswith(("aten::", "triton", "## Call CompiledFxGraph"))
+        attends, multiplies = "attention" in event.key, event.key in ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear")
+        kind = "attention" if attends else "matrix products" if multiplies else "other operators"
+        seconds[kind] += 1e-6 * operator * (event.self_device_time_total if cuda else event.self_cpu_time_total)
+    return seconds
+
+
 def _resident(what: str) -> int:
     """Bytes of this process: VmRSS now, or VmHWM at its peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
@@ -49,7 +86,6 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
 
     On a CPU, freed memory must go back to the system for that: start Python with MALLOC_MMAP_THRESHOLD_=65536.
     """
-    run()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()

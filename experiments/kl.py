@@ -35,7 +35,7 @@ from nanorl.checks import leaf, randn
 from nanorl.data import shift
 from nanorl.ops import importance_ratio, kl_divergence, kl_k1, kl_k2, kl_k3, logsumexp, selective_log_softmax
 from nanorl.plot import PALETTE
-from nanorl.rollout import answer, choose_task, collect, heldout_problems, score_rollout
+from nanorl.rollout import Room, answer, choose_task, collect, heldout_problems, score_rollout
 from nanorl.run import derive, generator
 from nanorl.sample import top_p_filter
 from nanorl.selfcheck import tolerance
@@ -218,7 +218,7 @@ def c33(smoke):
 
     def scored(rollout, half=False, temperature=1.0):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return score_rollout(policy, rollout, temperature, 64)
+            return score_rollout(policy, rollout, temperature, Room())
 
     same, cold, nucleus, halves = sampled(), sampled(temperature=cool), sampled(top_p=0.9), sampled(half=True)
     coarse = sampled(rounded)

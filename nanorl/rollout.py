@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,12 +162,23 @@ def minibatches(seed: int, step: int, count: int, epochs: int, parts: int) -> It
         yield from shuffle.tensor_split(parts)
 
 
-def micro_batches(rows: Tensor, lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """`rows` in batches of `size`, rows of similar length together. Yields (rows, length of the longest)."""
+class Room(NamedTuple):
+    """What memory is for at a time: so many rows, and so many tokens with the padding beside them."""
+
+    rows: int = 64
+    tokens: int = 2**14
+
+
+def micro_batches(rows: Tensor, lengths: Tensor, room: Room) -> Iterator[tuple[Tensor, int]]:
+    """`rows` in batches that fit, or of a single row; rows of similar length together. Yields (rows, length of the longest)."""
     rows = rows[lengths[rows].argsort()]
-    for i in range(0, len(rows), size):
-        part = rows[i : i + size]
-        yield part, int(lengths[part].max())
+    length, start = lengths[rows].tolist(), 0
+    while start < len(rows):
+        end = start + 1
+        while end < min(len(rows), start + room.rows) and (end + 1 - start) * length[end] <= room.tokens:
+            end += 1
+        yield rows[start:end], length[end - 1]
+        start = end
 
 
 def add_up(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
@@ -193,26 +204,26 @@ def of_all_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def score_rollout(model: GPT, rollout: Rollout, temperature: float, size: int) -> Tensor:
+def score_rollout(model: GPT, rollout: Rollout, temperature: float, room: Room) -> Tensor:
     """log-probs of a rollout's sampled tokens under `model`, 0 elsewhere.       -> [B, T-1]"""
     logp, mask = torch.zeros_like(rollout.logp), rollout.mask
-    for rows, T in micro_batches(ranks.share(torch.arange(len(logp), device=logp.device)), rollout.lengths, size):
+    for rows, T in micro_batches(ranks.share(torch.arange(len(logp), device=logp.device)), rollout.lengths, room):
         part, _ = token_log_probs(model, rollout.tokens[rows, :T], mask[rows, : T - 1], temperature=temperature)
         logp[rows, : T - 1] = part.to(logp.dtype)
     return ranks.summed(logp)
 
 
 @torch.no_grad()
-def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, size: int) -> Tensor:
+def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, room: Room) -> Tensor:
     """What a reward model says of each answer, read at its last token.       -> [B]"""
     rewards = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
-    for rows, T in micro_batches(ranks.share(torch.arange(len(rewards), device=rewards.device)), rollout.lengths, size):
+    for rows, T in micro_batches(ranks.share(torch.arange(len(rewards), device=rewards.device)), rollout.lengths, room):
         rewards[rows] = reward_model.at_end(rollout.tokens[rows, :T], rollout.lengths[rows]).float()
     return ranks.summed(rewards)
 
 
 @torch.no_grad()
-def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, size: int) -> float:
+def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, room: Room) -> float:
     """KL(model || other) in nats per answer, on answers that `model` sampled.
 
         1/B sum_b sum_t KL( model(.|y_<t) || other(.|y_<t) )
@@ -221,7 +232,7 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, size
     alone are unbiased, too, but a policy that has given something up hardly ever samples what would show it.
     """
     total, mask = 0.0, rollout.mask
-    for rows, T in micro_batches(ranks.share(torch.arange(len(mask), device=mask.device)), rollout.lengths, size):
+    for rows, T in micro_batches(ranks.share(torch.arange(len(mask), device=mask.device)), rollout.lengths, room):
         inputs, _ = shift(rollout.tokens[rows, :T])
         m = mask[rows, : T - 1]
         for h, g in zip(model.hidden(inputs)[m].split(1024), other.hidden(inputs)[m].split(1024), strict=True):
@@ -272,7 +283,7 @@ def heldout_problems(task: Task, count: int, seed: int) -> list[Problem]:
 
 
 def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, seed: int, temperature: float = 1.0,
-             reference: GPT | None = None, reward_model: ScalarGPT | None = None, size: int = 64,
+             reference: GPT | None = None, reward_model: ScalarGPT | None = None, room: Room | None = None,
              **how) -> tuple[dict[str, float], Experience]:
     """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws. They depend on the seed alone; `how`
     goes to `answer`.
@@ -289,9 +300,9 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, see
         metrics["eval/accuracy_sampled"] = metrics.pop("eval/reward")
         metrics["eval/accuracy_greedy"] = float(greedy.rewards.mean())
     if reference:
-        metrics["eval/answer_kl"] = answer_kl(model, reference, sampled.rollout, temperature, size)
+        metrics["eval/answer_kl"] = answer_kl(model, reference, sampled.rollout, temperature, room or Room())
     if reward_model:
-        metrics["eval/learned_reward"] = float(learned_rewards(reward_model, sampled.rollout, size).mean())
+        metrics["eval/learned_reward"] = float(learned_rewards(reward_model, sampled.rollout, room or Room()).mean())
     return metrics, sampled
 
 

@@ -132,7 +132,7 @@ def _compiled_step(model: GPT, rows: int, capacity: int, device: torch.device, d
     return step, static
 
 
-def _read(model: GPT, prompts: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
+def read_prompts(model: GPT, prompts: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
     """A cache that has seen these prompts, and the logits of what comes after each.       [P, T], [P] -> [P, V]"""
     cache = KVCache(model.config, *prompts.shape, prompts.device, dtype)
     hidden = model.hidden(prompts, cache)                                                   # [P, T, width]
@@ -198,7 +198,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
             new = torch.arange(waiting, waiting + len(free), device=device)
             rows, waiting = rows.index_copy(0, free, new), waiting + len(new)
             part = slice(new[0], waiting, G)
-            read, next_logits = _read(model, tokens[part, : prompt_lengths[part].max()], prompt_lengths[part], dtype)
+            read, next_logits = read_prompts(model, tokens[part, : prompt_lengths[part].max()], prompt_lengths[part], dtype)
             cache.put(free, read)
             logits = logits.index_copy(0, free, next_logits.repeat_interleave(G, dim=0))
             seen = int(lengths[rows].max())             # the most tokens that a slot's row has in the cache

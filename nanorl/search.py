@@ -13,13 +13,13 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.rollout import answer, heldout_problems, learned_rewards, score_rollout
+from nanorl.rollout import Room, answer, heldout_problems, learned_rewards, score_rollout
 from nanorl.run import derive, generator
 from nanorl.sample import Rollout, generate
 from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
 
-ROWS, SCORED = 1024, 64     # answers that are sampled at a time, and scored: caches and hidden states take memory
+ROWS, ROOM = 1024, Room()   # answers that are sampled at a time, and scored: caches and hidden states take memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Many answers, of which a scorer picks one, or a vote
@@ -142,7 +142,7 @@ def ask(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], s
             tokens=(said.lengths - said.prompt_lengths).cpu().view(shape) + torch.tensor([[len(ids)] for ids in begun]),
             logp=said.logp.sum(-1).cpu().view(shape),
             ballots=[ballots[p * samples : (p + 1) * samples] for p in range(len(asked))],
-            learned=learned_rewards(reward_model, said, SCORED).cpu().view(shape) if reward_model else None))
+            learned=learned_rewards(reward_model, said, ROOM).cpu().view(shape) if reward_model else None))
     return Answers(rewards=torch.cat([part.rewards for part in parts]),
                    tokens=torch.cat([part.tokens for part in parts]),
                    logp=torch.cat([part.logp for part in parts]),
@@ -205,7 +205,7 @@ def _finish(model: GPT, starts: list[list[int]], limits: list[int], *, T: int, t
     """
     with torch.autocast(model.head.weight.device.type, enabled=False):
         y = generate(model, starts, max_new_tokens=limits, temperature=temperature, **how)
-        logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, SCORED)
+        logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, ROOM)
     missing = T - y.tokens.shape[1]
     return replace(y, tokens=pad(y.tokens, (0, missing)), logp=pad(y.logp, (0, missing))), pad(logp, (0, missing))
 

@@ -12,7 +12,7 @@ from world import ROOT
 
 from benchmarks import plain
 from benchmarks.__main__ import Benchmark, Config
-from benchmarks.measure import median_ratio, race
+from benchmarks.measure import Stopwatch, inside, median_ratio, race
 from nanorl.ops import entropy_from_logits, selective_log_softmax
 from train_grpo import objective
 
@@ -76,11 +76,32 @@ def test_a_race_counts_rounds_in_turn_after_one_to_warm_up():
     assert median_ratio([4.0, 9.0, 2.0], [2.0, 3.0, 2.0]) == 2.0
 
 
+def test_the_profile_tells_products_from_attention_and_the_rest():
+    x, q = torch.randn(512, 512), torch.randn(8, 4, 256, 32)
+    work = {"matrix products": lambda: [x @ x for _ in range(10)], "other operators": lambda: [x.exp() for _ in range(200)],
+            "attention": lambda: [torch.nn.functional.scaled_dot_product_attention(q, q, q) for _ in range(10)]}
+    for kind, f in work.items():
+        f()
+        seconds = inside(f, CPU)
+        assert seconds.keys() == work.keys() and seconds[kind] > 0.8 * sum(seconds.values()) > 0
+
+
+def test_a_stopwatch_keeps_every_part():
+    watch = Stopwatch(CPU)
+    for _ in range(2):
+        with watch("a"):
+            time.sleep(0.01)
+        with watch("b"):
+            pass
+    assert {part: len(times) for part, times in watch.seconds.items()} == {"a": 2, "b": 2}
+    assert min(watch.seconds["a"]) >= 0.01 > max(watch.seconds["b"])
+
+
 def test_peak_memory_is_what_is_needed_at_once():
     """In a process that gives freed memory back: 64 MB, twice after one another, and both together."""
     code = ("import torch; from benchmarks.measure import peak_memory; f = lambda: torch.ones(2**24).sum(); "
             "g = lambda: (f(), f()); h = lambda: torch.ones(2**24) + torch.ones(2**24); "
-            "print(*(peak_memory(x, torch.device('cpu')) for x in (f, g, h)))")
+            "h(); print(*(peak_memory(x, torch.device('cpu')) for x in (f, g, h)))")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
                             capture_output=True, text=True)
     if "None" in result.stdout:
@@ -94,7 +115,7 @@ def test_the_roofline_is_the_slower_of_computing_and_moving(flops, moved, least)
     """At 1,000 FLOP/s and 2,000 bytes/s; of 0.05 seconds, the share that could not be saved."""
     bench = Benchmark(Config(smoke=True), CPU, {"float32 FLOP/s": 1e3, "bytes/s": 2e3}, [])
     bench.run("pretrain", "sleeping", {"plain": lambda: time.sleep(0.01), "nanorl": lambda: time.sleep(0.05)}, 7, flops, moved)
-    plain, ours = bench.rows
+    plain, ours, *_ = bench.rows
     assert plain.share is None and ours.share == pytest.approx(least / ours.seconds) and ours.share < least / 0.05
     assert ours.rate == pytest.approx(7 / ours.seconds) and ours.ratio == pytest.approx(0.2, rel=0.2)
 

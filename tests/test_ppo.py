@@ -12,7 +12,7 @@ import train_grpo
 import train_ppo
 from nanorl.checks import Batch, batches, generators, leaf, masks, partition, poisons, policies, randn
 from nanorl.ops import clipped_value_loss, gae
-from nanorl.rollout import collect
+from nanorl.rollout import Room, collect
 from nanorl.tabular import expectation, log_probs, sequence_kl
 
 pytestmark = pytest.mark.math
@@ -105,7 +105,7 @@ def test_a_value_is_the_critics_at_the_state_that_the_token_was_chosen_in(size):
     """values[b, t] of each row alone, read at position t, before tokens[:, t+1]; the last value behind the last token."""
     critic = scorer()
     rollout = collect(MODEL, TOKENIZER, Parity(), prompts=5, samples=2, seed=1, **HOW).rollout
-    values, last_value = train_ppo.state_values(critic, rollout, size)
+    values, last_value = train_ppo.state_values(critic, rollout, Room(size))
     assert not values.requires_grad and len(values[rollout.mask].unique()) > 5 and (values[~rollout.mask] == 0).all()
     for row, (start, end) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)):
         alone = critic(rollout.tokens[row : row + 1, :end])[0].float()                      # [end]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import pairwise
 from random import Random
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from nanorl import run
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.rollout import (
     Experience,
+    Room,
     answer,
     answer_kl,
     check_room,
@@ -23,6 +25,7 @@ from nanorl.rollout import (
     evaluate,
     learned_rewards,
     load_reward_model,
+    micro_batches,
     score_rollout,
     show_answers,
 )
@@ -247,12 +250,27 @@ def scorer(seed: int = 0) -> ScalarGPT:
     return model
 
 
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 9), st.integers(1, 90), seeds)
+@quick
+def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, tokens, seed):
+    """No batch has more rows or more tokens, padding included, unless it is a single row; none could take the next row,
+    too; and rows come in rising order of length."""
+    lengths, chosen = torch.tensor(lengths), Random(seed).sample(range(len(lengths)), Random(seed).randint(1, len(lengths)))
+    batches = list(micro_batches(torch.tensor(chosen), lengths, Room(rows, tokens)))
+    assert sorted(torch.cat([part for part, _ in batches]).tolist()) == sorted(chosen)
+    for part, longest in batches:
+        assert longest == max(lengths[part]) and (len(part) == 1 or (len(part) <= rows and len(part) * longest <= tokens))
+    for (part, longest), (after, _) in pairwise(batches):
+        following = int(lengths[after].min())
+        assert longest <= following and (len(part) == rows or (len(part) + 1) * following > tokens)
+
+
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_rollouts_are_scored_and_judged_alike_in_any_batches(size):
     """log-probs of the sampled tokens, and a reward at the last real token: those of each row on its own."""
     rollout = collect(MODEL, TOKENIZER, Parity(), prompts=5, samples=2, seed=1, **HOW).rollout
     other, model = make_model(1), scorer()
-    logp, rewards = score_rollout(other, rollout, 0.7, size), learned_rewards(model, rollout, size)
+    logp, rewards = score_rollout(other, rollout, 0.7, Room(size)), learned_rewards(model, rollout, Room(size))
     assert not logp.requires_grad and not rewards.requires_grad and len(rewards.unique()) > 5
     for row, n in enumerate(rollout.lengths.tolist()):
         tokens, mask = rollout.tokens[row : row + 1, :n], rollout.mask[row : row + 1, : n - 1]
@@ -272,15 +290,15 @@ def test_the_divergence_of_answers_adds_up_the_exact_divergences_of_their_tokens
         tokens = rollout.tokens[row : row + 1, :end]
         p, q = ((net(tokens).detach() / 0.7).log_softmax(-1)[0, start - 1 : end - 1] for net in (MODEL, other))
         expected += float((p.exp() * (p - q)).sum()) / len(rollout.tokens)
-    assert answer_kl(MODEL, other, rollout, 0.7, size) == pytest.approx(expected, rel=1e-5) and expected > 0.1
-    assert abs(answer_kl(MODEL, MODEL, rollout, 0.7, size)) < 1e-9
+    assert answer_kl(MODEL, other, rollout, 0.7, Room(size)) == pytest.approx(expected, rel=1e-5) and expected > 0.1
+    assert abs(answer_kl(MODEL, MODEL, rollout, 0.7, Room(size))) < 1e-9
 
 
 def test_an_evaluation_may_look_at_a_reference_and_a_reward_model():
     plain, sampled = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, **HOW)
     full, _ = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, reference=make_model(1), reward_model=scorer(), **HOW)
-    assert full == plain | {"eval/answer_kl": answer_kl(MODEL, make_model(1), sampled.rollout, 1.0, 64),
-                            "eval/learned_reward": float(learned_rewards(scorer(), sampled.rollout, 64).mean())}
+    assert full == plain | {"eval/answer_kl": answer_kl(MODEL, make_model(1), sampled.rollout, 1.0, Room(64)),
+                            "eval/learned_reward": float(learned_rewards(scorer(), sampled.rollout, Room(64)).mean())}
 
 
 # ---- Evaluating ----

@@ -45,7 +45,7 @@ import train_sft
 from nanorl import run
 from nanorl.data import shuffled_batch
 from nanorl.ops import kl_divergence
-from nanorl.rollout import answer, answer_kl, collect, evaluate, heldout_problems
+from nanorl.rollout import Room, answer, answer_kl, collect, evaluate, heldout_problems
 from nanorl.tasks import Stories, is_heldout, make_task
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -297,9 +297,10 @@ def test_micro_batches_change_nothing_but_memory(tmp_path):
     """Gradients of micro-batches add up to the step's: their norm before clipping agrees to rounding."""
     flags = GRPO + " --steps 1 --aggregate token_mean"
     start(train_grpo, flags, tmp_path / "whole")
-    start(train_grpo, flags, tmp_path / "micro", "--micro-batch", "1")
-    whole, micro = (metrics(tmp_path / name)[0]["train/grad_norm_max"] for name in ("whole", "micro"))
-    assert micro == pytest.approx(whole, rel=1e-4) and whole > 0
+    start(train_grpo, flags, tmp_path / "rows", "--micro-batch", "1")
+    start(train_grpo, flags, tmp_path / "tokens", "--micro-tokens", "40")
+    whole, *micro = (metrics(tmp_path / name)[0]["train/grad_norm_max"] for name in ("whole", "rows", "tokens"))
+    assert micro == [pytest.approx(whole, rel=1e-4)] * 2 and whole > 0
 
 
 @pytest.mark.parametrize("name", ["pretrain", "grpo"])
@@ -568,7 +569,8 @@ def test_a_step_of_distillation_is_what_it_says(on, tmp_path):
     assert first["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
     said = answer(teacher, tokenizer, task, heldout_problems(task, 3, 0), seed=run.derive(0, "teacher"), **how)
     _, own = evaluate(student, tokenizer, task, problems=3, seed=0, **how)
-    forward, reverse = answer_kl(teacher, student, said.rollout, 1.0, 64), answer_kl(student, teacher, own.rollout, 1.0, 64)
+    forward = answer_kl(teacher, student, said.rollout, 1.0, Room(64))
+    reverse = answer_kl(student, teacher, own.rollout, 1.0, Room(64))
     assert first["eval/forward_kl"] == pytest.approx(forward, rel=1e-4)
     assert first["eval/reverse_kl"] == pytest.approx(reverse, rel=1e-4) and abs(forward - reverse) > 1
 

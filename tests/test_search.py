@@ -14,7 +14,7 @@ from test_rollout import HOW, MODEL, TOKENIZER, Parity, scorer
 from nanorl import run, search
 from nanorl.checks import generators, randn
 from nanorl.gpt import GPT, GPTConfig
-from nanorl.rollout import answer, learned_rewards
+from nanorl.rollout import Room, answer, learned_rewards
 from nanorl.sample import generate, token_log_probs
 from nanorl.search import (
     ask,
@@ -137,7 +137,7 @@ def test_asked_a_few_at_a_time_every_problem_gets_its_own_answers(way, monkeypat
         said = part.rollout
         assert torch.equal(found.rewards[rows], part.rewards)
         assert torch.equal(found.logp[rows].flatten(), said.logp.sum(-1))
-        assert torch.equal(found.learned[rows].flatten(), learned_rewards(scorer(), said, 64).float())
+        assert torch.equal(found.learned[rows].flatten(), learned_rewards(scorer(), said, Room(64)).float())
         sampled = said.lengths - said.prompt_lengths
         assert found.tokens[rows].flatten().tolist() == [int(n) + len(begun[k // 3]) for k, n in enumerate(sampled)]
         assert [ballot for p in found.ballots[rows] for ballot in p] == [
