@@ -140,6 +140,23 @@ def read_prompts(model: GPT, prompts: Tensor, lengths: Tensor, dtype: torch.dtyp
     return cache, model.head(hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1])
 
 
+def _check_request(model: GPT, prompts: list[list[int]], limits: list[int], temperature: float, top_k: int, top_p: float,
+                   samples_per_prompt: int, slots: int | None) -> None:
+    if not prompts or not all(prompts):
+        raise ValueError("generate: every prompt needs at least one token")
+    if len(limits) != len(prompts):
+        raise ValueError(f"generate: {len(limits)} limits for {len(prompts)} prompts; expected one for each")
+    counts = (*limits, samples_per_prompt, 1 if slots is None else slots)
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or min(counts) < 1:
+        raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, top_p={top_p}, max_new_tokens={min(limits)}, "
+                         f"samples_per_prompt={samples_per_prompt}, slots={slots}; expected a finite temperature >= 0, "
+                         "top_k >= 0, 0 < top_p <= 1 and positive counts")
+    prompt, limit = max(((len(x), n) for x, n in zip(prompts, limits, strict=True)), key=sum)
+    if prompt + limit > model.config.context:
+        raise ValueError(f"a prompt of {prompt} tokens and max_new_tokens={limit} do not fit the model's context of "
+                         f"{model.config.context}")
+
+
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list[int], temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, stop_ids: set[int], samples_per_prompt: int = 1, seed: int = 0,
@@ -154,21 +171,9 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     slots to become free. When none wait, eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as
     CUDA graphs need it. FloatingPointError when a logit was nan or inf.
     """
-    if not prompts or not all(prompts):
-        raise ValueError("generate: every prompt needs at least one token")
     P, G = len(prompts), samples_per_prompt
     limits = [max_new_tokens] * P if isinstance(max_new_tokens, int) else max_new_tokens
-    if len(limits) != P:
-        raise ValueError(f"generate: {len(limits)} limits for {P} prompts; expected one for each")
-    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or min(*limits, G, 1 if slots is None else slots) < 1:
-        raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, top_p={top_p}, max_new_tokens={max_new_tokens}, "
-                         f"samples_per_prompt={G}, slots={slots}; expected a finite temperature >= 0, top_k >= 0, "
-                         "0 < top_p <= 1 and positive counts")
-    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    if longest > model.config.context:
-        prompt, limit = next((len(x), n) for x, n in zip(prompts, limits, strict=True) if len(x) + n == longest)
-        raise ValueError(f"a prompt of {prompt} tokens and max_new_tokens={limit} do not fit the "
-                         f"model's context of {model.config.context}")
+    _check_request(model, prompts, limits, temperature, top_k, top_p, G, slots)
     device = model.head.weight.device
     on = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
@@ -176,7 +181,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     # The rollout, which holds the prompts alone as yet.
     tokens, prompt_lengths, ends = (x.to(device).repeat_interleave(G, dim=0) for x in (
         *pad(prompts), torch.tensor([len(x) + n for x, n in zip(prompts, limits, strict=True)])))
-    B, width = tokens.shape
+    (B, width), longest = tokens.shape, int(ends.max())
     tokens = torch.cat((tokens, tokens.new_zeros(B, longest - width)), dim=1)               # [B, T]
     logp = torch.zeros(B, longest - 1, device=device)
     lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
@@ -195,9 +200,9 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
 
     for turn in itertools.count(1):
         if len(free):
-            new = torch.arange(waiting, waiting + len(free), device=device)
-            rows, waiting = rows.index_copy(0, free, new), waiting + len(new)
-            part = slice(new[0], waiting, G)
+            first, waiting = waiting, waiting + len(free)
+            rows = rows.index_copy(0, free, torch.arange(first, waiting, device=device))
+            part = slice(first, waiting, G)             # one row of each prompt
             read, next_logits = read_prompts(model, tokens[part, : prompt_lengths[part].max()], prompt_lengths[part], dtype)
             cache.put(free, read)
             logits = logits.index_copy(0, free, next_logits.repeat_interleave(G, dim=0))

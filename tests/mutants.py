@@ -62,7 +62,8 @@ MUTANTS = [
            "return z - z.exp().sum(dim, keepdim=True).log()", "return z + z.exp().sum(dim, keepdim=True).log()"),
     Mutant("the log-prob of a token adds the normaliser", OPS, ".squeeze(-1) - z.exp().sum(-1).log()",
            ".squeeze(-1) + z.exp().sum(-1).log()"),
-    Mutant("the scorer's backward pass climbs down", OPS, "grad_z = -log_p.exp() * (", "grad_z = log_p.exp() * ("),
+    Mutant("the scorer's backward pass climbs down", OPS,
+           "grad_z = torch.exp(log_p, out=p).neg_()", "grad_z = torch.exp(log_p, out=p)"),
     Mutant("overlong answers are paid for their length", OPS,
            "((limit - buffer - lengths) / buffer).clamp(-1.0, 0.0)", "((lengths - limit + buffer) / buffer).clamp(0.0, 1.0)"),
 
@@ -279,11 +280,12 @@ MUTANTS = [
     Mutant("the running mean is of what the task pays", GRPO, "float(R.mean())", "float(rewards.mean())"),
 
     # ---- Temperature ----
-    Mutant("temperature forgotten in the scorer's forward pass", OPS, ".to(dtype) / temperature)", ".to(dtype))"),
-    Mutant("logits multiplied by the temperature", OPS, ".to(dtype) / temperature)", ".to(dtype) * temperature)"),
-    Mutant("temperature forgotten in the scorer's backward pass", OPS,
-           ".to(entropy.dtype) / ctx.temperature)", ".to(entropy.dtype))"),
-    Mutant("temperature forgotten in the scorer's chain rule", OPS, "(grad_z / ctx.temperature).to(", "grad_z.to("),
+    Mutant("temperature forgotten in the scorer's forward pass", OPS, "weight, temperature, dtype)         #",
+           "weight, 1.0, dtype)         #"),
+    Mutant("logits multiplied by the temperature", OPS, ".to(dtype).div_(temperature)", ".to(dtype).mul_(temperature)"),
+    Mutant("temperature forgotten in the scorer's backward pass", OPS, "weight, ctx.temperature, entropy.dtype)",
+           "weight, 1.0, entropy.dtype)"),
+    Mutant("temperature forgotten in the scorer's chain rule", OPS, "grad_z.div_(ctx.temperature)", "grad_z"),
 
     # ---- Entropy and the scorer ----
     Mutant("entropy is negative", OPS, "return -(p * log_p.masked_fill", "return (p * log_p.masked_fill"),
@@ -291,12 +293,12 @@ MUTANTS = [
            "log_p.masked_fill(p == 0, 0.0)).sum(-1)", "log_p.masked_fill(p == 0, 0.0)).mean(-1)"),
     Mutant("entropy is in bits", OPS,
            "log_p.masked_fill(p == 0, 0.0)).sum(-1)", "log_p.masked_fill(p == 0, 0.0)).sum(-1) * 1.4427"),
-    Mutant("the scorer's entropy is negative", OPS, "entropy[rows] = -(", "entropy[rows] = ("),
+    Mutant("the scorer's entropy is negative", OPS, "entropy[rows] = -torch.exp(", "entropy[rows] = torch.exp("),
     Mutant("the scorer's entropy has no gradient", OPS,
-           "(g_logp + g_entropy * (log_p + entropy[rows, None]))", "(g_logp + torch.zeros_like(log_p))"),
-    Mutant("the gradient of entropy forgets H", OPS, "g_entropy * (log_p + entropy[rows, None])", "g_entropy * log_p"),
+           ".mul_(grad_entropy[rows, None])", ".mul_(0.0)"),
+    Mutant("the gradient of entropy forgets H", OPS, "log_p.add_(entropy[rows, None])", "log_p"),
     Mutant("the gradient of entropy subtracts H", OPS,
-           "g_entropy * (log_p + entropy[rows, None])", "g_entropy * (log_p - entropy[rows, None])"),
+           "log_p.add_(entropy[rows, None])", "log_p.sub_(entropy[rows, None])"),
     Mutant("the gradient of a log-prob forgets the token itself", OPS,
            "grad_z.scatter_add_(-1, ids[rows, None], g_logp)", "pass"),
     Mutant("the head's gradient is that of the last chunk", OPS, "grad_weight += grad_z.T @", "grad_weight = grad_z.T @"),
@@ -328,10 +330,10 @@ MUTANTS = [
            "return x if x.dtype in (torch.float32, torch.float64) else x.float()", "return x.float()"),
     Mutant("log-ratios are taken in half precision", OPS,
            "return _at_least_float32(logp) - _at_least_float32(other)", "return _at_least_float32(logp - other)"),
-    Mutant("half-precision logits are divided before they are widened, forward", OPS,
-           ".to(dtype) / temperature)", "/ temperature)"),
-    Mutant("half-precision logits are divided before they are widened, backward", OPS,
-           ".to(entropy.dtype) / ctx.temperature)", "/ ctx.temperature)"),
+    Mutant("half-precision logits are divided before they are widened", OPS,
+           "(hidden @ weight.T).to(dtype).div_(temperature)", "(hidden @ weight.T).div_(temperature).to(dtype)"),
+    Mutant("log-softmax divides by the largest term alone, in the scorer", OPS,
+           "scratch.sum(-1, keepdim=True).log_()", "scratch.amax(-1, keepdim=True).log_()"),
     Mutant("the head's gradient is summed in half precision", OPS,
            "torch.zeros_like(weight, dtype=entropy.dtype)", "torch.zeros_like(weight)"),
     Mutant("the scorer ignores autocast", OPS, "if torch.is_autocast_enabled(device):", "if False:"),
@@ -585,7 +587,7 @@ def run_tests(mutant: Mutant | None, limit: float | None = None) -> tuple[str, f
     """Run the math tests on a copy of the tree, with the fault: the first test that failed ("" for none) and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
-        for part in ("nanorl", "tests"):
+        for part in ("nanorl", "tests", "data"):
             shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
         for file in (ROOT / "pyproject.toml", *ROOT.glob("train_*.py")):
             shutil.copy(file, tree)

@@ -2,10 +2,13 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from mutants import MUTANTS
 
 from nanorl.ops import log_softmax
 
@@ -28,6 +31,20 @@ def test_every_link_leads_somewhere(page):
             to = (page.parent / file).resolve() if file else page
             assert to.exists(), target
             assert not anchor or anchor in anchors(to), target
+
+
+def test_every_fault_can_be_put_in():
+    """What a mutant changes stands in its file exactly once; the table and the README know how many there are."""
+    assert [m.fault for m in MUTANTS if (ROOT / m.file).read_text().count(m.old) != 1] == []
+    table = re.findall(r"^\| (.*?) \| \S+:\d+ \|", (ROOT / "docs/mutants.md").read_text(), re.M)
+    assert sorted(table) == sorted(m.fault for m in MUTANTS) and f"{len(MUTANTS)} faults" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_smoke_of_the_mutation_run():
+    command = [sys.executable, "-m", "tests.mutants", "--only", "GRPO's loss is maximised"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "1 of 1 killed" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\[`([\w.]+)`\]\(\.\./", WALK))))
