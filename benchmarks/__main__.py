@@ -161,7 +161,7 @@ def pretrain_at(bench: Benchmark, preset: str, batch: int, length: int, V: int) 
     candidates = {"plain": lambda: plain.train_step(other, optimizers[2], tokens),
                   "nanorl": lambda: train_step(model, optimizers[0], tokens)}
     if bench.cfg.compile:
-        run.compile_blocks(compiled)
+        run.compile_for_training(compiled)
         candidates["nanorl, compiled"] = lambda: train_step(compiled, optimizers[1], tokens)
     bench.run("pretrain", f"{preset}, {batch} x {length} tokens, V={V}", candidates, batch * length,
               model.training_flops_per_token(length) * batch * length)
@@ -287,7 +287,8 @@ def atoms_of(name: str, N: int, d: int, V: int, device: torch.device) -> dict[st
 
     return {"plain": both,
             "cross-entropy": lambda: F.cross_entropy(hidden @ weight.T, ids, reduction="sum").backward(),
-            "nanorl": lambda: sum(x.sum() for x in linear_log_probs(hidden, weight, ids)).backward()}
+            "nanorl": lambda: sum(x.sum() for x in linear_log_probs(hidden, weight, ids)).backward(),
+            "nanorl, compiled": lambda: sum(x.sum() for x in linear_log_probs(hidden, weight, ids, compile=True)).backward()}
 
 
 def atom_shapes(smoke: bool) -> list[tuple[str, int, int, int]]:
@@ -348,6 +349,8 @@ def memory_of_script(job: tuple[str, str, torch.device]) -> tuple[str, int | Non
 def atoms(bench: Benchmark) -> None:
     for index, (name, N, d, V) in enumerate(atom_shapes(bench.cfg.smoke)):
         candidates = atoms_of(name, N, d, V, bench.device)
+        if not bench.cfg.compile:
+            candidates.pop("nanorl, compiled", None)
         before = len(bench.rows)
         bench.run("atoms", f"{name}, N={N}" + (f", d={d}" if d else "") + f", V={V}", candidates)
         for row in bench.rows[before:]:

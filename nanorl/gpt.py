@@ -225,6 +225,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False      # keep the activations of a block, or compute them again in the backward pass
+        self.compiled = False       # by run.compile_for_training: the blocks, and the log-probs that the head gives
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.context, config.width)

@@ -249,7 +249,7 @@ def wants_compile(cfg: DeviceConfig, device: torch.device) -> bool:
 
 
 def prepare(cfg: RunConfig, device: torch.device, *models: GPT) -> bool:
-    """Compile the blocks of these models for all shapes, and have their activations computed again, where `cfg` asks for it.
+    """Compile these models for training, and have their activations computed again, where `cfg` asks for it.
 
     Says whether it asks for compiling: sampling compiles steps of its own.
     """
@@ -257,12 +257,13 @@ def prepare(cfg: RunConfig, device: torch.device, *models: GPT) -> bool:
     for model in models:
         model.recompute = cfg.recompute
         if compiled:
-            compile_blocks(model)
+            compile_for_training(model)
     return compiled
 
 
-def compile_blocks(model: GPT) -> None:
-    """Compile the transformer block for training, once for all layers and for all shapes."""
+def compile_for_training(model: GPT) -> None:
+    """Compile the transformer block, once for all layers and for all shapes, and the log-probs of its tokens."""
+    model.compiled = True
     for block in model.blocks:
         block.compile(dynamic=True)
 

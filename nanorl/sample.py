@@ -262,6 +262,7 @@ def token_log_probs(model: GPT, tokens: Tensor, mask: Tensor | None = None, *,
         raise ValueError(f"token_log_probs: temperature={temperature}; a greedy policy is a point mass, expected > 0")
     inputs, targets = shift(tokens)
     mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
-    logp, entropy = linear_log_probs(model.hidden(inputs)[mask], model.head.weight, targets[mask], temperature)
+    logp, entropy = linear_log_probs(model.hidden(inputs)[mask], model.head.weight, targets[mask], temperature,
+                                     compile=model.compiled)
     zeros = torch.zeros(mask.shape, dtype=logp.dtype, device=logp.device)
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)

@@ -532,6 +532,23 @@ def test_compiled_decoding_gives_the_eager_tokens():
             same_rollout(generate(model, prompts, **how, compile=True), generate(model, prompts, **how), atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_log_probs_are_the_eager_ones():
+    """Of some tokens, of others, and without gradients: the same values, and the same slope of both in the weights."""
+    model, generator = tiny(dtype=torch.float32), torch.Generator().manual_seed(0)
+    tokens = torch.randint(V, (5, 9), generator=generator)
+    for chosen in (0.3, 0.8):
+        mask, found = torch.rand(5, 8, generator=generator) < chosen, []
+        for model.compiled in (False, True):
+            logp, entropy = token_log_probs(model, tokens, mask, temperature=0.7)
+            with torch.no_grad():
+                torch.testing.assert_close(token_log_probs(model, tokens, mask, temperature=0.7), (logp, entropy))
+            found.append((logp, entropy, *torch.autograd.grad((logp - 2 * entropy).square().sum(), model.parameters())))
+        for eager, compiled in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
 # ---- The scorer ----
 
 
