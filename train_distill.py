@@ -82,7 +82,7 @@ class Config(run.RunConfig):
     group: run.Count = 4        # G, answers per prompt; with --on data, P x G demonstrations
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120)
     micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
-    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
+    sample_rows: run.Count = 1024    # answers sampled at a time, but at least all of one prompt; the others wait
     warmup: run.Share = 0.1     # of the steps: the learning rate rises
     decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm

@@ -74,7 +74,7 @@ class Config(run.RunConfig):
     data: str = ""              # JSONL records {"prompt", "chosen", "rejected"} (default: data/preferences.jsonl)
     batch: run.Count = 32       # pairs per step
     micro_batch: run.Count = 32  # pairs in memory at a time
-    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
+    sample_rows: run.Count = 1024    # answers sampled at a time, but at least all of one prompt; the others wait
     warmup: run.Share = 0.1     # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
 

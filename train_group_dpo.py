@@ -67,7 +67,7 @@ class Config(run.RunConfig):
     beta: run.Positive = 0.1    # implicit reward per nat of log(pi/ref)
     margin: run.Positive | None = None    # hinge: the D that is enough (default: 1)
     micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
-    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
+    sample_rows: run.Count = 1024    # answers sampled at a time, but at least all of one prompt; the others wait
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
     eval_problems: run.Count = 500    # held-out problems

@@ -181,9 +181,9 @@ class Config(run.RunConfig):
     minibatches: run.Count = 1  # optimizer steps per pass
     stale: run.Natural = 0      # train on rollouts that are this many steps old, so that ratios leave 1 on purpose
     micro_batch: run.Count = 64  # rows in memory at a time ...
-    micro_tokens: run.Count = 2**14  # ... and tokens, padding included, so that long answers come in smaller numbers
-    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
-    skip: bool = False          # leave rows out whose gradient is exactly 0, those without an advantage: the metrics, too
+    micro_tokens: run.Count = 2**14  # ... and tokens, padding included: fewer rows where answers are long, but at least one
+    sample_rows: run.Count = 1024    # answers sampled at a time, but at least all of one prompt; the others wait
+    skip: bool = False          # leave out rows whose advantage, so gradient, is 0; train/ metrics are then of the others
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm
     eval_problems: run.Count = 500    # held-out problems

@@ -95,8 +95,8 @@ class Config(run.RunConfig):
     epochs: run.Count = 2       # passes over a rollout
     minibatches: run.Count = 2  # optimizer steps per pass
     micro_batch: run.Count = 64  # rows in memory at a time ...
-    micro_tokens: run.Count = 2**14  # ... and tokens, padding included, so that long answers come in smaller numbers
-    sample_rows: run.Count = 1024    # answers sampled at a time, which bounds memory
+    micro_tokens: run.Count = 2**14  # ... and tokens, padding included: fewer rows where answers are long, but at least one
+    sample_rows: run.Count = 1024    # answers sampled at a time, but at least all of one prompt; the others wait
     warmup: run.Share = 0.05    # of the steps: the learning rate rises
     grad_clip: run.Positive = 1.0    # bound on the gradient's norm, of policy and critic together
     eval_problems: run.Count | None = None    # held-out problems (default: 500; stories 200)

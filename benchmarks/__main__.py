@@ -11,7 +11,7 @@ generate     sampling answers to prompts, none of which stops early
 grpo         a step of GRPO on answers of full length, and its parts
 atoms        the log-prob and the entropy of a token, forward and backward, with their memory
 memory       the memory that each script needs at each preset, with its defaults
-learn        python train_grpo.py from nothing, and what it took until the reward in training was 0.9
+learn        python train_grpo.py from nothing, and without the steps after the first whose reward is 0.9
 
 `plain` is the same work as it is usually written (benchmarks/plain.py), in the same run: a ratio of 2 is half its time. The
 roofline is the least time that the FLOPs or the bytes of the work need at this machine's ceilings, which are measured first.
@@ -57,11 +57,11 @@ INSIDE = "  inside: "     # what the profiler saw in the row above
 class Config:
     only: tuple[Group, ...] = ("pretrain", "generate", "grpo", "atoms", "memory", "learn")    # see the table above
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
-    seconds: run.Positive = 6.0  # for each line, after a round to warm up
+    seconds: run.Positive = 6.0  # for the candidates at each piece of work, after a round to warm up
     compile: bool = True        # also what torch.compile makes of it
     smoke: bool = False         # tiny sizes and one round: does it run?
     out: str = ""               # JSON file for the results
-    memory_of: str = ""         # for itself: print the memory of one candidate of `atoms`, or of all scripts at a preset
+    memory_of: str = ""         # (for its own use) print the memory of one candidate of `atoms`, or of all scripts at a preset
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Row:
     seconds: float | None = None
     rate: float | None = None           # tokens per second
     ratio: float | None = None          # how many times as long `plain` takes
-    share: float | None = None          # the least time that the roofline allows, of the time; inside, of the whole line's
+    share: float | None = None          # the least time that the roofline allows, in the time; inside, that part's
     memory: float | None = None         # bytes beyond what is there before
     tokens: float | None = None         # answer tokens that were sampled for it
 
@@ -86,6 +86,12 @@ def model_of(vocab_size: int, device: torch.device, **shape) -> GPT:
 def plain_of(vocab_size: int, device: torch.device, **shape) -> plain.GPT2:
     shape = PRESETS["nano"] | shape
     return plain.GPT2(vocab_size, *(shape[name] for name in ("context", "layers", "width", "heads"))).to(device)
+
+
+def forward_flops(model: GPT, tokens: int, scored: int, length: int) -> float:
+    """Of so many tokens in sequences of this length, when only the scored ones go through the head."""
+    head = 2 * model.head.weight.numel()
+    return tokens * (model.training_flops_per_token(length) / 3 - head) + scored * head
 
 
 @dataclass
@@ -112,8 +118,8 @@ class Benchmark:
                              median_ratio(rounds["plain"], times) if "plain" in rounds else None,
                              floor / seconds if floor and ours else None))
                 if floor and ours:
-                    for part, spent in inside(candidates[who], self.device).items():
-                        self.add(Row(group, INSIDE + part, who, spent, share=spent / seconds))
+                    for part, share in inside(candidates[who], self.device).items():
+                        self.add(Row(group, INSIDE + part, who, share=share))
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -185,11 +191,11 @@ def sampling_at(bench: Benchmark, V: int, batch: int, new: int) -> None:
                   "nanorl": lambda: generate(model, prompts.tolist(), **how)}
     if bench.cfg.compile:
         candidates["nanorl, compiled"] = lambda: generate(model, prompts.tolist(), compile=True, **how)
-    # Each step reads every weight once, and every key and value that there is.
-    size = 2 if bench.dtype == "bfloat16" else 4
+    # Each step reads every weight once, of the embedding only some rows, and every key and value that there is.
+    size, weights = 2 if bench.dtype == "bfloat16" else 4, model.num_parameters() - model.embedding.weight.numel()
     seen = batch * sum(range(12, 12 + new)) * 2 * model.config.layers * model.config.width
     bench.run("generate", f"batch {batch}, {new} new tokens, V={V}", candidates, batch * new,
-              batch * (12 + new) * model.training_flops_per_token(12 + new) / 3, size * (new * model.num_parameters() + seen))
+              forward_flops(model, batch * (11 + new), batch * new, 12 + new), size * (new * weights + seen))
 
 
 def grpo(bench: Benchmark) -> None:
@@ -224,14 +230,14 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
         optimizer.step(1e-4, 1.0)
 
     def skipping() -> None:
-        """Half of the rows have no advantage, and --skip leaves them out."""
+        """Half of the rows are left out, as --skip does with those that have no advantage."""
         step(share=2)
 
     def timed_step() -> Stopwatch:
         """The parts of a step, and the score that a reference or an old policy would ask for."""
         watch, lengths = Stopwatch(bench.device), torch.full((P,), prompt, device=bench.device)
         with watch("prefill"), torch.no_grad():     # once more: it is a part of what follows
-            read_prompts(model, rollout.tokens[::G, :prompt], lengths, model.head.weight.dtype)
+            read_prompts(model, rollout.tokens[::G, :prompt], lengths, getattr(torch, bench.dtype))
         with watch("prefill and decode"):
             collect()
         with watch("score, if asked for"), torch.no_grad():
@@ -250,8 +256,10 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
         tokens = plain.generate(other, prompts.repeat_interleave(G, dim=0).to(bench.device), new)
         plain.grpo_step(other, other_optimizer, tokens, prompt, adv.squeeze(-1), size)
 
-    # The sampler reads each token once and the update three times (forward, and backward twice that).
-    flops = B * (prompt + new) * model.training_flops_per_token(prompt + new) * 4 / 3
+    # The sampler reads each prompt once. The update goes forward, and backward, which is twice that.
+    length = prompt + new
+    flops = (forward_flops(model, P * prompt + B * (new - 1), P + B * (new - 1), length)
+             + 3 * forward_flops(model, B * (length - 1), B * new, length))
     work = f"{P} x {G} answers, {prompt} + {new} tokens, V={V}"
     bench.run("grpo", work, {"plain": plain_step, "nanorl": step, "half skipped": skipping}, B * new, flops)
     with run.autocast(bench.device, "auto"):
@@ -322,7 +330,7 @@ def print_memory(cfg: Config, device: torch.device) -> None:
 
 def memory_of_scripts(preset: str, device: torch.device, smoke: bool) -> dict[str, int | None]:
     """Bytes that a step of each script takes with its defaults, and its evaluations on a few problems; one after the other, in
-    an empty directory."""
+    an empty directory. What PyTorch loads for its first step, some 90 MB on a CPU, is among them."""
     few = "--eval-problems 2 --max-new-tokens 4" if smoke else "--eval-problems 16"
     batch, groups = ("--batch 2", f"{few} --prompts 2 --group 2") if smoke else ("", few)
     pairs = f"--init runs/sft --data pairs.jsonl {batch}"
@@ -391,7 +399,8 @@ def learn(bench: Benchmark) -> None:
     step = next((i for i, r in enumerate(reward.tolist()) if r >= 0.9), None)
     if step is not None:
         rest = sum(line.get("time/step_s", 0.0) for line in lines if line["step"] >= step)
-        bench.add(Row("learn", "... until a step's reward is 0.9", "nanorl", seconds - rest, tokens=float(tokens[step])))
+        bench.add(Row("learn", "... less the steps after a reward of 0.9", "nanorl", seconds - rest,
+                      tokens=float(tokens[step])))
 
 
 def main(cfg: Config) -> None:

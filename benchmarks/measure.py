@@ -3,6 +3,7 @@ treats them alike; the median round counts, and ratios are medians of the rounds
 
 import gc
 import os
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -15,12 +16,13 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def race(candidates: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each candidate in every round, after a round that is not counted: at least three, at most `seconds` in all."""
+    """Seconds of each candidate in every round, after a round that is not counted: three, and on until `seconds` are over or
+    there are fifty."""
     rounds, started = {name: [] for name in candidates}, None
     while started is None or len(next(iter(rounds.values()))) < 3 or time.perf_counter() - started < seconds:
         for name, run in candidates.items():
@@ -57,22 +59,33 @@ class Stopwatch:
         self.seconds[part].append(time.perf_counter() - begun)
 
 
-def inside(work: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """The seconds that one run of `work` spends in matrix products, in attention and in all other operators, by the profiler.
+# What operators on a CPU and kernels on a GPU are called.
+PARTS = {"attention": "attention|fmha|flash", "matrix products": r"^aten::(mm|addmm|bmm)$|gemm|nvjet|cutlass",
+         "other operators": ""}
 
-    What is left of its time is Python's, and the dispatcher's; on a GPU, the GPU waits for them.
+
+def inside(work: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """The shares of matrix products, of attention and of all other operators in the time of `work`, by the profiler.
+
+    What is left is Python's; on a GPU, the GPU waits for it. The profiler itself makes small operators look dearer.
     """
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        begun = time.perf_counter()
         work()
         synchronize(device)
-    seconds = {"matrix products": 0.0, "attention": 0.0, "other operators": 0.0}
+        whole = time.perf_counter() - begun
+    seconds = dict.fromkeys(PARTS, 0.0)
     for event in profiler.key_averages():
-        operator = event.key.startswith(("aten::", "triton", "## Call CompiledFxGraph"))
-        attends, multiplies = "attention" in event.key, event.key in ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear")
-        kind = "attention" if attends else "matrix products" if multiplies else "other operators"
-        seconds[kind] += 1e-6 * operator * (event.self_device_time_total if cuda else event.self_cpu_time_total)
-    return seconds
+        if cuda:        # kernels, by their names; the operators that called them are events on the CPU
+            counts, spent = event.device_type != torch.autograd.DeviceType.CPU, event.self_device_time_total
+            counts = counts and not event.is_user_annotation
+        else:
+            counts, spent = event.key.startswith(("aten::", "## Call CompiledFxGraph")), event.self_cpu_time_total
+        if counts:
+            part = next((part for part, names in PARTS.items() if re.search(names, event.key)), "other operators")
+            seconds[part] += 1e-6 * spent
+    return {part: spent / whole for part, spent in seconds.items()}
 
 
 def _resident(what: str) -> int:

@@ -127,7 +127,7 @@ class KVCache:
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
                                   for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.visible = capacity if static else 0    # attention reads this many slots; a compiled step needs it constant
+        self.visible = capacity if static else 0    # attention reads so many positions; counted here unless `static`
         self.static = static
 
     def advance(self, tokens: int) -> None:
@@ -147,16 +147,17 @@ class KVCache:
         return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
-        """Begin these rows anew with what `other` has seen; each of its rows serves as many of them, side by side."""
+        """Begin these rows anew with what `other` has seen: its first row goes to the first of them, as many to each."""
         times, seen = len(rows) // len(other.length), other.visible
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for x, y in zip(mine, theirs, strict=True):
+                x[rows] = 0.0               # what stood there may have been nan, which even a weight of 0 would let through
                 x[rows, :, :seen] = y[:, :, :seen].repeat_interleave(times, dim=0)
         self.length[rows] = other.length.repeat_interleave(times)
         self.visible = max(self.visible, seen)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows, in rising order: they move to the front of the same memory."""
+        """Only these rows: they move to the front of the same memory."""
         seen, count = slice(0, self.visible), len(rows)
         for part in (self.keys, self.values):
             for layer, x in enumerate(part):
@@ -261,8 +262,8 @@ class GPT(nn.Module):
             addresses = cache.addresses(positions)
             cache.advance(T)
             longest = cache.visible
-            hidden = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]   # [B, 1, T, visible]
-            mask = x.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)                # added to the scores
+            unseen = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]   # [B, 1, T, visible]
+            mask = x.new_zeros(unseen.shape).masked_fill(unseen, -torch.inf)                # added to the scores
         if longest > self.config.context:
             raise ValueError(f"a sequence of {longest} tokens does not fit the model's context of {self.config.context}")
 

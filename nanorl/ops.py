@@ -196,12 +196,12 @@ def linear_log_probs(
     hidden [N, d], weight [V, d], ids [N] -> (logp [N], entropy [N]) in nats, both differentiable in hidden and weight.
     The [N, V] logits are what fills a GPU's memory, not the model: here only [chunk_size, V] of them exist at a time,
     forward and backward, at the price of computing them twice. Any chunk size gives the same values; by default it is 1024,
-    or less where the vocabulary is large: a chunk has at most 8 million logits. `compile` fuses what is done to them.
+    or less where the vocabulary is large: 8 million logits, but at least 128 rows. `compile` fuses what is done to them.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    chunk_size = chunk_size or min(1024, max(1, 2**23 // len(weight)))
+    chunk_size = chunk_size or min(1024, max(128, 2**23 // len(weight)))
     return _LinearLogProbs.apply(hidden, weight.to(hidden.dtype), ids, temperature, chunk_size, compile)
 
 

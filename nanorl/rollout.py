@@ -163,14 +163,14 @@ def minibatches(seed: int, step: int, count: int, epochs: int, parts: int) -> It
 
 
 class Room(NamedTuple):
-    """What memory is for at a time: so many rows, and so many tokens with the padding beside them."""
+    """How much goes through a model at a time: at most so many rows, and so many tokens, padding included."""
 
     rows: int = 64
     tokens: int = 2**14
 
 
 def micro_batches(rows: Tensor, lengths: Tensor, room: Room) -> Iterator[tuple[Tensor, int]]:
-    """`rows` in batches that fit, or of a single row; rows of similar length together. Yields (rows, length of the longest)."""
+    """As many rows at a time as fit, but at least one; those of similar length together. Yields (rows, longest length)."""
     rows = rows[lengths[rows].argsort()]
     length, start = lengths[rows].tolist(), 0
     while start < len(rows):

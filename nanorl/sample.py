@@ -107,17 +107,22 @@ def _next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
 
 
 # To ask the device whether rows have finished, the host must wait for it: not after every token where that is dear.
-PATIENCE = {"cuda": 8}
+LOOK_EVERY = {"cuda": 8}
 
 # A compiled step is tied to the memory of its cache, so that memory is kept between calls. Its contents are not.
 _compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
+KEPT = 4                                    # shapes for each model: of a rollout, an evaluation, and two more
 
 
 def _compiled_step(model: GPT, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
     """The decoding step compiled for a cache of this shape, and the cache, empty, whose address never moves."""
     steps = _compiled.setdefault(model, {})
     kind = (rows, capacity, device, dtype)
-    if kind not in steps:
+    if kind in steps:
+        steps[kind] = steps.pop(kind)       # the last one used is the last to go
+    else:
+        if len(steps) == KEPT:
+            del steps[next(iter(steps))]
         static = KVCache(model.config, *kind, static=True)
         for x in (*static.keys, *static.values, static.length):
             torch._dynamo.mark_static_address(x)
@@ -161,7 +166,7 @@ def _check_request(model: GPT, prompts: list[list[int]], limits: list[int], temp
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list[int], temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, stop_ids: set[int], samples_per_prompt: int = 1, seed: int = 0,
              first_row: int = 0, slots: int | None = None, compile: bool = False) -> Rollout:
-    """Sample `samples_per_prompt` responses to each prompt, row by row until a stop token or `max_new_tokens`.
+    """Sample `samples_per_prompt` responses to each prompt, each until a stop token or `max_new_tokens`.
 
     `max_new_tokens` is one limit for all prompts, or a list with one for each. temperature 0 is greedy (and logp 0: a
     point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for all its samples. Randomness is one uniform
@@ -169,7 +174,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
 
     `slots` bounds the memory: so many rows are sampled at a time, but at least all of one prompt, and the others wait for
     slots to become free. When none wait, eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as
-    CUDA graphs need it. FloatingPointError when a logit was nan or inf.
+    CUDA graphs need it. FloatingPointError when a logit was nan or +inf.
     """
     P, G = len(prompts), samples_per_prompt
     limits = [max_new_tokens] * P if isinstance(max_new_tokens, int) else max_new_tokens
@@ -193,16 +198,16 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     S = max(1, min(slots or B, B) // G) * G
     shape = (S, capacity, device, dtype)
     step, cache = _compiled_step(model, *shape) if compile else (_next_logits, KVCache(model.config, *shape))
-    patience = PATIENCE.get(device.type, 1)
+    look_every = LOOK_EVERY.get(device.type, 1)
     rows = free = torch.arange(S, device=device)        # the row of the rollout in each slot; slots that wait for a row
-    waiting = 0                                         # the first row that has had no slot
+    next_row = 0                                        # the first row that has had no slot
     logits = torch.zeros(S, model.config.vocab_size, device=device, dtype=dtype)
 
     for turn in itertools.count(1):
         if len(free):
-            first, waiting = waiting, waiting + len(free)
-            rows = rows.index_copy(0, free, torch.arange(first, waiting, device=device))
-            part = slice(first, waiting, G)             # one row of each prompt
+            first, next_row = next_row, next_row + len(free)
+            rows = rows.index_copy(0, free, torch.arange(first, next_row, device=device))
+            part = slice(first, next_row, G)            # one row of each prompt
             read, next_logits = read_prompts(model, tokens[part, : prompt_lengths[part].max()], prompt_lengths[part], dtype)
             cache.put(free, read)
             logits = logits.index_copy(0, free, next_logits.repeat_interleave(G, dim=0))
@@ -222,19 +227,19 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
         finished[rows] |= running & torch.isin(ids, stops)
 
         free = rows[:0]
-        if turn % patience == 0:
+        if turn % look_every == 0:
             running = (~finished & (lengths < ends))[rows]
             left = int(running.sum())
-            if left == 0 and waiting == B:
+            if left == 0 and next_row == B:
                 break
             # Reading prompts and moving the cache cost about as much as a few steps: wait until a quarter of the slots is free.
             if left <= 0.75 * len(rows):
-                if waiting < B:
-                    free = (~running).nonzero().squeeze(-1)[: min((S - left) // G * G, B - waiting)]
+                if next_row < B:
+                    free = (~running).nonzero().squeeze(-1)[: min((S - left) // G * G, B - next_row)]
                 elif not compile:
                     cache.keep(running.nonzero().squeeze(-1))
                     rows, ids = rows[running], ids[running]
-        cache.length.clamp_(max=capacity - 1)           # rows that are done go on, in the last place if need be
+        cache.length.clamp_(max=capacity - 1)           # rows that are done go on, over their last place if need be
         cache.visible = min(capacity, max(64, 1 << seen.bit_length())) if compile else min(seen, capacity - 1)
         logits = step(model, ids, cache)
         seen += 1

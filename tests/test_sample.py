@@ -240,7 +240,7 @@ fixed_slots = patch.object(torch, "compile", lambda step, **_: step)
 
 def patient(turns: int):
     """Ask after every so many tokens whether rows have finished, as is done on a GPU after eight."""
-    return patch.dict(sample.PATIENCE, cpu=turns)
+    return patch.dict(sample.LOOK_EVERY, cpu=turns)
 
 
 # How the engine runs: rows at a time, fixed slots or shrinking ones, and after how many tokens it looks.
@@ -507,6 +507,26 @@ def test_nothing_of_a_failed_call_is_left_in_fixed_slots():
             generate(model, [[1, 2, 3]], **how)
         model.load_state_dict(sound)
         same_rollout(generate(model, [[1, 2, 3]], **how), generate(tiny(), [[1, 2, 3]], **how))
+
+
+def test_a_row_that_goes_on_after_its_end_leaves_nothing_to_the_next():
+    """The stop token's embedding is inf: what its row decodes when it is done is nan, and must not reach who takes its slot."""
+    model = tiny()
+    with torch.no_grad():
+        model.embedding.weight[5] = math.inf
+    how = {"max_new_tokens": 12, "stop_ids": {5}, "seed": 1}
+    prompts = [[1], [2], [3], [4], [1, 2], [3, 4], [6], [2, 6], [4, 1], [3, 3]]
+    with fixed_slots:
+        for compile in (False, True):
+            same_rollout(generate(model, prompts, **how, slots=3, compile=compile), generate(model, prompts, **how), atol=1e-6)
+
+
+def test_only_the_last_shapes_are_kept_for_compiled_steps():
+    model = tiny()
+    with fixed_slots:
+        for rows in (1, 2, 3, 1, 4, 5, 6):
+            generate(model, [[1]] * rows, max_new_tokens=3, stop_ids=STOPS, compile=True)
+    assert [kind[0] for kind in sample._compiled[model]] == [1, 4, 5, 6]
 
 
 def test_fixed_slots_follow_the_dtype():
