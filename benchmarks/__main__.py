@@ -15,7 +15,7 @@ learn        python train_grpo.py from nothing, and without the steps after the 
 
 `plain` is the same work as it is usually written (benchmarks/plain.py), in the same run: a ratio of 2 is half its time. The
 roofline is the least time that the FLOPs or the bytes of the work need at this machine's ceilings, which are measured first.
-Below a line stands what the profiler saw inside: the time in matrix products, in attention and in other operators.
+Below a line stands what the profiler saw inside: the shares of matrix products, of attention and of other operators.
 """
 
 import contextlib

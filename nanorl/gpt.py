@@ -151,8 +151,8 @@ class KVCache:
         times, seen = len(rows) // len(other.length), other.visible
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for x, y in zip(mine, theirs, strict=True):
-                x[rows] = 0.0               # what stood there may have been nan, which even a weight of 0 would let through
                 x[rows, :, :seen] = y[:, :, :seen].repeat_interleave(times, dim=0)
+                x[rows, :, seen:] = 0.0     # what stood there may be nan, which even a weight of 0 would let through
         self.length[rows] = other.length.repeat_interleave(times)
         self.visible = max(self.visible, seen)
 

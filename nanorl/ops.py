@@ -159,7 +159,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, ids, temperature, chunk_size, compile):
-        scores, dtype = _compiled(_chunk_scores) if compile else _chunk_scores, _at_least_float32(hidden).dtype
+        scores, dtype = (_compiled(_chunk_scores) if compile else _chunk_scores), _at_least_float32(hidden).dtype
         logp, entropy = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(2))
         for start in range(0, len(ids), chunk_size):
             rows = slice(start, start + chunk_size)

@@ -299,10 +299,11 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, *, problems: int, see
         greedy = answer(model, tokenizer, task, heldout, temperature=0.0, **how)
         metrics["eval/accuracy_sampled"] = metrics.pop("eval/reward")
         metrics["eval/accuracy_greedy"] = float(greedy.rewards.mean())
+    room = room or Room()
     if reference:
-        metrics["eval/answer_kl"] = answer_kl(model, reference, sampled.rollout, temperature, room or Room())
+        metrics["eval/answer_kl"] = answer_kl(model, reference, sampled.rollout, temperature, room)
     if reward_model:
-        metrics["eval/learned_reward"] = float(learned_rewards(reward_model, sampled.rollout, room or Room()).mean())
+        metrics["eval/learned_reward"] = float(learned_rewards(reward_model, sampled.rollout, room).mean())
     return metrics, sampled
 
 

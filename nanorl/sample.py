@@ -109,13 +109,14 @@ def _next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
 # To ask the device whether rows have finished, the host must wait for it: not after every token where that is dear.
 LOOK_EVERY = {"cuda": 8}
 
-# A compiled step is tied to the memory of its cache, so that memory is kept between calls. Its contents are not.
+# A compiled step is tied to the memory of its cache, so that memory is kept between calls. Its contents are not: every row
+# begins anew, with `put`.
 _compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
 KEPT = 4                                    # shapes for each model: of a rollout, an evaluation, and two more
 
 
 def _compiled_step(model: GPT, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
-    """The decoding step compiled for a cache of this shape, and the cache, empty, whose address never moves."""
+    """The decoding step compiled for a cache of this shape, and the cache, whose address never moves."""
     steps = _compiled.setdefault(model, {})
     kind = (rows, capacity, device, dtype)
     if kind in steps:
@@ -131,10 +132,7 @@ def _compiled_step(model: GPT, rows: int, capacity: int, device: torch.device, d
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         mode = "reduce-overhead" if device.type == "cuda" else "default"          # CUDA graphs, where there is CUDA
         steps[kind] = torch.compile(_next_logits, mode=mode, dynamic=False), static
-    step, static = steps[kind]
-    for x in (*static.keys, *static.values, static.length):
-        x.zero_()
-    return step, static
+    return steps[kind]
 
 
 def read_prompts(model: GPT, prompts: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[KVCache, Tensor]:

@@ -552,6 +552,9 @@ def test_compiled_decoding_gives_the_eager_tokens():
             same_rollout(generate(model, prompts, **how, compile=True), generate(model, prompts, **how), atol=1e-5)
 
 
+# ---- The scorer ----
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_log_probs_are_the_eager_ones():
@@ -567,9 +570,6 @@ def test_compiled_log_probs_are_the_eager_ones():
             found.append((logp, entropy, *torch.autograd.grad((logp - 2 * entropy).square().sum(), model.parameters())))
         for eager, compiled in zip(*found, strict=True):
             torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
-
-
-# ---- The scorer ----
 
 
 @given(models, temperatures, seeds)
