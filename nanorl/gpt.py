@@ -115,6 +115,18 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def decoding_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same function for the one query of a decoding step, as weighted sums.
+
+    torch.compile makes a few loops of them, without a product's call for each row and head: on a CPU, a compiled step takes
+    0.6 to 0.75 of its time with `fused_attention`. q [B, H, 1, D]; mask [B, 1, 1, S] is what is added to the scores.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (q * k).sum(-1) / math.sqrt(q.shape[-1]) + mask[:, :, 0]             # [B, H, S]
+    weights = log_softmax(scores).exp()[..., None]
+    return (weights * v).sum(2, keepdim=True).to(v.dtype)
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, so that the next token costs one position instead of all of them.
 
@@ -185,7 +197,9 @@ class Attention(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.write(self.layer, addresses, k, v)
-        return self.out(rearrange(fused_attention(q, k, v, mask), "b h t d -> b t (h d)"))
+        decoding = cache is not None and q.shape[2] == 1 and torch.compiler.is_compiling()
+        attend = decoding_attention if decoding else fused_attention
+        return self.out(rearrange(attend(q, k, v, mask), "b h t d -> b t (h d)"))
 
 
 class MLP(nn.Module):

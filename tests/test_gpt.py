@@ -20,6 +20,7 @@ from nanorl.gpt import (
     ScalarGPT,
     apply_rope,
     attention,
+    decoding_attention,
     fused_attention,
     rope_angles,
 )
@@ -129,6 +130,16 @@ def test_attention_weights_are_the_softmax_of_scaled_dot_products(inputs):
 @quick
 def test_fused_attention_is_attention(inputs):
     torch.testing.assert_close(fused_attention(*inputs), attention(*inputs), **exact)
+
+
+@given(attention_inputs())
+@quick
+def test_decoding_attention_is_attention_of_one_query(inputs):
+    """With 0 or -inf added to the scores in place of the mask."""
+    q, k, v, mask = inputs
+    visible, q = visible_keys(q, k, mask)[:, :, -1:], q[:, :, -1:]
+    added = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+    torch.testing.assert_close(decoding_attention(q, k, v, added), attention(q, k, v, visible), **exact)
 
 
 @given(attention_inputs())
@@ -468,6 +479,24 @@ def test_any_split_through_the_cache_is_the_plain_forward(positions, run):
             for row, at, h in zip(alive, starts, hidden, strict=True):
                 torch.testing.assert_close(h, plain[row][at : at + width], **exact)
             assert cache.length.tolist() == [at + width for at in starts]
+
+
+def test_a_compiled_decoding_step_attends_by_weighted_sums():
+    """A compiled step of one token, and nothing else; its hidden states are those of the plain forward."""
+    model, tokens, kernels = tiny(), ids(3, 6, seed=1), []
+
+    def backend(graph, inputs):
+        kernels.append("scaled_dot_product" in graph.code)
+        return graph.forward
+
+    compiled = torch.compile(model.hidden, backend=backend, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        plain, cache = model.hidden(tokens), KVCache(model.config, 3, 6, dtype=torch.float64)
+        for part, by_kernels in ((slice(0, 4), True), (slice(4, 5), False)):
+            torch.testing.assert_close(compiled(tokens[:, part], cache), plain[:, part], **exact)
+            assert kernels.pop() == by_kernels
+        torch.testing.assert_close(compiled(tokens[:, :1]), plain[:, :1], **exact)          # a sequence of one token
+        assert kernels == [True]
 
 
 @every_position
