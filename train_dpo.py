@@ -15,7 +15,7 @@ to one prompt. The relatives differ in the *implicit reward* r, and in what they
 
 log pi is of the whole response and |y| its length in tokens, the stop token included. --nll-coef c adds -c log pi(w)/|w| to
 any row. Only the margin is driven: the chosen response's own log-probability may fall, as long as the rejected one's falls
-faster. Watch train/chosen_logp; --nll-coef holds it up.
+faster. Watch train/chosen_logp; --nll-coef holds it up. Where r is per token, Z cancels only between equal lengths.
 
     python train_dpo.py                                     pairs of stories, from nothing
     python train_dpo.py --refresh-reference 25 --out runs/idpo      iterative: the policy becomes its own reference
