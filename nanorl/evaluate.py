@@ -35,6 +35,10 @@ from nanorl.tokenizer import Tokenizer
 
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
 
+# Flags that only some methods look at: the value where none is given, and those methods.
+ONLY_SOME = {"scorer": (("verifier",), {"best_of_n"}), "alpha": ((2.0, 4.0), {"low_temperature", "power"}),
+             "proposal": (("base",), {"power"}), "steps": (128, {"power"}), "chains": (2, {"power"})}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(run.DeviceConfig):
@@ -47,14 +51,21 @@ class Config(run.DeviceConfig):
     n: run.Count = 16           # answers to each of them; a method of one answer is averaged over all n
     temperature: run.Positive = 1.0    # of all methods that do not say otherwise
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut, and wrong (default: the task's)
-    scorer: tuple[Literal["verifier", "logprob", "reward"], ...] = ("verifier",)    # who chooses the best of n
+    scorer: tuple[Literal["verifier", "logprob", "reward"], ...] | None = None    # chooses the best of n (default: verifier)
     reward_model: str = ""      # run of train_reward.py, for --scorer reward
-    alpha: tuple[run.Positive, ...] = (2.0, 4.0)    # powers
-    proposal: tuple[Literal["base", "tempered"], ...] = ("base",)    # power: new ends from the model, or at temperature 1/alpha
-    steps: run.Count = 128      # power: steps of each chain
-    chains: run.Count = 2       # power: chains for each problem
+    alpha: tuple[run.Positive, ...] | None = None    # powers (default: 2 and 4)
+    proposal: tuple[Literal["base", "tempered"], ...] | None = None    # power: new ends at temperature 1 (default) or 1/alpha
+    steps: run.Count | None = None    # power: steps of each chain (default: 128)
+    chains: run.Count | None = None    # power: chains for each problem (default: 2)
     out: str = ""               # JSON file for the table and the settings
     plot: str = ""              # PNG of accuracy against tokens; needs matplotlib
+
+    def __post_init__(self):
+        """Fill what was left open, and refuse what no method looks at."""
+        for flag, (value, methods) in ONLY_SOME.items():
+            self.expect(getattr(self, flag) is None or methods & set(self.method), f"method {flag}",
+                        f"no method here looks at it; expected {' or '.join(sorted(methods))}")
+            self.default(flag, value)
 
 
 @dataclass

@@ -50,6 +50,11 @@ NonNegative = Annotated[float, Bound(lambda x: 0 <= x < math.inf, "a finite numb
 Share = Annotated[float, Bound(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
 
 
+def _typed(value: Any) -> str:
+    """As one types it behind a flag."""
+    return " ".join(map(str, value)) if type(value) is tuple else str(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
     """The flags of whatever runs a model."""
@@ -58,6 +63,17 @@ class DeviceConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda
     compile: bool | None = None  # torch.compile; by default on cuda only
+
+    def default(self, flag: str, value: Any) -> None:
+        """In __post_init__: the value of a flag that nobody has set."""
+        if getattr(self, flag) in (None, ""):
+            object.__setattr__(self, flag, value)
+
+    def expect(self, holds: Any, flags: str, sentence: str) -> None:
+        """In __post_init__: refuse flags that do not go together. They are shown with their values before the sentence."""
+        if not holds:
+            shown = " ".join(f"--{flag.replace('_', '-')} {_typed(getattr(self, flag))}" for flag in flags.split())
+            raise ValueError(f"{shown}: {sentence}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +90,6 @@ class RunConfig(DeviceConfig):
     recompute: bool = False     # compute activations again in the backward pass instead of keeping them: slower, less memory
     deterministic: bool = False  # on cuda: slower kernels that give the same result every time
     quiet: bool = False         # no progress bar and no samples on the screen
-
-    def default(self, flag: str, value: Any) -> None:
-        """In __post_init__: the value of a flag that nobody has set."""
-        if getattr(self, flag) in (None, ""):
-            object.__setattr__(self, flag, value)
-
-    def expect(self, holds: Any, flags: str, sentence: str) -> None:
-        """In __post_init__: refuse flags that do not go together. They are shown with their values before the sentence."""
-        if not holds:
-            shown = " ".join(f"--{flag.replace('_', '-')} {getattr(self, flag)}" for flag in flags.split())
-            raise ValueError(f"{shown}: {sentence}")
 
 
 MAY_DIFFER_ON_RESUME = {"resume", "quiet", "selfcheck"}
@@ -150,8 +155,7 @@ def parse(config_class: type, argv: list[str] | None = None):
         if field.default is dataclasses.MISSING:
             parser.add_argument(field.name, **how, help=says)
             continue
-        default = " ".join(map(str, field.default)) if how.get("nargs") else field.default
-        shown = "" if default in ("", None) else f" (default: {default})"
+        shown = "" if field.default in ("", None) else f" (default: {_typed(field.default)})"
         parser.add_argument(flag, dest=field.name, **how, help=says + shown)
         defaults[field.name] = field.default
 
@@ -159,8 +163,7 @@ def parse(config_class: type, argv: list[str] | None = None):
         typed = {name: tuple(x) if type(x) is list else x for name, x in vars(parser.parse_args(argv)).items()}
         for name, value in typed.items():
             if expected := _misfit(value, hints[name]):
-                shown = " ".join(map(str, value)) if type(value) is tuple else value
-                raise ValueError(f"--{name.replace('_', '-')} {shown}: expected {expected}")
+                raise ValueError(f"--{name.replace('_', '-')} {_typed(value)}: expected {expected}")
         saved = {}
         if typed.get("resume"):
             out = typed.get("out") or config_class(**defaults | typed).out      # its default may depend on other flags
