@@ -110,16 +110,17 @@ class Benchmark:
         """Time the candidates, which need so many FLOPs and move at least so many bytes, and add and print their rows. Where a
         roofline is known, also look inside ours."""
         floor = max(flops / self.ceiling[f"{self.dtype} FLOP/s"], moved / self.ceiling["bytes/s"])
-        with run.autocast(self.device, "auto"):
-            rounds = race(candidates, self.device, 0.0 if self.cfg.smoke else self.cfg.seconds)
-            for who, times in rounds.items():
-                seconds, ours = statistics.median(times), who.startswith("nanorl")
-                self.add(Row(group, work, who, seconds, tokens / seconds if tokens else None,
-                             median_ratio(rounds["plain"], times) if "plain" in rounds else None,
-                             floor / seconds if floor and ours else None))
-                if floor and ours:
-                    for part, share in inside(candidates[who], self.device).items():
-                        self.add(Row(group, INSIDE + part, who, share=share))
+        # Each call by itself: until it ends, autocast keeps what it has cast, weights of before an update included.
+        candidates = {who: run.autocast(self.device, "auto")(work) for who, work in candidates.items()}
+        rounds = race(candidates, self.device, 0.0 if self.cfg.smoke else self.cfg.seconds)
+        for who, times in rounds.items():
+            seconds, ours = statistics.median(times), who.startswith("nanorl")
+            self.add(Row(group, work, who, seconds, tokens / seconds if tokens else None,
+                         median_ratio(rounds["plain"], times) if "plain" in rounds else None,
+                         floor / seconds if floor and ours else None))
+            if floor and ours:
+                for part, share in inside(candidates[who], self.device).items():
+                    self.add(Row(group, INSIDE + part, who, share=share))
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -154,7 +155,10 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def pretrain(bench: Benchmark) -> None:
     """Our block and GPT-2's have the same number of weights but for their embeddings: twelve times the width squared."""
-    shapes = [("gpt2", 32, 1024, 50304)] if bench.device.type == "cuda" else [("nano", 12, 64, 256), ("nano", 64, 128, 256)]
+    shapes = [("nano", 12, 64, 256), ("nano", 64, 128, 256)]
+    if bench.device.type == "cuda":
+        large = torch.cuda.get_device_properties(bench.device).total_memory > 2**36
+        shapes = [("gpt2", 32 if large else 8, 1024, 50304)]
     for shape in [("nano", 2, 16, 256)] if bench.cfg.smoke else shapes:
         pretrain_at(bench, *shape)
 
@@ -262,8 +266,8 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
              + 3 * forward_flops(model, B * (length - 1), B * new, length))
     work = f"{P} x {G} answers, {prompt} + {new} tokens, V={V}"
     bench.run("grpo", work, {"plain": plain_step, "nanorl": step, "half skipped": skipping}, B * new, flops)
-    with run.autocast(bench.device, "auto"):
-        rounds = [timed_step().seconds for _ in range(1 if bench.cfg.smoke else 7)]
+    timed = run.autocast(bench.device, "auto")(timed_step)
+    rounds = [timed().seconds for _ in range(1 if bench.cfg.smoke else 7)]
     for part in rounds[0]:
         bench.add(Row("grpo", f"  part: {part}", "nanorl", statistics.median(sum(spent[part]) for spent in rounds)))
 

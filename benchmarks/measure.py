@@ -60,7 +60,8 @@ class Stopwatch:
 
 
 # What operators on a CPU and kernels on a GPU are called; the first pattern that fits.
-PARTS = {"attention": "attention|fmha|flash", "matrix products": r"^aten::(mm|addmm|bmm)$|gemm|nvjet|cutlass",
+PARTS = {"attention": r"^(?!triton).*(attention|fmha|flash)",
+         "matrix products": r"^aten::(mm|addmm|bmm)$|gem[mv]|nvjet|cutlass",
          "other operators": ""}
 
 

@@ -146,16 +146,19 @@ class KVCache:
         self.length += tokens
         self.visible += 0 if self.static else tokens
 
-    def addresses(self, positions: Tensor) -> Tensor:
-        """Where these positions of each row and head lie in a layer's memory, counted in keys.       [B, T] -> [B, Hkv, T]"""
-        B, H, capacity, _ = self.keys[0].shape
-        return capacity * torch.arange(B * H, device=positions.device).view(B, H, 1) + positions[:, None]
+    def addresses(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """These positions of all rows and heads, as indices of a layer's memory.
 
-    def write(self, layer: int, addresses: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        [B, T] -> [B, 1, 1], [Hkv, 1], [B, 1, T]
+        """
+        rows, heads = (torch.arange(n, device=positions.device) for n in self.keys[0].shape[:2])
+        return rows[:, None, None], heads[:, None], positions[:, None]
+
+    def write(self, layer: int, addresses: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v [B, Hkv, T, D] there; return all that `layer` has, [B, Hkv, visible, D] each."""
         keys, values = self.keys[layer], self.values[layer]
         for memory, x in ((keys, k), (values, v)):
-            memory.view(-1, x.shape[-1])[addresses] = x.to(memory.dtype)
+            memory[addresses] = x.to(memory.dtype)      # of a view of it, torch.compile in PyTorch 2.11 would copy everything
         return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
@@ -189,7 +192,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, addresses: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, addresses: tuple | None) -> Tensor:
         q = self.q_norm(rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads))
         k = self.k_norm(rearrange(self.k(x), "b t (h d) -> b h t d", h=self.kv_heads))
         v = rearrange(self.v(x), "b t (h d) -> b h t d", h=self.kv_heads)
@@ -223,7 +226,7 @@ class Block(nn.Module):
         self.attention_norm, self.attention = nn.RMSNorm(config.width, eps=1e-6), Attention(config, layer)
         self.mlp_norm, self.mlp = nn.RMSNorm(config.width, eps=1e-6), MLP(config)
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, addresses: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, addresses: tuple | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask, cache, addresses)
         return x + self.mlp(self.mlp_norm(x))
 

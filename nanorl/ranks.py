@@ -22,8 +22,11 @@ def join(device: torch.device) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        mine = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(mine)
+        dist.init_process_group("nccl", device_id=mine)
+    else:
+        dist.init_process_group("gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")          # noqa: SIM115      one voice is enough
 

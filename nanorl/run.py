@@ -22,6 +22,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -61,8 +62,8 @@ class DeviceConfig:
 
     seed: Natural = 0           # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on cuda
-    compile: bool | None = None  # torch.compile; by default on cuda only
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on GPUs that have it
+    compile: bool | None = None  # torch.compile; by default on cuda, where there is Triton
 
     def default(self, flag: str, value: Any) -> None:
         """In __post_init__: the value of a flag that nobody has set."""
@@ -231,6 +232,7 @@ def pick_device(cfg: RunConfig) -> torch.device:
     device = find_device(cfg.device)
     ranks.join(device)
     if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # or else its products are not deterministic
         # Only a warning, because sampling needs a cumsum, which has no deterministic kernel by PyTorch's own list.
         torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
         if cfg.resume and not cfg.deterministic:
@@ -239,7 +241,9 @@ def pick_device(cfg: RunConfig) -> torch.device:
 
 
 def uses_bfloat16(device: torch.device, dtype: str) -> bool:
-    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    """By default on GPUs that compute in it, and do not only emulate it."""
+    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"
+                                   and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def autocast(device: torch.device, dtype: str):
@@ -247,8 +251,21 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, dtype))
 
 
+@contextlib.contextmanager
+def in_float32(device: torch.device) -> Iterator[None]:
+    """Inside, matrix products are float32's: neither autocast to bfloat16 nor, on CUDA, rounded to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def wants_compile(cfg: DeviceConfig, device: torch.device) -> bool:
-    return device.type == "cuda" if cfg.compile is None else cfg.compile
+    """By default on CUDA, where there is Triton: the compiler writes its kernels in it."""
+    return device.type == "cuda" and find_spec("triton") is not None if cfg.compile is None else cfg.compile
 
 
 def prepare(cfg: RunConfig, device: torch.device, *models: GPT) -> bool:

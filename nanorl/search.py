@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.rollout import Room, answer, heldout_problems, learned_rewards, score_rollout
-from nanorl.run import derive, generator
+from nanorl.run import derive, generator, in_float32
 from nanorl.sample import Rollout, generate
 from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
@@ -203,7 +203,7 @@ def _finish(model: GPT, starts: list[list[int]], limits: list[int], *, T: int, t
 
     In float32: the acceptance compares p with q, and in half precision their rounding would decide.
     """
-    with torch.autocast(model.head.weight.device.type, enabled=False):
+    with in_float32(model.head.weight.device):
         y = generate(model, starts, max_new_tokens=limits, temperature=temperature, **how)
         logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, ROOM)
     missing = T - y.tokens.shape[1]

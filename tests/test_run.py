@@ -82,6 +82,30 @@ def test_a_device_that_is_not_there_is_refused():
     assert run.pick_device(Config(device="cpu")).type == "cpu"
 
 
+@pytest.mark.parametrize("triton", [False, True])
+def test_compiling_is_the_default_on_cuda_where_there_is_triton(triton, monkeypatch):
+    monkeypatch.setattr(run, "find_spec", lambda name: triton or None)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert run.wants_compile(Config(), cuda) == triton and not run.wants_compile(Config(), cpu)
+    for asked in (False, True):
+        assert run.wants_compile(Config(compile=asked), cuda) == run.wants_compile(Config(compile=asked), cpu) == asked
+
+
+def test_in_float32_nothing_rounds_products_and_afterwards_all_is_as_before():
+    x, precision = torch.randn(20, 20, generator=torch.Generator().manual_seed(0)), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.raises(KeyError), run.in_float32(torch.device("cpu")):
+                assert torch.get_float32_matmul_precision() == "highest"
+                torch.testing.assert_close(x @ x, (x.double() @ x.double()).float())
+                raise KeyError
+            assert (x @ x).dtype == torch.bfloat16
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 # ---- randomness ----
 
 

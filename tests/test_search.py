@@ -431,6 +431,16 @@ def test_chains_keep_their_books(alpha, temperature):
     assert all(torch.equal(a.rollout.tokens, b.rollout.tokens) for a, b in zip(again, states, strict=False))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_autocast_does_not_change_a_chain(temperature):
+    """Rounding in half precision would decide what is accepted."""
+    how = dict(alpha=2.0, steps=5, temperature=temperature, chains=4, max_new_tokens=6, stop_ids={STOP}, seed=1)
+    plain = last(power_sample(tiny(3).float(), [[1]], **how))
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = last(power_sample(tiny(3).float(), [[1]], **how))
+    assert torch.equal(plain.rollout.tokens, under_autocast.rollout.tokens) and torch.equal(plain.logp, under_autocast.logp)
+
+
 def test_a_chain_fills_the_context_and_no_more():
     """Starts of different lengths, each with the room that is left to it."""
     model, how = tiny(), dict(alpha=2.0, steps=5, chains=4, stop_ids=set())

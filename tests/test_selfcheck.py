@@ -121,7 +121,11 @@ def test_a_verifier_that_can_be_gamed_is_named(task, says):
         check_verifier(task)
 
 
-def test_the_bound_is_stated_for_each_precision():
+@pytest.mark.parametrize("native", [False, True])
+def test_the_bound_is_stated_for_each_precision(native, monkeypatch):
+    """Also for that of "auto", which is bfloat16 only on GPUs that compute in it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert tolerance(cpu, "auto") == tolerance(cpu, "float32") == 1e-4
-    assert tolerance(cpu, "bfloat16") == tolerance(cuda, "auto") > tolerance(cuda, "float32") > 1e-4
+    assert tolerance(cpu, "bfloat16") > tolerance(cuda, "float32") > 1e-4
+    assert tolerance(cuda, "auto") == tolerance(cuda, "bfloat16" if native else "float32")
