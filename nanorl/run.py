@@ -232,7 +232,8 @@ def pick_device(cfg: RunConfig) -> torch.device:
     device = find_device(cfg.device)
     ranks.join(device)
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # or else its products are not deterministic
+        if cfg.deterministic:       # or else products of matrices are not
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Only a warning, because sampling needs a cumsum, which has no deterministic kernel by PyTorch's own list.
         torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
         if cfg.resume and not cfg.deterministic:
