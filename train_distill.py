@@ -28,80 +28,14 @@ from typing import Literal
 
 import torch
 
-import train_grpo
-import train_pretrain
-import train_sft
-from nanorl import ranks, run
-from nanorl.data import shift, shuffled_batch
-from nanorl.ops import (
-    entropy_from_logits,
-    jensen_shannon,
-    kl_divergence,
-    leave_one_out,
-    selective_log_softmax,
-    token_weights,
-    with_tail,
-)
-from nanorl.rollout import (
-    Room,
-    add_up,
-    answer,
-    answer_kl,
-    before_and_after,
-    check_room,
-    check_tokenizer,
-    collect,
-    describe,
-    evaluate,
-    heldout_problems,
-    of_all_ranks,
-    show_answers,
-)
-from nanorl.tasks import answer_room, make_task
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(run.RunConfig):
-    out: str = ""               # directory of this run (default: runs/distill, or runs/distill-TASK)
-    init: str = ""              # the student to begin with (default: a small one, pretrained and fine-tuned first)
-    teacher: str = ""           # run to learn from (default: runs/grpo, or runs/grpo-TASK, made first)
-    steps: run.Count = 60
-    lr: run.Positive = 1e-3
-    eval_every: run.Count = 20
-
-    task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
-    data: str = ""              # --on data: JSONL records {"prompt", "response"} instead of the task's demonstrations
-    on: Literal["data", "teacher", "student"] = "teacher"    # whose answers: see the table above
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"    # see the table above
-    gradient: Literal["token", "sequence"] = "token"    # sequence: of whole answers of the student, not token by token
-    beta: run.Share | None = None    # jsd: near 0 it is a small multiple of forward, near 1 of reverse (default: 0.5)
-    tau: run.Positive = 1.0     # temperature in D: above 1, unlikely tokens count more; answers are sampled at 1
-    top_k: run.Natural = 0      # compare only the teacher's k likeliest tokens, and the others as one; 0 is all
-    prompts: run.Count = 32     # P, prompts per step
-    group: run.Count = 4        # G, answers per prompt; with --on data, P x G demonstrations
-    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120)
-    micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
-    sample_rows: run.Count = 1024    # answers sampled at a time, but at least all of one prompt; the others wait
-    warmup: run.Share = 0.1     # of the steps: the learning rate rises
-    decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
-    grad_clip: run.Positive = 1.0    # bound on the gradient's norm
-    eval_problems: run.Count = 500    # held-out problems
-
-    def __post_init__(self):
-        self.default("out", run.stage_dir("distill", self.task, self.difficulty))
-        self.default("max_new_tokens", answer_room(self.task))
-        self.expect(self.divergence == "jsd" or self.beta is None, "divergence beta", "only --divergence jsd has a --beta")
-        if self.divergence == "jsd":
-            self.default("beta", 0.5)
-            self.expect(0 < self.beta < 1, "beta", "expected a number between 0 and 1; at the ends the divergence is 0")
-        self.expect(self.on == "data" or not self.data, "on data", "only --on data reads records")
-        if self.gradient == "sequence":
-            self.expect((self.on, self.divergence) == ("student", "reverse"), "gradient on divergence",
-                        "the gradient of whole answers is that of --on student --divergence reverse")
-            self.expect(self.tau == 1 and self.top_k == 0, "gradient tau top_k",
-                        "whole answers have the KL of the policies as they sample: expected --tau 1 --top-k 0")
-            self.expect(self.group > 1, "gradient group", "its baseline is the other answers to a prompt, expected at least 2")
+from nanorl import run
+from nanorl.data import render_records, response_batch, shift, shuffled_batch, training_records
+from nanorl.heldout import answer_kl, before_and_after, evaluate_policy, heldout_problems, show_answers
+from nanorl.ops import (entropy_from_logits, jensen_shannon, kl_divergence, leave_one_out, selective_log_softmax, token_weights,
+                        with_tail)
+from nanorl.rollout import Sampling, add_metrics, collect, describe, sample_and_grade, sum_over_ranks
+from nanorl.run import ranks
+from nanorl.tasks import default_max_new_tokens
 
 
 def token_divergence(student, teacher, *, divergence="forward", beta=None, tau=1.0, top_k=0):
@@ -119,19 +53,19 @@ def token_divergence(student, teacher, *, divergence="forward", beta=None, tau=1
     return d
 
 
-def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1, tau=1.0, **how):
+def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1, divergence="forward",
+              beta=None, tau=1.0, top_k=0):
     """The loss of some prompts' answers, and metrics as sums over tokens.
 
         L = tau^2 sum_bt w_bt D_bt   [ + sum_bt w_bt sg( sum_{s>t} D_bs - b_bt ) log q(y_bt|y_b,<t)   with gradient="sequence" ]
 
     student, teacher: logits [N, V] of the N tokens ids [N] where mask [B, T] is True; weights [B, T]. With the second term,
-    rows are groups of `group` answers to a prompt, side by side, and of L only the gradient means something. `how` goes to
-    token_divergence.
+    rows are groups of `group` answers to a prompt, side by side, and of L only the gradient means something.
 
     tau^2 because the gradient in the logits is 1/tau of that in logits / tau, and p - q shrinks as 1/tau, too: so the strength
     of the lesson does not depend on tau.                                           (Hinton et al. 2015, section 2.1)
     """
-    per_token = token_divergence(student, teacher, tau=tau, **how)
+    per_token = token_divergence(student, teacher, divergence=divergence, beta=beta, tau=tau, top_k=top_k)
     D = per_token.new_zeros(mask.shape).masked_scatter(mask, per_token)                     # [B, T]
     loss = tau**2 * (weights * D).sum()
     if gradient == "sequence":
@@ -143,77 +77,108 @@ def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1
     return loss, {f"train/{name}": x.detach() for name, x in metrics.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(run.RunConfig):
+    out: str = ""               # directory of this run (default: runs/distill, or runs/distill-TASK)
+    init: str = ""              # the student to begin with (default: a small one, pretrained and fine-tuned first)
+    teacher: str = ""           # run to learn from (default: runs/grpo, or runs/grpo-TASK, made first)
+    steps: run.Count = 60
+    lr: run.Positive = 1e-3
+    eval_every: run.Count = 20
+
+    # answers
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
+    data: str = ""              # --on data: JSONL records {"prompt", "response"} instead of the task's demonstrations
+    on: Literal["data", "teacher", "student"] = "teacher"    # whose answers: see the table above
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"    # see the table above
+    gradient: Literal["token", "sequence"] = "token"    # sequence: of whole answers of the student, not token by token
+    beta: run.Share | None = None    # jsd: near 0 it is a small multiple of forward, near 1 of reverse (default: 0.5)
+    tau: run.Positive = 1.0     # temperature in D: above 1, unlikely tokens count more; answers are sampled at 1
+    top_k: run.Natural = 0      # compare only the teacher's k likeliest tokens, and the others as one; 0 is all
+    prompts: run.Count = 32     # P, prompts per step
+    group: run.Count = 4        # G, answers per prompt; with --on data, P x G demonstrations
+    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120)
+    micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
+    eval_problems: run.Count = 500    # held-out problems
+
+    def __post_init__(self):
+        self.default("out", run.stage_dir("distill", self.task))
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
+        self.require(self.divergence == "jsd" or self.beta is None, "divergence beta", "only --divergence jsd has a --beta")
+        if self.divergence == "jsd":
+            self.default("beta", 0.5)
+            self.require(0 < self.beta < 1, "beta", "expected a number between 0 and 1; at the ends the divergence is 0")
+        self.require(self.on == "data" or not self.data, "on data", "only --on data reads records")
+        if self.gradient == "sequence":
+            self.require((self.on, self.divergence) == ("student", "reverse"), "gradient on divergence",
+                         "the gradient of whole answers is that of --on student --divergence reverse")
+            self.require(self.tau == 1 and self.top_k == 0, "gradient tau top_k",
+                         "whole answers have the KL of the policies as they sample: expected --tau 1 --top-k 0")
+            self.require(self.group > 1, "gradient group", "its baseline is the other answers to a prompt, expected at least 2")
+
+
 def make_student(cfg: Config) -> str:
     """The default student: a quarter of the default model, pretrained on the same text and fine-tuned on the task."""
-    pretrained = run.ensure_stage(train_pretrain, out="runs/pretrain-pico", preset="pico", **run.same(cfg))
-    return run.ensure_stage(train_sft, out=run.stage_dir("sft-pico", cfg.task, cfg.difficulty), init=pretrained,
-                            **run.same(cfg, "task", "difficulty"))
+    pretrained = run.ensure_stage(cfg, "pretrain", out="runs/pretrain-pico", preset="pico")
+    return run.ensure_stage(cfg, "sft", out=run.stage_dir("sft-pico", cfg.task), init=pretrained, task=cfg.task)
 
 
-@run.says_why_it_stopped
+@run.script
 def main(cfg: Config) -> None:
-    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the models.
-    with run.user_errors():
-        device = run.pick_device(cfg)
-        checkpoint = run.Run.check(cfg)
-        task = make_task(cfg.task, cfg.difficulty or None)
-        task.prepare()
-        records = train_sft.training_records(cfg.data, task) if cfg.on == "data" else []
-        for typed in filter(None, (cfg.teacher, "" if checkpoint else cfg.init)):
-            run.load_checkpoint(typed, "policy")
-    teacher_run = cfg.teacher or run.ensure_stage(train_grpo, out=run.stage_dir("grpo", cfg.task, cfg.difficulty),
-                                                  **run.same(cfg, "task", "difficulty"))
-    init = "" if checkpoint else cfg.init or make_student(cfg)
-    with run.user_errors():
-        start, teacher_start = checkpoint or run.load_checkpoint(init, "policy"), run.load_checkpoint(teacher_run, "policy")
-        tokenizer, student = run.tokenizer_from(start), run.model_from(start, device)
-        check_tokenizer(teacher_start, tokenizer, teacher_run)
-        teacher = run.model_from(teacher_start, device).requires_grad_(False)
-        for model in (student, teacher):
-            check_room(model, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
-        context = min(student.config.context, teacher.config.context)
-        demonstrations = train_sft.render(records, tokenizer, context, cfg.data or task.name)
+    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    device, checkpoint = run.pick_device(cfg), run.Run.check(cfg)
+    task = run.choose_task(cfg.task)
+    records = training_records(cfg.data, task) if cfg.on == "data" else []
+    for typed in filter(None, (cfg.teacher, "" if checkpoint else cfg.init)):
+        run.load_checkpoint(typed, "policy")
+    teacher_run = cfg.teacher or run.ensure_stage(cfg, "grpo", task=cfg.task)
+    start, teacher_start = checkpoint or run.load_checkpoint(cfg.init or make_student(cfg)), run.load_checkpoint(teacher_run)
+    tokenizer, student = run.tokenizer_from(start), run.model_from(start, device)
+    run.check_tokenizer(teacher_start, tokenizer, teacher_run)
+    teacher = run.model_from(teacher_start, device).requires_grad_(False)
+    for model in (student, teacher):
+        run.check_fits_context(model, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
+    context = min(student.config.context, teacher.config.context)
+    demonstrations = render_records(records, tokenizer, context, cfg.data or task.name)
 
     optimizer = run.Optimizers(student, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, student, optimizer, tokenizer)
-    with run.user_errors():
-        out.started_from(teacher=teacher)
+    out = run.Run(cfg, checkpoint, student, optimizer, tokenizer, teacher=teacher)
     del start, teacher_start, checkpoint
-    compiled = run.prepare(cfg, device, student, teacher)
-    sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, compile=compiled)
+    compiled = run.compile_models(cfg, device, student, teacher)
+    sampling = Sampling(cfg.max_new_tokens, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, gradient=cfg.gradient, group=cfg.group, divergence=cfg.divergence, beta=cfg.beta,
                              tau=cfg.tau, top_k=cfg.top_k)
     with run.autocast(device, cfg.dtype):
-        teacher_answers = answer(teacher, tokenizer, task, heldout_problems(task, cfg.eval_problems, cfg.seed),
-                                 seed=run.derive(cfg.seed, "teacher"), **sampling)
+        teacher_answers = sample_and_grade(teacher, tokenizer, task, heldout_problems(task, cfg.eval_problems, cfg.seed), sampling,
+                                           seed=run.derive(cfg.seed, "teacher"))
     teacher_accuracy = float(teacher_answers.rewards.mean())
     print(f"Distilling {teacher.num_parameters():,} parameters into {student.num_parameters():,}: {cfg.divergence} divergence "
           f"on answers of the {cfg.on} to {task.name}, on {device.type}. The teacher is right in {teacher_accuracy:.3f} of its "
           "samples.")
 
-    def look() -> dict[str, float]:
+    def evaluate_now() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
-            metrics, experience = evaluate(student, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
-                                           reference=teacher, room=Room(cfg.micro_batch), **sampling)
+            metrics, answers = evaluate_policy(student, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
+                                               reference=teacher, micro_batch=cfg.micro_batch)
             metrics["eval/reverse_kl"] = metrics.pop("eval/answer_kl")
-            metrics["eval/forward_kl"] = answer_kl(teacher, student, teacher_answers.rollout, 1.0, Room(cfg.micro_batch))
-        show_answers(out, experience)
+            metrics["eval/forward_kl"] = answer_kl(teacher, student, teacher_answers.rollout, 1.0, cfg.micro_batch)
+        show_answers(out, answers)
         return metrics
 
     for step in out.steps():
-        # 2. Look: held-out problems, and how far student and teacher are apart, seen from either.
+        # 2. Evaluate: held-out problems, and how far student and teacher are apart, seen from either.
         if step % cfg.eval_every == 0:
-            out.log(look())
+            out.log(evaluate_now())
 
         # 3. Prefixes: demonstrations, or answers to fresh problems by the teacher or by the student as it is now.
         started, shown = time.perf_counter(), {}
         if cfg.on == "data":
             picks = shuffled_batch(len(records), cfg.prompts * cfg.group, step, cfg.seed)
-            tokens, mask = (x.to(device) for x in train_sft.batch_of(*demonstrations, picks, tokenizer.pad))
+            tokens, mask = (x.to(device) for x in response_batch(*demonstrations, picks, tokenizer.pad))
         else:
             with run.autocast(device, cfg.dtype):
-                fresh = collect(student if cfg.on == "student" else teacher, tokenizer, task, prompts=cfg.prompts,
-                                samples=cfg.group, seed=run.derive(cfg.seed, "rollout", step), **sampling)
+                fresh = collect(student if cfg.on == "student" else teacher, tokenizer, task, sampling,
+                                prompts=cfg.prompts, samples=cfg.group, seed=run.derive(cfg.seed, "rollout", step))
             tokens, mask, facts = fresh.rollout.tokens, fresh.rollout.mask, describe(fresh)
             out.log({f"rollout/{name}": value for name, value in facts.items()} | {"rollout/tokens": int(mask.sum())})
             shown = {"reward": f"{facts['reward']:.2f}"} if cfg.on == "student" else {}
@@ -234,10 +199,10 @@ def main(cfg: Config) -> None:
                 student_logits = student.head(student.hidden(inputs)[m])
             micro_loss, metrics = loss(student_logits, teacher_logits, targets[m], m, weights[part, : T - 1])
             micro_loss.backward()
-            add_up(totals, metrics)
-        totals = of_all_ranks(totals)
-        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
-        grad_norm = optimizer.step(lr, cfg.grad_clip)
+            add_metrics(totals, metrics)
+        totals = sum_over_ranks(totals)
+        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1, decay=0.5)
+        grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 5. Log: sums over tokens become means.
         totals = {name: total / mask.sum() for name, total in totals.items()}
@@ -245,7 +210,7 @@ def main(cfg: Config) -> None:
                 show={"divergence": f"{totals['train/divergence']:.4f}", **shown})
 
     # 6. What the student has learned.
-    final = look()
+    final = evaluate_now()
     out.finish(final)
     print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
     print(f"  {'the teacher, sampled':37s} {teacher_accuracy:8.3f}")

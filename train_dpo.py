@@ -32,94 +32,22 @@ from typing import Literal
 
 import torch
 
-import train_reward
-import train_sft
-from nanorl import ranks, run
-from nanorl.data import pair_batch, response_mask, shuffled_batch
+from nanorl import run
+from nanorl.data import pair_batch, read_pairs, render_pairs, response_mask, shuffled_batch
+from nanorl.heldout import before_and_after, evaluate_policy, show_answers, show_responses
 from nanorl.ops import bradley_terry, ranked_right
-from nanorl.rollout import (
-    Room,
-    add_up,
-    before_and_after,
-    check_room,
-    choose_task,
-    collect,
-    describe,
-    evaluate,
-    learned_rewards,
-    load_reward_model,
-    of_all_ranks,
-    show_answers,
-)
+from nanorl.rollout import Sampling, add_metrics, collect, describe, learned_rewards, sum_over_ranks
+from nanorl.run import ranks
 from nanorl.sample import token_log_probs
-from nanorl.search import best_of_n_curve
-from nanorl.tasks import answer_room, make_task
+from nanorl.tasks import default_max_new_tokens, make_task
 
-# What each loss looks at, and its value where no flag gives one.
+# What each loss uses, and its value where no flag gives one.
 LOSSES = {"dpo": {"beta": 0.3, "nll_coef": 0.0},
           "cdpo": {"beta": 0.3, "nll_coef": 0.0, "label_noise": 0.1},
           "ipo": {"beta": 5.0, "nll_coef": 0.0},
           "slic": {"delta": 1.0, "nll_coef": 0.1},
           "simpo": {"beta": 10.0, "nll_coef": 0.0, "gamma": 1.0}}
 REFERENCE_FREE = ("slic", "simpo")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(run.RunConfig):
-    out: str = "runs/dpo"
-    steps: run.Count = 100
-    lr: run.Positive = 2e-4
-    eval_every: run.Count = 25
-
-    data: str = ""              # JSONL records {"prompt", "chosen", "rejected"} (default: data/preferences.jsonl)
-    batch: run.Count = 32       # pairs per step
-    micro_batch: run.Count = 32  # pairs in memory at a time
-    sample_rows: run.Count = 1024    # answers sampled at a time, but at least all of one prompt; the others wait
-    warmup: run.Share = 0.1     # of the steps: the learning rate rises
-    grad_clip: run.Positive = 1.0    # bound on the gradient's norm
-
-    loss: Literal[*LOSSES] = "dpo"    # a row of the table above
-    beta: run.Positive | None = None    # implicit reward per nat (default: 0.3; simpo 10); ipo: 1/(2 beta) is its margin (5)
-    label_noise: run.Share | None = None    # cdpo: how often a label is taken to be wrong (default: 0.1)
-    delta: run.NonNegative | None = None    # slic: the margin to reach, in nats (default: 1)
-    gamma: run.NonNegative | None = None    # simpo: the margin to reach (default: 1)
-    nll_coef: run.NonNegative | None = None    # weight of the chosen response's loss per token (default: 0; slic 0.1)
-    refresh_reference: run.Count | None = None    # every so many steps the policy becomes the reference (default: never)
-
-    online: bool = False        # sample fresh pairs from the policy instead of reading them
-    judge: Literal["hidden", "model", "verifier"] | None = None    # online: who prefers (default: model or verifier)
-    reward_model: str = ""      # a run of train_reward.py: judges with --judge model (default: runs/reward), else only logged
-    task: str = "stories"       # stories, or with --online also addition, sums, sorting, reversal, countdown or code
-    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120; stories 140)
-    temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
-    eval_problems: run.Count = 200    # held-out prompts to answer (not with --data)
-    best_of: run.Natural = 16   # answers to each of them for best-of-n before training, to compare with; 0 is off
-
-    def __post_init__(self):
-        """Fill what was left open from the loss's row, and refuse what contradicts itself."""
-        for flag in ("beta", "label_noise", "delta", "gamma", "nll_coef"):
-            if flag in LOSSES[self.loss]:
-                self.default(flag, LOSSES[self.loss][flag])
-            self.expect(flag in LOSSES[self.loss] or getattr(self, flag) is None, f"loss {flag}",
-                        "that loss does not look at it")
-        self.expect(not self.refresh_reference or self.loss not in REFERENCE_FREE, "loss refresh_reference",
-                    "that loss has no reference")
-        verifiable = make_task(self.task, needs_verifier=False).verifiable
-        self.expect(self.online or not verifiable, "task", "it has no pairs to read; expected --online beside it, or stories")
-        self.expect(self.online or self.judge is None, "judge",
-                    "pairs from a file are judged already; expected --online beside it")
-        self.expect(not (self.online and self.data), "data", "with --online, pairs are sampled; leave one of the two out")
-        self.expect(not (self.data and self.reward_model), "reward_model", "it knows stories; leave it out with --data")
-        if self.online:
-            self.default("judge", "verifier" if verifiable else "model")
-            self.expect((self.judge == "verifier") == verifiable, "judge",
-                        f"expected {'verifier' if verifiable else 'hidden or model'} with --task {self.task}")
-        self.default("max_new_tokens", answer_room(self.task))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The objective
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def objective(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, weights, *, loss="dpo", beta=0.3,
@@ -160,11 +88,6 @@ def objective(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejecte
     return (weights * pair).sum(), {f"train/{name}": (weights * x.detach()).sum() for name, x in metrics.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def judged_pairs(scores):
     """Of two answers to each prompt, rows 2p and 2p+1: the rows of the better and of the worse ones. Ties are left out.
 
@@ -175,62 +98,92 @@ def judged_pairs(scores):
     return 2 * decided + best, 2 * decided + 1 - best
 
 
-@run.says_why_it_stopped
+@dataclass(frozen=True, kw_only=True)
+class Config(run.RunConfig):
+    out: str = "runs/dpo"
+    steps: run.Count = 100
+    lr: run.Positive = 2e-4
+    eval_every: run.Count = 25
+
+    # pairs
+    data: str = ""              # JSONL records {"prompt", "chosen", "rejected"} (default: data/preferences.jsonl)
+    batch: run.Count = 32       # pairs per step
+    micro_batch: run.Count = 32  # pairs in memory at a time
+    online: bool = False        # sample fresh pairs from the policy instead of reading them
+    judge: Literal["hidden", "model", "verifier"] | None = None    # online: who prefers (default: model or verifier)
+    reward_model: str = ""      # a run of train_reward.py: judges with --judge model (default: runs/reward), else only logged
+    task: str = "stories"       # stories, or with --online also addition, sums, sorting, reversal, countdown or code
+    max_new_tokens: run.Count | None = None    # an answer longer than this is truncated (default: 80; code 120; stories 140)
+    temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
+    eval_problems: run.Count = 200    # held-out prompts to answer (not with --data)
+    best_of: run.Natural = 16   # answers to each of them for best-of-n before training, to compare with; 0 is off
+
+    # the algorithm
+    loss: Literal[*LOSSES] = "dpo"    # a row of the table above
+    beta: run.Positive | None = None    # implicit reward per nat (default: 0.3; simpo 10); ipo: 1/(2 beta) is its margin (5)
+    label_noise: run.Share | None = None    # cdpo: how often a label is taken to be wrong (default: 0.1)
+    delta: run.NonNegative | None = None    # slic: the margin to reach, in nats (default: 1)
+    gamma: run.NonNegative | None = None    # simpo: the margin to reach (default: 1)
+    nll_coef: run.NonNegative | None = None    # weight of the chosen response's loss per token (default: 0; slic 0.1)
+    refresh_reference: run.Count | None = None    # every so many steps the policy becomes the reference (default: never)
+
+    def __post_init__(self):
+        """Fill the flags that were not given from the loss's row, and refuse those that contradict each other."""
+        for flag in ("beta", "label_noise", "delta", "gamma", "nll_coef"):
+            if flag in LOSSES[self.loss]:
+                self.default(flag, LOSSES[self.loss][flag])
+            self.require(flag in LOSSES[self.loss] or getattr(self, flag) is None, f"loss {flag}", "that loss does not use it")
+        self.require(not self.refresh_reference or self.loss not in REFERENCE_FREE, "loss refresh_reference",
+                     "that loss has no reference")
+        verifiable = make_task(self.task, needs_verifier=False).verifiable
+        self.require(self.online or not verifiable, "task", "it has no pairs to read; requires --online, or expected stories")
+        self.require(self.online or self.judge is None, "judge", "pairs from a file are judged already; requires --online")
+        self.require(not (self.online and self.data), "data", "with --online, pairs are sampled; leave one of the two out")
+        self.require(not (self.data and self.reward_model), "reward_model", "it knows stories; leave it out with --data")
+        if self.online:
+            self.default("judge", "verifier" if verifiable else "model")
+            self.require((self.judge == "verifier") == verifiable, "judge",
+                         f"expected {'verifier' if verifiable else 'hidden or model'} with --task {self.task}")
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
+
+
+@run.script
 def main(cfg: Config) -> None:
-    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
-    with run.user_errors():
-        device = run.pick_device(cfg)
-        checkpoint = run.Run.check(cfg)
-        task = choose_task(cfg.task, 0, "", needs_verifier=False)
-        records, training, heldout, identical = [], [], [], 0
-        if not cfg.online:
-            records, training, heldout, identical = train_reward.read_pairs(cfg.data)
-        if cfg.init:
-            run.load_checkpoint(cfg.init, "policy")
-        if cfg.reward_model:
-            run.load_checkpoint(cfg.reward_model, "reward model")
-    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, 0), **run.same(cfg, "task"))
-    reward_path = cfg.reward_model
-    if cfg.judge == "model" and not reward_path:
-        reward_path = run.ensure_stage(train_reward, out="runs/reward", **run.same(cfg))
-    with run.user_errors():
-        initial = run.load_checkpoint(init, "policy")
-        tokenizer = run.tokenizer_from(initial)
-        policy = run.model_from(checkpoint or initial, device)
-        start = run.model_from(initial, device).requires_grad_(False)
-        reward_model = load_reward_model(reward_path, tokenizer, device) if reward_path else None
-        prompts, chosen, rejected = train_reward.render_pairs(records, tokenizer, policy.config.context, cfg.data)
-        asked = prompts if cfg.data else [tokenizer.render(problem.prompt) for problem in task.examples()]
-        for model in filter(None, (policy, reward_model)):
-            check_room(model, asked, cfg.max_new_tokens)
+    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    task = run.choose_task(cfg.task, needs_verifier=False)
+    records, training, heldout, identical = [], [], [], 0
+    if not cfg.online:
+        records, training, heldout, identical = read_pairs(cfg.data)
+    reward_model = cfg.reward_model if cfg.reward_model or cfg.judge == "model" else None
+    device, checkpoint, tokenizer, policy, start, reward_model = run.begin(
+        cfg, "sft", task=None if cfg.data else task, reference=True, reward_model=reward_model)
+    prompts, chosen, rejected = render_pairs(records, tokenizer, policy.config.context, cfg.data)
+    if cfg.data:
+        run.check_fits_context(policy, prompts, cfg.max_new_tokens)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
-    with run.user_errors():
-        out.started_from(initial_policy=start, reward_model=reward_model)
-    reference = start
-    if cfg.refresh_reference:
-        reference = copy.deepcopy(start)
-        if "reference" in out.state:
-            reference.load_state_dict(out.state["reference"])
-    del initial, checkpoint
-    compiled = run.prepare(cfg, device, *{policy, start, reference})
-    sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
-    loss = functools.partial(objective, **{flag: getattr(cfg, flag) for flag in ("loss", *LOSSES[cfg.loss])})
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=start, reward_model=reward_model)
+    reference = copy.deepcopy(start) if cfg.refresh_reference else start
+    out.restore(reference)
+    del checkpoint
+    compiled = run.compile_models(cfg, device, *{policy, start, reference})
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
+    loss = functools.partial(objective, loss=cfg.loss, beta=cfg.beta, label_noise=cfg.label_noise, delta=cfg.delta,
+                             gamma=cfg.gamma, nll_coef=cfg.nll_coef)
     source = f"fresh pairs, judged by the {cfg.judge}" if cfg.online else f"{len(training):,} pairs of {cfg.data or task.name}"
     print(f"{cfg.loss} on {source}, {cfg.batch} a step, on {device.type}."
           + (f" {len(heldout):,} are held out; {identical} more have equal responses and are left out." if records else ""))
 
     def log_probs(model, tokens, prompt_lengths, lengths):
-        """log pi of N chosen responses, of the N rejected ones behind them, and their lengths: four of [N]."""
+        """log pi of N chosen responses, of the N rejected ones after them, and their lengths: four of [N]."""
         mask = response_mask(prompt_lengths, lengths, tokens.shape[1])
         with run.autocast(device, cfg.dtype):
             logp, _ = token_log_probs(model, tokens, mask, temperature=cfg.temperature)
         return *logp.sum(-1).chunk(2), *mask.sum(-1).chunk(2)
 
     @torch.no_grad()
-    def ask(model, batch):
-        """The batch with a reference's log-probs of its responses behind it; zeros where the loss has no reference."""
+    def with_reference(model, batch):
+        """The batch, and after it a reference's log-probs of its responses; zeros where the loss has no reference."""
         if cfg.loss in REFERENCE_FREE:
             return *batch, *torch.zeros(len(batch[-1]), device=device).chunk(2)
         return *batch, *log_probs(model, *batch)[:2]
@@ -241,57 +194,52 @@ def main(cfg: Config) -> None:
             part = picks[i : i + cfg.micro_batch]
             yield [x.to(device) for x in pair_batch(prompts, chosen, rejected, part, tokenizer.pad)], part
 
-    # The initial policy never changes: it is asked once about every pair that is compared with it.        [pairs, 2]
-    fixed = torch.zeros(len(records), 2, device=device)
+    # The initial policy never changes: its log-probs of every pair that is compared with it are computed once.       [pairs, 2]
+    reference_cache = torch.zeros(len(records), 2, device=device)
     for batch, part in from_file(heldout if cfg.refresh_reference else training + heldout):
-        fixed[part] = torch.stack(ask(start, batch)[3:], dim=1)
+        reference_cache[part] = torch.stack(with_reference(start, batch)[3:], dim=1)
 
     def pair_loss(tokens, prompt_lengths, lengths, ref_chosen, ref_rejected, count):
         """Loss and metrics of a few of `count` pairs."""
         better, worse, *response_lengths = log_probs(policy, tokens, prompt_lengths, lengths)
         return loss(better, worse, ref_chosen, ref_rejected, *response_lengths, torch.full_like(better, 1 / count))
 
-    def look():
+    def evaluate_now():
         metrics, totals = {}, {}
         with run.autocast(device, cfg.dtype):
             if cfg.data:
-                train_sft.show_responses(out, policy, tokenizer, (heldout or training)[:4], records, prompts, cfg)
+                shown = [records[i]["prompt"] for i in (heldout or training)[:4]]
+                show_responses(out, policy, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
             else:
-                metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
-                                               reference=start, reward_model=reward_model,
-                                               room=Room(cfg.micro_batch), **sampling)
-                show_answers(out, experience)
-                if cfg.best_of and out.step == 0:
-                    curve = best_of_n_curve(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems,
-                                            seed=cfg.seed, reward_model=reward_model, **sampling)
-                    metrics["eval/best_of_n"] = curve[cfg.best_of]
+                metrics, answers = evaluate_policy(policy, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
+                                                   reference=start, reward_model=reward_model, micro_batch=cfg.micro_batch,
+                                                   best_of=cfg.best_of if out.step == 0 else 0)
+                show_answers(out, answers)
         with torch.no_grad():
             for batch, part in from_file(heldout):
-                add_up(totals, pair_loss(*batch, *fixed[part].unbind(1), len(heldout))[1])
+                add_metrics(totals, pair_loss(*batch, *reference_cache[part].unbind(1), len(heldout))[1])
         return metrics | {f"eval/pair_{name}": totals[f"train/{name}"] for name in ("loss", "accuracy") if totals}
 
     for step in out.steps():
-        # 2. Look at what it writes by now, and how it ranks held-out pairs.
+        # 2. Evaluate: what does it write by now, and how does it rank held-out pairs?
         if step % cfg.eval_every == 0:
-            out.log(look())
-        if cfg.refresh_reference and step and step % cfg.refresh_reference == 0:
-            reference.load_state_dict(policy.state_dict())
-            out.state["reference"] = reference.state_dict()
+            out.log(evaluate_now())
+        out.refresh(reference, cfg.refresh_reference)
 
         # 3. Pairs: the next of the file, or two fresh answers to each prompt, of which a judge prefers one.
         started, count = time.perf_counter(), cfg.batch
         if cfg.online:
             with run.autocast(device, cfg.dtype):
-                fresh = collect(policy, tokenizer, task, prompts=cfg.batch, samples=2,
-                                seed=run.derive(cfg.seed, "rollout", step), **sampling)
+                fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.batch, samples=2,
+                                seed=run.derive(cfg.seed, "rollout", step))
                 rollout, scores = fresh.rollout, fresh.rewards
                 if cfg.judge == "model":
-                    scores = learned_rewards(reward_model, rollout, Room(cfg.micro_batch)).view(-1, 2)
+                    scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
             better, worse = (rows.to(device) for rows in judged_pairs(scores))
             count = len(better)
             mine = (ranks.parts(rows, cfg.micro_batch) for rows in (better, worse))
             parts = [torch.cat(rows) for rows in zip(*mine, strict=True)]
-            batches = (ask(reference, (rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]))
+            batches = (with_reference(reference, (rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]))
                        for rows in parts)
             out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
             out.log({"rollout/ties": 1 - count / cfg.batch, "rollout/tokens": int(rollout.mask.sum()),
@@ -299,7 +247,7 @@ def main(cfg: Config) -> None:
             started = time.perf_counter()
         else:
             picks = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)]
-            batches = (ask(reference, batch) if cfg.refresh_reference else (*batch, *fixed[part].unbind(1))
+            batches = (with_reference(reference, batch) if cfg.refresh_reference else (*batch, *reference_cache[part].unbind(1))
                        for batch, part in from_file(ranks.share(picks)))
 
         # 4. Update. Both responses of a pair stay together; micro-batches add up to the step.
@@ -307,18 +255,18 @@ def main(cfg: Config) -> None:
         for batch in batches:
             micro_loss, metrics = pair_loss(*batch, count)
             micro_loss.backward()
-            add_up(totals, metrics)
-        totals = of_all_ranks(totals)
-        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
+            add_metrics(totals, metrics)
+        totals = sum_over_ranks(totals)
+        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1)
         if totals:
-            totals["train/grad_norm"] = optimizer.step(lr, cfg.grad_clip)
+            totals["train/grad_norm"] = optimizer.step(lr, grad_clip=1.0)
 
         # 5. Log.
         out.log(totals | {"train/lr": lr, "time/update_s": time.perf_counter() - started},
                 show={name: f"{totals[f'train/{name}']:.2f}" for name in ("loss", "accuracy", "chosen_logp") if totals})
 
-    # 6. What it was good for.
-    final = look()
+    # 6. Held-out prompts and pairs, before and after.
+    final = evaluate_now()
     out.finish(final)
     print(before_and_after("held out", out.metrics()[0], final) + f"\nSaved in {cfg.out}.")
 

@@ -27,59 +27,12 @@ from typing import Literal
 
 import torch
 
-import train_sft
-from nanorl import ranks, run
+from nanorl import run
+from nanorl.heldout import before_and_after, evaluate_policy, show_answers
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
-from nanorl.rollout import (
-    Room,
-    add_up,
-    before_and_after,
-    check_room,
-    choose_task,
-    collect,
-    describe,
-    evaluate,
-    of_all_ranks,
-    score_rollout,
-    show_answers,
-)
+from nanorl.rollout import Sampling, add_metrics, collect, describe, score_rollout, sum_over_ranks
+from nanorl.run import ranks
 from nanorl.sample import token_log_probs
-from nanorl.search import best_of_n_curve
-from nanorl.tasks import answer_room
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(run.RunConfig):
-    out: str = ""               # directory of this run (default: runs/group_dpo, or runs/group_dpo-TASK)
-    steps: run.Count = 40
-    lr: run.Positive = 1e-4
-    eval_every: run.Count = 10
-
-    task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
-    data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
-    prompts: run.Count = 32     # P, prompts per step
-    group: run.Count = 8        # G, answers sampled per prompt
-    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120), and loses
-    temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
-
-    loss: Literal["pairs", "scaled", "mean", "hinge"] = "mean"    # see the table above
-    beta: run.Positive = 0.1    # implicit reward per nat of log(pi/ref)
-    margin: run.Positive | None = None    # hinge: the D that is enough (default: 1)
-    micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
-    sample_rows: run.Count = 1024    # answers sampled at a time, but at least all of one prompt; the others wait
-    warmup: run.Share = 0.05    # of the steps: the learning rate rises
-    grad_clip: run.Positive = 1.0    # bound on the gradient's norm
-    eval_problems: run.Count = 500    # held-out problems
-    best_of: run.Natural = 16   # answers per problem for best-of-n before training, to compare with; 0 is off
-
-    def __post_init__(self):
-        self.default("out", run.stage_dir("group_dpo", self.task, self.difficulty))
-        self.default("max_new_tokens", answer_room(self.task))
-        self.expect(self.loss == "hinge" or self.margin is None, "loss margin", "only --loss hinge looks at --margin")
-        if self.loss == "hinge":
-            self.default("margin", 1.0)
-        self.expect(self.group > 1, "group", "winners are compared with losers of their group, expected at least 2")
 
 
 def objective(rewards, won, weights, *, loss="mean", margin=1.0):
@@ -108,59 +61,66 @@ def objective(rewards, won, weights, *, loss="mean", margin=1.0):
     return (weights * group).sum(), {f"train/{name}": x.detach() for name, x in metrics.items()}
 
 
-@run.says_why_it_stopped
+@dataclass(frozen=True, kw_only=True)
+class Config(run.RolloutConfig):
+    out: str = ""               # directory of this run (default: runs/group_dpo, or runs/group_dpo-TASK)
+    steps: run.Count = 40
+    lr: run.Positive = 1e-4
+    eval_every: run.Count = 10
+
+    # the algorithm
+    loss: Literal["pairs", "scaled", "mean", "hinge"] = "mean"    # see the table above
+    beta: run.Positive = 0.1    # implicit reward per nat of log(pi/ref)
+    margin: run.Positive | None = None    # hinge: the D that is enough (default: 1)
+    best_of: run.Natural = 16   # answers per problem for best-of-n before training, to compare with; 0 is off
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.default("out", run.stage_dir("group_dpo", self.task))
+        self.require(self.loss == "hinge" or self.margin is None, "loss margin", "only --loss hinge uses --margin")
+        if self.loss == "hinge":
+            self.default("margin", 1.0)
+        self.require(self.group > 1, "group", "winners are compared with losers of their group; expected at least 2")
+
+
+@run.script
 def main(cfg: Config) -> None:
-    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
-    with run.user_errors():
-        device = run.pick_device(cfg)
-        checkpoint = run.Run.check(cfg)
-        task = choose_task(cfg.task, cfg.difficulty, cfg.data)
-    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
-                                        **run.same(cfg, "task", "difficulty"))
-    with run.user_errors():
-        initial = run.load_checkpoint(init, "policy")
-        tokenizer = run.tokenizer_from(initial)
-        policy = run.model_from(checkpoint or initial, device)
-        reference = run.model_from(initial, device).requires_grad_(False)
-        check_room(policy, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
+    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    task = run.choose_task(cfg.task, cfg.data)
+    device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=True)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer)
-    with run.user_errors():
-        out.started_from(initial_policy=reference)
-    del initial, checkpoint
-    compiled = run.prepare(cfg, device, policy, reference)
-    sampling = dict(slots=cfg.sample_rows, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, compile=compiled)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=reference)
+    del checkpoint
+    compiled = run.compile_models(cfg, device, policy, reference)
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, loss=cfg.loss, margin=cfg.margin)
     print(f"{cfg.loss} over groups on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
 
-    def look() -> dict[str, float]:
+    def evaluate_now() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
-            metrics, experience = evaluate(policy, tokenizer, task, problems=cfg.eval_problems, seed=cfg.seed,
-                                           reference=reference, room=Room(cfg.micro_batch), **sampling)
-            if cfg.best_of and out.step == 0:
-                curve = best_of_n_curve(policy, tokenizer, task, samples=cfg.best_of, problems=cfg.eval_problems, seed=cfg.seed,
-                                        **sampling)
-                metrics["eval/best_of_n"] = curve[cfg.best_of]
-        show_answers(out, experience)
+            metrics, answers = evaluate_policy(policy, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
+                                               reference=reference, micro_batch=cfg.micro_batch,
+                                               best_of=cfg.best_of if out.step == 0 else 0)
+        show_answers(out, answers)
         return metrics
 
     for step in out.steps():
-        # 2. Look: held-out problems, answered by sampling and greedily.
+        # 2. Evaluate: held-out problems, answered by sampling and greedily.
         if step % cfg.eval_every == 0:
-            out.log(look())
+            out.log(evaluate_now())
 
         # 3. Collect: G answers to each of P prompts, by the policy as it is now. A right one wins, a wrong one loses.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
-            fresh = collect(policy, tokenizer, task, prompts=cfg.prompts, samples=cfg.group,
-                            seed=run.derive(cfg.seed, "rollout", step), **sampling)
+            fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
+                            seed=run.derive(cfg.seed, "rollout", step))
             rollout = fresh.rollout
-            ref_logp = score_rollout(reference, rollout, cfg.temperature, Room(cfg.micro_batch))
+            ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
         won = (fresh.rewards == 1).to(device)                                          # [P, G]
         facts = describe(fresh)
-        out.log({f"rollout/{name}": value for name, value in facts.items()} | {"rollout/tokens": int(rollout.mask.sum())})
-        out.log({"time/rollout_s": time.perf_counter() - started})
+        out.log({f"rollout/{name}": value for name, value in facts.items()})
+        out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
         # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
         started, totals = time.perf_counter(), {}
@@ -175,10 +135,10 @@ def main(cfg: Config) -> None:
             micro_loss.backward()
             metrics["train/entropy"] = masked_sum(entropy.detach(), mask)
             metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp[rows, : T - 1]), mask)
-            add_up(totals, metrics)
-        totals = of_all_ranks(totals)
-        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup)
-        grad_norm = optimizer.step(lr, cfg.grad_clip)
+            add_metrics(totals, metrics)
+        totals = sum_over_ranks(totals)
+        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
+        grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 5. Log: sums over tokens become means over tokens, sums over groups means over the groups that have both kinds.
         compared = max(int(totals.pop("train/groups")), 1)
@@ -190,8 +150,8 @@ def main(cfg: Config) -> None:
                 show={"reward": f"{facts['reward']:.2f}", "worked": f"{facts['worked']:.2f}",
                       "margin": f"{totals['train/margin']:.2f}"})
 
-    # 6. What it was good for: held-out problems before and after.
-    final = look()
+    # 6. Held-out problems, before and after.
+    final = evaluate_now()
     out.finish(final)
     print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
 

@@ -11,14 +11,23 @@ from dataclasses import dataclass
 
 import torch
 
-import train_pretrain
-from nanorl import ranks, run
-from nanorl.data import pad, read_records, response_mask, shuffled_batch
-from nanorl.ops import token_weights
-from nanorl.rollout import check_room, evaluate, show_answers
-from nanorl.sample import generate, token_log_probs
-from nanorl.tasks import answer_room, is_heldout, make_task
-from train_pretrain import objective, total_loss
+from nanorl import run
+from nanorl.data import read_records, render_records, response_batch, shuffled_batch, split_records
+from nanorl.heldout import evaluate_policy, show_answers, show_responses, total_loss
+from nanorl.ops import masked_sum, token_weights
+from nanorl.rollout import Sampling
+from nanorl.run import ranks
+from nanorl.sample import token_log_probs
+from nanorl.tasks import default_max_new_tokens, make_task
+
+
+def objective(logp, mask, weights):
+    """Cross-entropy of the response tokens.       L = -sum_bt w_bt log pi(y_bt | x_b, y_b,<t)
+
+    logp [B, T-1] nats; mask [B, T-1]; weights [B, T-1] from token_weights -> (loss, metrics that add up).
+    """
+    loss = -masked_sum(weights * logp, mask)
+    return loss, {"train/loss": loss.detach()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,119 +37,62 @@ class Config(run.RunConfig):
     lr: run.Positive = 2e-3
     eval_every: run.Count = 100
 
+    # demonstrations
     task: str = "addition"      # addition, sums, sorting, reversal, countdown, code or stories: demonstrated and evaluated
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "response"} to learn from instead of the task's demonstrations
     demonstrations: run.Count = 20_000    # of the task; data/TASK.jsonl shows the first 4,000
     batch: run.Count = 64       # records per step
     micro_batch: run.Count = 64  # records in memory at a time
-    warmup: run.Share = 0.1     # of the steps: the learning rate rises
-    decay: run.Share = 0.5      # of the steps: the learning rate falls to 0
-    weight_decay: run.NonNegative = 0.0    # decoupled; gains are left alone
-    grad_clip: run.Positive = 1.0    # bound on the gradient's norm
     max_new_tokens: run.Count | None = None    # of an answer in the evaluation (default: 80; code 120; stories 140)
-    eval_problems: run.Count = 500    # held-out problems
+    eval_problems: run.Count = 500    # held-out problems in an evaluation
 
     def __post_init__(self):
-        self.default("out", run.stage_dir("sft", self.task, self.difficulty))
-        self.default("max_new_tokens", answer_room(self.task))
+        self.default("out", run.stage_dir("sft", self.task))
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
 
 
-def split(records, source):
-    """Which records to train on, and which are held out by the hash of their prompt."""
-    training, heldout = [], []
-    for i, record in enumerate(records):
-        (heldout if is_heldout(record["prompt"]) else training).append(i)
-    if not training:
-        raise ValueError(f"{source}: no record to train on; one prompt in ten is held out, here all of them")
-    return training, heldout
-
-
-def training_records(path, task, count=Config.demonstrations):
-    """Demonstrations to learn from: those of a JSONL file that are not held out, or `count` of the task's own."""
-    if not path:
-        return task.demonstrations(count)
-    records = read_records(path, ("prompt", "response"))
-    training, _ = split(records, path)
-    return [records[i] for i in training]
-
-
-def render(records, tokenizer, context, source, key="response"):
-    """Token ids of each record's prompt and of its response, which stands under `key`.
-
-    ValueError names a record that does not fit the model's context.
-    """
-    prompts = [tokenizer.render(record["prompt"]) for record in records]
-    responses = [tokenizer.render_response(record[key]) for record in records]
-    for number, (x, y) in enumerate(zip(prompts, responses, strict=True), start=1):
-        if len(x) + len(y) > context:
-            raise ValueError(f"{source}, record {number}: {len(x) + len(y)} tokens do not fit the model's context of {context}")
-    return prompts, responses
-
-
-def batch_of(prompts, responses, picks, pad_id):
-    """The picked records as tokens [B, T] and the mask of their responses [B, T-1]."""
-    tokens, lengths = pad([prompts[i] + responses[i] for i in picks], pad_id)
-    return tokens, response_mask(torch.tensor([len(prompts[i]) for i in picks]), lengths, tokens.shape[1])
-
-
-def show_responses(out, model, tokenizer, picks, records, prompts, cfg) -> None:
-    """Print what the model says to a few prompts, and keep it in samples.jsonl."""
-    rollout = generate(model, [prompts[i] for i in picks], max_new_tokens=cfg.max_new_tokens, stop_ids={tokenizer.end},
-                       seed=run.derive(cfg.seed, "sample"))
-    said = [{"prompt": records[i]["prompt"], "response": tokenizer.decode(ids)}
-            for i, ids in zip(picks, rollout.responses(), strict=True)]
-    out.samples(said)
-    out.say(f"\nAfter {out.step} steps:\n" + "\n".join(f"  {s['prompt']} -> {s['response']:.160}" for s in said) + "\n")
-
-
-@run.says_why_it_stopped
+@run.script
 def main(cfg: Config) -> None:
-    # 1. What can be wrong with flags and files comes to light here, before any work; then what depends on the model.
-    with run.user_errors():
-        device = run.pick_device(cfg)
-        checkpoint = run.Run.check(cfg)
-        task = make_task(cfg.task, cfg.difficulty or None, needs_verifier=False)
-        if not cfg.data:
-            task.prepare()          # for the evaluations
-        records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
-        training, heldout = split(records, cfg.data)
-    init = "" if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))
-    with run.user_errors():
-        start = checkpoint or run.load_checkpoint(init, "policy")
-        tokenizer, model = run.tokenizer_from(start), run.model_from(start, device)
-        prompts, responses = render(records, tokenizer, model.config.context, cfg.data or task.name)
-        check_room(model, prompts, cfg.max_new_tokens)
+    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    if cfg.data:
+        task, records = None, read_records(cfg.data, ("prompt", "response"))
+    else:
+        task = run.choose_task(cfg.task, needs_verifier=False)
+        records = task.demonstrations(cfg.demonstrations)
+    source = cfg.data or task.name
+    training, heldout = split_records(records, source)
+    device, checkpoint, tokenizer, model, _, _ = run.begin(cfg, "pretrain")
+    prompts, responses = render_records(records, tokenizer, model.config.context, source)
+    run.check_fits_context(model, prompts, cfg.max_new_tokens)
 
-    optimizer = run.Optimizers(model, "adamw", cfg.lr, cfg.weight_decay)
+    optimizer = run.Optimizers(model, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
-    del start, checkpoint
-    compiled = run.prepare(cfg, device, model)
-    print(f"Fine-tuning on {len(training):,} demonstrations of {cfg.data or task.name}, {cfg.batch} a step, on "
-          f"{device.type}.")
+    del checkpoint
+    sampling = Sampling(cfg.max_new_tokens, compile=run.compile_models(cfg, device, model))
+    print(f"Fine-tuning on {len(training):,} demonstrations of {source}, {cfg.batch} a step, on {device.type}.")
 
-    def look() -> dict[str, float]:
+    def evaluate_now() -> dict[str, float]:
         """Answers to held-out problems; with --data, responses to held-out records and the loss on them."""
         with run.autocast(device, cfg.dtype):
-            if not cfg.data:
-                metrics, experience = evaluate(model, tokenizer, task, problems=cfg.eval_problems,
-                                               max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, compile=compiled)
-                show_answers(out, experience)
+            if task:
+                metrics, answers = evaluate_policy(model, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed)
+                show_answers(out, answers)
                 return metrics
-            show_responses(out, model, tokenizer, (heldout or training)[:4], records, prompts, cfg)
+            shown = [records[i]["prompt"] for i in (heldout or training)[:4]]
+            show_responses(out, model, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
             if not heldout:
                 return {}
-            tokens, mask = batch_of(prompts, responses, heldout, tokenizer.pad)
+            tokens, mask = response_batch(prompts, responses, heldout, tokenizer.pad)
             return {"eval/response_loss": total_loss(model, tokens, mask, cfg.micro_batch) / int(mask.sum())}
 
     for step in out.steps():
-        # 2. Look at what it can do by now.
+        # 2. Evaluate: what can it do by now?
         if step and step % cfg.eval_every == 0:
-            out.log(look())
+            out.log(evaluate_now())
 
         # 3. One step: the mask, and so the loss, covers the response and its stop token.
         picks = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)]
-        tokens, mask = (x.to(device) for x in batch_of(prompts, responses, picks, tokenizer.pad))
+        tokens, mask = (x.to(device) for x in response_batch(prompts, responses, picks, tokenizer.pad))
         weights = token_weights(mask, torch.arange(len(picks), device=device), "token_mean")
         loss = 0.0
         mine = (ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights))
@@ -151,15 +103,15 @@ def main(cfg: Config) -> None:
             micro_loss.backward()
             loss += metrics["train/loss"].item()
         loss = sum(ranks.gathered(loss))
-        lr = cfg.lr * run.schedule(step, cfg.steps, cfg.warmup, cfg.decay)
-        grad_norm = optimizer.step(lr, cfg.grad_clip)
+        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1, decay=0.5)
+        grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 4. Log.
         out.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}, show={"loss": f"{loss:.3f}"})
 
-    final = look()
+    final = evaluate_now()
     out.finish(final)
-    if cfg.data:
+    if not task:
         result = f"Held-out responses: {final['eval/response_loss']:.3f} nats per token." if final else "No record is held out."
     elif not task.verifiable:
         result = f"Held-out {task.name}: a hidden reward of {final['eval/hidden_reward']:.2f}."

@@ -1,7 +1,7 @@
 """Text files, JSONL records, padding, batches, and the one place where tokens are shifted against their predictions.
 
 Sequences are left-aligned: row b is tokens[b, :length[b]], position 0 is its first token, padding fills the right.
-Bad files raise ValueError with one sentence that names the file, the line and what was expected.
+Bad files raise UserError with one sentence that names the file, the line and what was expected.
 """
 
 import json
@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanorl.errors import UserError
+from nanorl.tasks import Task, is_heldout
+from nanorl.tokenizer import Tokenizer
+
 DATA = Path(__file__).resolve().parent.parent / "data"
 
 
@@ -21,28 +25,31 @@ def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 text file."""
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such file; expected a UTF-8 text file")
+        raise UserError(f"{path}: no such file; expected a UTF-8 text file")
     if not path.is_file():
-        raise ValueError(f"{path}: not a file; expected a UTF-8 text file")
-    with open(path, "rb") as f:
-        content = f.read(1 << 20)
-        if b"\0" not in content:        # else a binary file, or a hole of a gigabyte: no need to read it all
-            content += f.read()
+        raise UserError(f"{path}: not a file; expected a UTF-8 text file")
+    try:
+        with open(path, "rb") as f:
+            content = f.read(1 << 20)
+            if b"\0" not in content:    # else a binary file, or a hole of a gigabyte: no need to read it all
+                content += f.read()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     if b"\0" in content:
-        raise ValueError(f"{path}: not text (byte {content.index(0)} is 0x00); expected a UTF-8 text file")
+        raise UserError(f"{path}: not text (byte {content.index(0)} is 0x00); expected a UTF-8 text file")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text (byte {e.start} is 0x{e.object[e.start]:02x})") from None
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start} is 0x{e.object[e.start]:02x})") from None
     if not text.strip():
-        raise ValueError(f"{path}: empty; expected text")
+        raise UserError(f"{path}: empty; expected text")
     return text
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError("the same key twice in one object")
+        raise UserError("the same key twice in one object")
     return record
 
 
@@ -60,18 +67,89 @@ def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]
         try:
             record = json.loads(line, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{where}: not readable as JSON ({e}); expected an object with {', '.join(keys)}") from None
+            raise UserError(f"{where}: not readable as JSON ({e}); expected an object with {', '.join(keys)}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: {type(record).__name__}; expected an object with {', '.join(keys)}")
+            raise UserError(f"{where}: {type(record).__name__}; expected an object with {', '.join(keys)}")
         for key in keys:
             if key not in record:
-                raise ValueError(f"{where}: no {key!r}; expected an object with {', '.join(keys)}")
+                raise UserError(f"{where}: no {key!r}; expected an object with {', '.join(keys)}")
             if not isinstance(record[key], str) or not record[key]:
-                raise ValueError(f"{where}: {key!r} is {str(record[key])[:40]!r}; expected a non-empty string")
+                raise UserError(f"{where}: {key!r} is {str(record[key])[:40]!r}; expected a non-empty string")
             if re.search("[\ud800-\udfff]", record[key]):
-                raise ValueError(f"{where}: {key!r} holds half of a surrogate pair; expected characters")
+                raise UserError(f"{where}: {key!r} holds half of a surrogate pair; expected characters")
         records.append(record)
     return records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to train on, and what is held out
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAIRS = str(DATA / "preferences.jsonl")
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """What to train on, and the last 5 %, which is held out."""
+    cut = int(0.95 * len(text))
+    return text[:cut], text[cut:]
+
+
+def split_records(records: list[dict], source: str) -> tuple[list[int], list[int]]:
+    """Which records to train on, and which are held out by the hash of their prompt."""
+    training, heldout = [], []
+    for i, record in enumerate(records):
+        (heldout if is_heldout(record["prompt"]) else training).append(i)
+    if not training:
+        raise UserError(f"{source}: no record to train on; one prompt in ten is held out, here all of them")
+    return training, heldout
+
+
+def training_records(path: str, task: Task, count: int = 20_000) -> list[dict[str, str]]:
+    """Demonstrations to learn from: those of a JSONL file that are not held out, or `count` of the task's own."""
+    if not path:
+        return task.demonstrations(count)
+    records = read_records(path, ("prompt", "response"))
+    training, _ = split_records(records, path)
+    return [records[i] for i in training]
+
+
+def read_pairs(path: str) -> tuple[list[dict[str, str]], list[int], list[int], int]:
+    """The records {"prompt", "chosen", "rejected"} of a file, by default the stories; which of them to train on and which are
+    held out; and how many are neither, because both responses are the same: there is nothing to prefer."""
+    path = path or PAIRS
+    records = read_records(path, ("prompt", "chosen", "rejected"))
+    training, heldout = ([i for i in part if records[i]["chosen"] != records[i]["rejected"]]
+                         for part in split_records(records, path))
+    if not training:
+        raise UserError(f"{path}: no record to train on whose chosen and rejected responses differ")
+    return records, training, heldout, len(records) - len(training) - len(heldout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From records to token ids
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def render_records(records: list[dict], tokenizer: Tokenizer, context: int, source: str,
+                   key: str = "response") -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of each record's prompt and of its response, which stands under `key`.
+
+    UserError names a record that does not fit the model's context.
+    """
+    prompts = [tokenizer.render(record["prompt"]) for record in records]
+    responses = [tokenizer.render_response(record[key]) for record in records]
+    for number, (x, y) in enumerate(zip(prompts, responses, strict=True), start=1):
+        if len(x) + len(y) > context:
+            raise UserError(f"{source}, record {number}: {len(x) + len(y)} tokens do not fit the model's context of {context}")
+    return prompts, responses
+
+
+def render_pairs(records: list[dict], tokenizer: Tokenizer, context: int,
+                 path: str) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """Token ids of each record's prompt, chosen and rejected response."""
+    prompts, chosen = render_records(records, tokenizer, context, path or PAIRS, "chosen")
+    _, rejected = render_records(records, tokenizer, context, path or PAIRS, "rejected")
+    return prompts, chosen, rejected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,6 +181,12 @@ def response_mask(prompt_lengths: Tensor, lengths: Tensor, width: int) -> Tensor
     """
     target = torch.arange(1, width, device=lengths.device)
     return (prompt_lengths[:, None] <= target) & (target < lengths[:, None])
+
+
+def response_batch(prompts: list[list[int]], responses: list[list[int]], picks: list[int], pad_id: int) -> tuple[Tensor, Tensor]:
+    """The picked records as tokens [B, T] and the mask of their responses [B, T-1]."""
+    tokens, lengths = pad([prompts[i] + responses[i] for i in picks], pad_id)
+    return tokens, response_mask(torch.tensor([len(prompts[i]) for i in picks]), lengths, tokens.shape[1])
 
 
 def pair_batch(prompts: list[list[int]], chosen: list[list[int]], rejected: list[list[int]], picks: list[int],

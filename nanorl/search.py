@@ -13,13 +13,13 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.rollout import Room, answer, heldout_problems, learned_rewards, score_rollout
+from nanorl.rollout import Sampling, learned_rewards, sample_and_grade, score_rollout
 from nanorl.run import derive, generator, in_float32
 from nanorl.sample import Rollout, generate
 from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
 
-ROWS, ROOM = 1024, Room()   # answers that are sampled at a time, and scored: caches and hidden states take memory
+ROWS, MICRO_BATCH = 1024, 64    # answers that are sampled at a time, and scored: caches and hidden states take memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Many answers, of which a scorer picks one, or a vote
@@ -122,18 +122,19 @@ class Answers:
     learned: Tensor | None      # [P, N] what a reward model says of them
 
 
-def ask(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], samples: int, *, seed: int, purpose: str,
-        way: Literal["direct", "worked"] | None = None, reward_model: ScalarGPT | None = None, quiet: bool = True,
-        **how) -> Answers:
+def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
+                   seed: int, purpose: str, way: Literal["direct", "worked"] | None = None,
+                   reward_model: ScalarGPT | None = None, quiet: bool = True) -> Answers:
     """Sample N = `samples` answers to each problem, as many problems at a time as fit into memory.
 
-    With a `way`, the answers are made to begin in it; `how` goes to `generate`.
+    With a `way`, the answers are made to begin in it. `purpose` chooses the random stream and names the progress bar.
     """
     parts, size = [], max(1, ROWS // samples)
     for i in tqdm(range(0, len(problems), size), desc=purpose, disable=quiet, leave=False):
         asked = problems[i : i + size]
         begun = [opening(task, tokenizer, problem, way) if way else [] for problem in asked]
-        found = answer(model, tokenizer, task, asked, samples=samples, openings=begun, seed=derive(seed, purpose, i), **how)
+        found = sample_and_grade(model, tokenizer, task, asked, sampling, samples=samples, openings=begun,
+                                 seed=derive(seed, purpose, i))
         said, shape = found.rollout, found.rewards.shape
         ballots = [task.ballot(text) if done else None
                    for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
@@ -142,7 +143,7 @@ def ask(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], s
             tokens=(said.lengths - said.prompt_lengths).cpu().view(shape) + torch.tensor([[len(ids)] for ids in begun]),
             logp=said.logp.sum(-1).cpu().view(shape),
             ballots=[ballots[p * samples : (p + 1) * samples] for p in range(len(asked))],
-            learned=learned_rewards(reward_model, said, ROOM).cpu().view(shape) if reward_model else None))
+            learned=learned_rewards(reward_model, said, MICRO_BATCH).cpu().view(shape) if reward_model else None))
     return Answers(rewards=torch.cat([part.rewards for part in parts]),
                    tokens=torch.cat([part.tokens for part in parts]),
                    logp=torch.cat([part.logp for part in parts]),
@@ -150,14 +151,14 @@ def ask(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], s
                    learned=torch.cat([part.learned for part in parts]) if reward_model else None)
 
 
-def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, *, samples: int, problems: int, seed: int,
-                    reward_model: ScalarGPT | None = None, **how) -> dict[int, float]:
-    """The mean reward of the best of 1, 2, 4, ... `samples` answers to held-out problems, as the task grades them.
+def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
+                    seed: int, reward_model: ScalarGPT | None = None) -> dict[int, float]:
+    """The mean reward of the best of 1, 2, 4, ... `samples` answers to each problem, as the task grades them.
 
     Chosen by the reward model where there is one, by the task itself otherwise: a verifier, or the hidden reward.
     """
-    found = ask(model, tokenizer, task, heldout_problems(task, problems, seed), samples, seed=seed, purpose="best_of_n",
-                reward_model=reward_model, **how)
+    found = sample_answers(model, tokenizer, task, problems, sampling, samples=samples, seed=seed, purpose="best_of_n",
+                           reward_model=reward_model)
     scores = found.rewards if found.learned is None else found.learned
     return {n: float(best_of_n(scores, found.rewards, n).mean()) for n in doublings(samples)}
 
@@ -205,7 +206,7 @@ def _finish(model: GPT, starts: list[list[int]], limits: list[int], *, T: int, t
     """
     with in_float32(model.head.weight.device):
         y = generate(model, starts, max_new_tokens=limits, temperature=temperature, **how)
-        logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, ROOM)
+        logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, MICRO_BATCH)
     missing = T - y.tokens.shape[1]
     return replace(y, tokens=pad(y.tokens, (0, missing)), logp=pad(y.logp, (0, missing))), pad(logp, (0, missing))
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import tiktoken
 
+from nanorl.errors import UserError
+
 # No merge crosses a pre-token: a word and its leading space, a run of symbols likewise, ONE digit, a run of whitespace.
 # The branches take in every character between them, for tiktoken silently drops text that no branch matches. There is
 # no look-ahead such as GPT-2's \s+(?!\S): it makes tiktoken's regex engine panic on a run of a million spaces.
@@ -41,7 +43,7 @@ def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
     bytes: inside a longer word, xy has been split just as xy alone would be, and that split is unique.
     """
     if vocab_size < 256:
-        raise ValueError(f"vocab_size is {vocab_size}, expected at least 256: one rank for each byte")
+        raise UserError(f"vocab_size is {vocab_size}, expected at least 256: one rank for each byte")
     ranks = {bytes([byte]): byte for byte in range(256)}
 
     words, times = [], []
@@ -98,16 +100,16 @@ def parse_ranks(text: str, source: str) -> dict[bytes, int]:
             encoded, rank = line.split()
             token, rank = base64.b64decode(encoded, validate=True), int(rank)
         except ValueError:
-            raise ValueError(f"{source}, line {number}: expected `base64(token) rank`, got {line[:60]!r}") from None
+            raise UserError(f"{source}, line {number}: expected `base64(token) rank`, got {line[:60]!r}") from None
         if rank != number - 1:
-            raise ValueError(f"{source}, line {number}: expected rank {number - 1} (0, 1, 2, ... in order), got {rank}")
+            raise UserError(f"{source}, line {number}: expected rank {number - 1} (0, 1, 2, ... in order), got {rank}")
         if token in ranks:
-            raise ValueError(f"{source}, line {number}: expected a new token, got {token!r} again, which is line "
+            raise UserError(f"{source}, line {number}: expected a new token, got {token!r} again, which is line "
                              f"{ranks[token] + 1}")
         ranks[token] = rank
     for byte in range(256):
         if bytes([byte]) not in ranks:
-            raise ValueError(f"{source}: expected a token for each of the 256 bytes, byte {byte} has none")
+            raise UserError(f"{source}: expected a token for each of the 256 bytes, byte {byte} has none")
     return ranks
 
 
@@ -137,18 +139,18 @@ class Tokenizer:
         """Learn a vocabulary of at most `vocab_size` ids, the five special tokens included: 512 gives 507 ranks."""
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise ValueError(f"vocab_size is {vocab_size}, expected at least {smallest}: 256 bytes, 5 special tokens")
+            raise UserError(f"vocab_size is {vocab_size}, expected at least {smallest}: 256 bytes, 5 special tokens")
         return cls(train_bpe(text, vocab_size - len(SPECIAL_TOKENS)))
 
     @classmethod
     def named(cls, name: str) -> "Tokenizer":
         """One of tiktoken's encodings (gpt2, cl100k_base, ...) with its own pattern and ids; our specials follow."""
         if name not in (names := tiktoken.list_encoding_names()):
-            raise ValueError(f"unknown encoding {name!r}, expected one of {', '.join(names)}")
+            raise UserError(f"unknown encoding {name!r}, expected one of {', '.join(names)}")
         try:
             base = tiktoken.get_encoding(name)
         except Exception as error:                                      # whatever the HTTP client raises comes through
-            raise ValueError(f"cannot fetch the encoding {name!r} ({type(error).__name__}): go online once, set "
+            raise UserError(f"cannot fetch the encoding {name!r} ({type(error).__name__}): go online once, set "
                              "TIKTOKEN_CACHE_DIR to a folder with its file, or train a tokenizer instead") from error
         # extending an encoding through these private fields is the way that tiktoken's README shows
         return cls(base._mergeable_ranks, name, base._pat_str, base._special_tokens)
@@ -159,13 +161,13 @@ class Tokenizer:
         try:
             text = Path(path).read_text(encoding="utf-8", errors="replace")
         except OSError as error:
-            raise ValueError(f"cannot read the rank file {path}: {error.strerror}") from None
+            raise UserError(f"cannot read the rank file {path}: {error.strerror}") from None
         return cls(parse_ranks(text, str(path)))
 
     def save(self, path: str | Path) -> None:
         """Write the ranks for `load`. A named encoding also needs its pattern, so it is kept by name instead."""
         if self.name:
-            raise ValueError(f"a rank file cannot hold the pattern of {self.name!r}, expected a trained tokenizer")
+            raise UserError(f"a rank file cannot hold the pattern of {self.name!r}, expected a trained tokenizer")
         Path(path).write_text(self.state_dict()["ranks"], encoding="ascii", newline="\n")
 
     def state_dict(self) -> dict[str, str]:
@@ -182,7 +184,7 @@ class Tokenizer:
                 return cls.named(name)
             case {"ranks": text}:
                 return cls(parse_ranks(text, "the checkpoint's tokenizer"))
-        raise ValueError(f"the checkpoint's tokenizer has {sorted(state)}, expected 'name' or 'ranks'")
+        raise UserError(f"the checkpoint's tokenizer has {sorted(state)}, expected 'name' or 'ranks'")
 
     def encode(self, text: str) -> list[int]:
         """Ordinary tokens only: "<|end|>" in a user's text is seven characters, never the special token."""

@@ -1,4 +1,5 @@
-"""What must hold before anything is learned, held against the live model, task, sampler and objective, in a second or two.
+"""The check of the first rollout: what must be true before anything is learned, tested on the live model, task, sampler and
+objective, in a second or two.
 
 A broken rollout still trains: the reward just does not rise, or rises for the wrong reason. Each failure here is one
 sentence that says what was found and what was expected.
@@ -10,19 +11,20 @@ from random import Random
 import torch
 from torch import Tensor
 
+from nanorl.errors import UserError
 from nanorl.ops import token_weights
 from nanorl.rollout import Experience
 from nanorl.run import uses_bfloat16
 from nanorl.tasks import Task
 
 
-class SelfCheckFailed(RuntimeError):
+class FirstStepCheckFailed(UserError):
     """Something that must be true before training is not."""
 
 
 def expect(holds: bool, sentence: str) -> None:
     if not holds:
-        raise SelfCheckFailed(f"self-check: {sentence} (--no-selfcheck trains regardless)")
+        raise FirstStepCheckFailed(f"first-step check: {sentence} (--no-selfcheck trains regardless)")
 
 
 def tolerance(device: torch.device, dtype: str) -> float:
@@ -40,15 +42,15 @@ def check_verifier(task: Task) -> None:
             expect(task.verify(problem, text) == 0.0, f"the verifier pays for {text[:60]!r} to {problem.prompt[:60]!r}")
 
 
-def selfcheck(experience: Experience, task: Task, stop_id: int, score: Callable, objective: Callable, parameters: list[Tensor],
-              aggregate: str, max_new_tokens: int, tol: float) -> str:
-    """Check the first rows of a rollout by the policy as it is now; a sentence with what was measured, or SelfCheckFailed.
+def first_step_check(experience: Experience, task: Task, stop_id: int, score: Callable, objective: Callable,
+                     parameters: list[Tensor], aggregate: str, max_new_tokens: int, tol: float) -> str:
+    """Check the first rows of a rollout by the policy as it is now; a sentence with what was measured, or FirstStepCheckFailed.
 
     score(tokens, mask) -> (logp, entropy) is the trainer's view of the policy, objective(logp, old_logp, adv, mask, weights,
     ref_logp=, entropy=) -> (loss, metrics) what it minimises.
 
     1. The verifier pays for gold answers and not for adversarial ones.
-    2. The stop token is inside the mask, and nothing behind it.
+    2. The stop token is inside the mask, and nothing after it.
     3. The sampler's log-probs are the scorer's.
     4. At equal weights every ratio is 1, whatever rows share the batch.
     5. The gradient of a batch is the sum of its parts' gradients.
@@ -92,5 +94,5 @@ def selfcheck(experience: Experience, task: Task, stop_id: int, score: Callable,
     off = (torch.stack([(t - g).norm() for t, g in zip(total, whole, strict=True)]).norm() / norm.clamp(min=0.01)).item()
     expect(off <= tol, f"the gradient of a batch and the sum of its parts' differ by {off:.2g} of the norm, expected at "
                              f"most {tol:.2g}: is something averaged inside the objective?")
-    return (f"Self-check: sampler and scorer agree to {parity:.1g} nats, ratios are 1 to {drift:.1g}, micro-batches add up to "
+    return (f"First-step check: sampler and scorer agree to {parity:.1g} nats, ratios are 1 to {drift:.1g}, micro-batches add up to "
             f"{off:.1g}; the verifier pays for gold answers only.")

@@ -1,0 +1,140 @@
+"""Checkpoints: one file with everything a run needs to go on, and the models in it. Tensors and builtins only."""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nanorl.errors import UserError
+from nanorl.gpt import GPT, GPTConfig, ScalarGPT
+from nanorl.tokenizer import Tokenizer
+
+FORMAT = 1      # raised when a checkpoint's meaning changes
+CHECKPOINT_FIELDS = {"step": int, "config": dict, "gpt": dict, "tokenizer": dict, "model": dict, "optimizer": list,
+                     "state": dict}
+
+
+def check_finite(x: Any, name: str = "") -> None:
+    """FloatingPointError names the first tensor or number, in nested dicts and lists, that holds nan or inf."""
+    if isinstance(x, dict | list | tuple):
+        for key, part in x.items() if isinstance(x, dict) else enumerate(x):
+            check_finite(part, f"{name}.{key}".lstrip("."))
+    elif isinstance(x, torch.Tensor) and x.is_floating_point() and not x.isfinite().all():
+        raise FloatingPointError(f"{name} holds {'nan' if x.isnan().any() else 'inf'}")
+    elif isinstance(x, float) and not math.isfinite(x):
+        raise FloatingPointError(f"{name} is {x}")
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """A kill at any moment leaves the old file or the new one, never a part: temporary file, sync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:               # a full disk: do not fill it with half a file
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":              # elsewhere a directory cannot be synced
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint, a dict of CHECKPOINT_FIELDS; FloatingPointError before any file is touched where it holds nan or inf."""
+    check_finite({name: checkpoint[name] for name in ("model", "optimizer", "state")})
+
+    def write(f: Any) -> None:
+        try:
+            torch.save(checkpoint | {"format": FORMAT}, f)
+        except RuntimeError as e:       # torch hides what the disk said in an error of its own
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+    write_atomically(path, write)
+
+
+def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | None = None) -> dict[str, Any]:
+    """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
+
+    UserError when there is none, when it is damaged, or when `what` is given and it holds something else.
+    """
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:              # whatever a damaged archive or a pickle that is not ours raises
+        why = (str(e) or "empty file").splitlines()[0][:100]
+        raise UserError(f"{path}: not a readable checkpoint ({why})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise UserError(f"{path}: not a nanorl checkpoint of format {FORMAT} (found {found!s:.40})")
+    for name, kind in CHECKPOINT_FIELDS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{path}: not a whole checkpoint; its {name!r} is {checkpoint.get(name)!r:.40}, expected a "
+                             f"{kind.__name__}")
+    holds = "reward model" if "scalar.weight" in checkpoint["model"] else "policy"
+    if what not in (None, holds):
+        script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
+        raise UserError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
+    try:
+        _check_sound(checkpoint, holds)
+    except Exception as e:
+        why = " ".join(str(e).split())[:200]
+        raise UserError(f"{path}: not a sound checkpoint ({why})") from None
+    return checkpoint
+
+
+def _check_sound(checkpoint: dict[str, Any], holds: str) -> None:
+    """An exception says what does not fit: weights that are not finite or not of the shapes that the configuration asks for,
+    or a tokenizer of another size."""
+    check_finite(checkpoint["model"])
+    with torch.device("meta"):          # shapes without memory
+        model = GPT(GPTConfig(**checkpoint["gpt"]))
+        wanted, found = ({name: tuple(x.shape) for name, x in weights.items()} for weights in (
+            (ScalarGPT(model) if holds == "reward model" else model).state_dict(), checkpoint["model"]))
+    for name in wanted | found:
+        if found.get(name) != wanted.get(name):
+            raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
+    size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
+    if size != model.config.vocab_size:
+        raise UserError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
+
+
+def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:
+    """The policy of a checkpoint, with its weights."""
+    model = GPT(GPTConfig(**checkpoint["gpt"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device)
+
+
+def scalar_model_from(checkpoint: dict[str, Any], device: torch.device) -> ScalarGPT:
+    """The reward model of a checkpoint, with its weights."""
+    model = ScalarGPT(GPT(GPTConfig(**checkpoint["gpt"])))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device)
+
+
+def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:
+    return Tokenizer.from_state(checkpoint["tokenizer"])
+
+
+def check_tokenizer(checkpoint: dict[str, Any], tokenizer: Tokenizer, path: str) -> None:
+    """UserError when this checkpoint reads other token ids than the policy that `tokenizer` belongs to."""
+    if checkpoint["tokenizer"] != tokenizer.state_dict():
+        raise UserError(f"{path}: made with another tokenizer than the policy's; expected one that was pretrained on the same "
+                        "text")
+
+
+def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> ScalarGPT:
+    """The reward model of a run, which must read the same token ids as the policy. Its weights are constants."""
+    checkpoint = load_checkpoint(path, "reward model")
+    check_tokenizer(checkpoint, tokenizer, path)
+    return scalar_model_from(checkpoint, device).requires_grad_(False)

@@ -1,0 +1,283 @@
+"""The directory of a run, in which nothing is lost, and the loop over its steps."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nanorl.errors import UserError, exit_with
+from nanorl.run import ranks
+from nanorl.run.checkpoint import check_finite, load_checkpoint, save_checkpoint, write_atomically
+from nanorl.run.flags import RunConfig
+from nanorl.run.optimizer import Optimizers
+from nanorl.tokenizer import Tokenizer
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file of a run. A line without its end was torn by a kill: it is not there."""
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise UserError(f"{path}, line {number}: {line[:60]!r}; expected a JSON object with a step")
+        records.append(record)
+    return records
+
+
+def _locked(path: Path) -> Any:
+    """The open file, which no other process gets as long as this one lives: two that write one run would ruin it."""
+    f = open(path, "r+")            # noqa: SIM115      the lock lasts as long as the file is open
+    if os.name == "posix":
+        import fcntl
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{path.parent}: another process is at work on this run") from None
+        except OSError:
+            pass                    # a file system without locks
+    return f
+
+
+def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
+    """For a script's main(cfg): whatever ends the run early is said in one sentence, with what is safe.
+
+    A UserError is the user's. A number that is nan or inf (FloatingPointError), a full disk (OSError) and Ctrl-C outside of the
+    steps end the run: nothing that is not finite is ever saved, and the last good checkpoint stays. Anything else, such as a
+    ValueError in an objective of your own, keeps its traceback. A finished run that is resumed has nothing to do.
+    """
+    @functools.wraps(main)
+    def wrapper(cfg: RunConfig) -> None:
+        try:
+            if cfg.resume and is_finished(cfg):
+                print(f"{cfg.out} is finished: {cfg.steps} steps.")
+                raise SystemExit(0)
+            main(cfg)
+        except UserError as e:
+            exit_with(e)
+        except (FloatingPointError, OSError, KeyboardInterrupt) as e:
+            name, out = Path(sys.argv[0]).name, Path(cfg.out)
+            what = "interrupted" if isinstance(e, KeyboardInterrupt) else " ".join(str(e).split())
+            try:
+                step, saved = len(read_lines(out / "metrics.jsonl")), "no checkpoint has been written yet"
+                if (out / "ckpt.pt").exists():
+                    saved = f"the last good checkpoint, {out / 'ckpt.pt'}, has the first {load_checkpoint(out)['step']}"
+            except UserError as damaged:
+                exit_with(damaged)
+            print(f"{name}: error: {out}, after {step} of {cfg.steps} steps: {what}; {saved}", file=sys.stderr)
+            raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 2) from None
+    return wrapper
+
+
+def is_finished(cfg: RunConfig) -> bool:
+    """A run's last line, that of step cfg.steps, is written after its last checkpoint."""
+    out = Path(cfg.out)
+    return (out / "ckpt.pt").exists() and any(line["step"] == cfg.steps for line in read_lines(out / "metrics.jsonl"))
+
+
+def printable(text: str) -> str:
+    """`text` without control characters (but tab and newline) and without what the terminal's encoding lacks: a model may say
+    anything, even commands to the terminal."""
+    text, encoding = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text), sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+class Run:
+    """The directory of a run, and its step counter.
+
+        for step in out.steps():        # from where the checkpoint left off to cfg.steps - 1
+            ...
+            out.log({"train/loss": loss})
+
+    After the body of each step one line goes to metrics.jsonl, and every `save_every` steps (and at the last one) a
+    checkpoint follows it. A checkpoint of step k says that steps 0..k-1 are done. Ctrl-C and SIGTERM finish the step,
+    save and leave.
+    """
+
+    def __init__(self, cfg: RunConfig, checkpoint: dict[str, Any] | None, model: nn.Module, optimizer: Optimizers,
+                 tokenizer: Tokenizer, **unchanged: nn.Module | None):
+        """`unchanged`: models that a resumed run loads anew and that must be those that it began with; None is none."""
+        self.cfg, self.model, self.optimizer, self.tokenizer = cfg, model, optimizer, tokenizer
+        self.out = Path(cfg.out)
+        self.step = 0
+        self.state: dict[str, Any] = {}     # what else a script needs in order to resume: tensors and builtins
+        self._line: dict[str, float] = {}
+        self._signal = 0
+        if checkpoint is not None:
+            self.step, self.state = checkpoint["step"], checkpoint["state"]
+            try:
+                optimizer.load_state_dict(checkpoint["optimizer"])
+            except Exception as e:
+                raise UserError(f"{self.out / 'ckpt.pt'}: its optimizer is not that of this run ({e})") from None
+        for name, constant in unchanged.items():
+            self._check_unchanged(name, constant)
+        ranks.wait()                        # the others may still be checking what is here already
+        if ranks.rank() == 0:
+            self._begin()
+        ranks.wait()
+
+    def _begin(self) -> None:
+        """The files of a new run, or those of a resumed one up to its checkpoint. No other process may write here from now on."""
+        cfg = self.cfg
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not cfg.resume:
+            flags = json.dumps(dataclasses.asdict(cfg), indent=2)
+            write_atomically(self.out / "config.json", lambda f: f.write(flags.encode()))
+        self._config = _locked(self.out / "config.json")
+        if cfg.resume:
+            self._cut("metrics.jsonl")
+            self._cut("samples.jsonl")
+
+    @staticmethod
+    def check(cfg: RunConfig) -> dict[str, Any] | None:
+        """Before any work: may this run be written to cfg.out? Returns the checkpoint to resume from, if there is one."""
+        if not cfg.out:
+            raise UserError("--out '': expected a directory")
+        out = Path(cfg.out)
+        if cfg.resume:
+            checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
+            lines, _ = read_lines(out / "metrics.jsonl"), read_lines(out / "samples.jsonl")     # or refused, before any work
+            if not checkpoint and len(lines) > cfg.save_every:
+                raise UserError(f"--resume: {out / 'ckpt.pt'} is gone; expected the checkpoint of {len(lines)} steps")
+            return checkpoint
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: a file is in the way; expected a directory of a new run")
+        if any((out / name).exists() for name in ("config.json", "ckpt.pt", "metrics.jsonl", "samples.jsonl")):
+            raise UserError(f"--out {out}: holds a run already; continue it with --resume, or choose another directory")
+        nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise UserError(f"--out {out}: {nearest} is not a directory that can be written to")
+        return None
+
+    def _check_unchanged(self, name: str, model: nn.Module | None) -> None:
+        """UserError where this model has other weights than when the run began."""
+        if model is None:
+            return
+        digest = hashlib.sha256()
+        for key, x in model.state_dict().items():
+            digest.update(key.encode() + x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if self.state.setdefault(f"sha256 of {name}", digest.hexdigest()) != digest.hexdigest():
+            raise UserError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected the one that it "
+                            "started from")
+
+    def _cut(self, name: str) -> None:
+        """Drop what came after the checkpoint: lines of its own step and later, and a torn last one."""
+        kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_lines(self.out / name) if r["step"] < self.step]
+        write_atomically(self.out / name, lambda f: f.write("".join(kept).encode()))
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl so far."""
+        return read_lines(self.out / "metrics.jsonl")
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, one at a time, with a progress bar, metrics and checkpoints around them."""
+        handlers = {s: signal.signal(s, self._stop_soon) for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=self.cfg.steps, initial=self.step, desc=self.out.name, dynamic_ncols=True,
+                   disable=self.cfg.quiet or ranks.rank() > 0,
+                   bar_format="{desc} {n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}")
+        self._bar = bar
+        try:
+            while self.step < self.cfg.steps:
+                started = time.perf_counter()
+                yield self.step
+                self._line["time/step_s"] = time.perf_counter() - started
+                self._write_line()
+                self.step += 1
+                bar.update()
+                self._signal = max(ranks.gathered(self._signal))       # a process that was told to stop tells the others
+                if self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps or self._signal:
+                    self.save()
+                if self._signal:
+                    bar.close()
+                    print(f"Stopped after step {self.step} of {self.cfg.steps}; continue with --out {self.out} --resume")
+                    raise SystemExit(128 + self._signal)
+        finally:
+            bar.close()
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def refresh(self, reference: nn.Module | None, every: int | None) -> None:
+        """Every so many steps the model becomes the reference, which from then on is part of the checkpoint."""
+        if every and self.step and self.step % every == 0:
+            reference.load_state_dict(self.model.state_dict())
+            self.state["reference"] = reference.state_dict()
+
+    def restore(self, reference: nn.Module | None) -> None:
+        """Give a reference that has been refreshed before the run was resumed its weights back."""
+        if "reference" in self.state:
+            reference.load_state_dict(self.state["reference"])
+
+    @contextlib.contextmanager
+    def saved_on(self, kind: type[Exception]) -> Iterator[None]:
+        """When an exception of this kind ends the run before the step has changed anything, the steps so far are not lost."""
+        try:
+            yield
+        except kind:
+            self.save()
+            print(f"Saved {self.out} after {self.step} of {self.cfg.steps} steps.")
+            raise
+
+    def _stop_soon(self, signum: int, frame) -> None:
+        """Finish the step first; a second signal is not waited for."""
+        self._signal = signum
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        print("\nFinishing this step, then saving. Once more to stop at once.", file=sys.stderr)
+
+    def log(self, metrics: dict[str, Any], show: dict[str, str] | None = None) -> None:
+        """Add to this step's line of metrics.jsonl; `show` goes to the progress bar. FloatingPointError at nan or inf."""
+        line = {name: float(value) for name, value in metrics.items()}
+        check_finite(line)
+        self._line |= line
+        if show:
+            self._bar.set_postfix_str("  ".join(f"{name} {value}" for name, value in show.items()))
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """The final line: the last evaluation. Its step is cfg.steps."""
+        self.log(metrics)
+        self._write_line()
+        ranks.wait()                        # a stage that follows reads what rank 0 has written
+
+    def _write_line(self) -> None:
+        self._append("metrics.jsonl", {"step": self.step, **dict(sorted(self._line.items()))})
+        self._line = {}
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        """Add to samples.jsonl what the model said."""
+        for record in records:
+            self._append("samples.jsonl", {"step": self.step, **record})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if ranks.rank():
+            return
+        with open(self.out / name, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+    def say(self, text: str) -> None:
+        """Print without tearing the progress bar."""
+        if not self.cfg.quiet:
+            tqdm.write(printable(text), file=sys.stdout)
+
+    def save(self) -> None:
+        if ranks.rank():
+            return
+        save_checkpoint(self.out / "ckpt.pt", {
+            "step": self.step, "config": dataclasses.asdict(self.cfg), "gpt": dataclasses.asdict(self.model.config),
+            "tokenizer": self.tokenizer.state_dict(), "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "state": self.state})

@@ -1,0 +1,214 @@
+"""From a dataclass of flags to a command line, and back from the config.json of a run that is resumed."""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from nanorl.errors import UserError, exit_with
+from nanorl.tasks import default_max_new_tokens
+
+
+class Bound(NamedTuple):
+    holds: Callable[[Any], bool]
+    says: str
+
+
+Count = Annotated[int, Bound(lambda n: n >= 1, "a whole number of at least 1")]
+Natural = Annotated[int, Bound(lambda n: n >= 0, "a whole number of at least 0")]
+Positive = Annotated[float, Bound(lambda x: 0 < x < math.inf, "a finite number above 0")]
+NonNegative = Annotated[float, Bound(lambda x: 0 <= x < math.inf, "a finite number of at least 0")]
+Share = Annotated[float, Bound(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _as_typed(value: Any) -> str:
+    """As one types it after a flag."""
+    return " ".join(map(str, value)) if type(value) is tuple else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """The flags of whatever runs a model."""
+
+    # device and seed
+    seed: Natural = 0           # of everything random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on GPUs that have it
+    compile: bool | None = None  # torch.compile; by default on cuda, where there is Triton
+
+    table: ClassVar[str] = ""   # what --help shows after the script's docstring
+
+    def default(self, flag: str, value: Any) -> None:
+        """In __post_init__: the value of a flag that was not given."""
+        if getattr(self, flag) in (None, ""):
+            object.__setattr__(self, flag, value)
+
+    def require(self, holds: Any, flags: str, sentence: str) -> None:
+        """In __post_init__: refuse flags that do not go together. The message shows them with their values, then the sentence."""
+        if not holds:
+            shown = " ".join(f"{flag_of(flag)} {_as_typed(getattr(self, flag))}" for flag in flags.split())
+            raise UserError(f"{shown}: {sentence}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(DeviceConfig):
+    """The flags that every script has. A script's Config inherits them and sets its own defaults."""
+
+    # the run
+    out: str                    # directory of this run
+    init: str = ""              # checkpoint to start from: a run's directory or a file (default: the stage before, made first)
+    resume: bool = False        # continue the run in --out; flags come from its config.json
+    steps: Count                # how many steps to train
+    lr: Positive                # peak learning rate
+    save_every: Count = 20      # steps between checkpoints
+    eval_every: Count           # steps between evaluations
+    recompute: bool = False     # recompute activations in the backward pass instead of keeping them: slower, less memory
+    deterministic: bool = False  # on cuda: slower kernels that give the same result every time
+    quiet: bool = False         # no progress bar and no samples on the screen
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(RunConfig):
+    """The flags of scripts that train on the policy's own answers."""
+
+    # rollouts
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown or code; addition-4 is a harder one, of 4 digits
+    data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
+    prompts: Count = 32         # P, prompts per step
+    group: Count = 8            # G, answers sampled per prompt
+    max_new_tokens: Count | None = None    # an answer longer than this is truncated (default: 80; code 120; stories 140)
+    temperature: Positive = 1.0    # of the policy: sampled with it, scored with it
+    micro_batch: Count = 64     # rows of up to 256 tokens in memory at a time, fewer of longer ones; sampling takes 16 times as many
+    eval_problems: Count = 500  # held-out problems in an evaluation
+
+    def __post_init__(self) -> None:
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
+
+
+MAY_DIFFER_ON_RESUME = {"resume", "quiet", "selfcheck"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _without_none(hint: Any) -> Any:
+    """X for `X | None`: None stands for a flag that was not given."""
+    members = get_args(hint)
+    return members[0] if members[1:] == (types.NoneType,) else hint
+
+
+def _misfit(value: Any, hint: Any) -> str:
+    """What this flag expects, or "" if the value fits."""
+    if get_origin(hint) is tuple:
+        return next(filter(None, (_misfit(each, get_args(hint)[0]) for each in value)), "")
+    if get_origin(hint) is Annotated:
+        kind, bound = get_args(hint)
+        right = type(value) is kind or (kind is float and type(value) is int)
+        return "" if right and bound.holds(value) else bound.says
+    if get_origin(hint) is Literal:
+        return "" if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
+    return "" if type(value) is hint else f"a {hint.__name__}"
+
+
+def _help_and_groups(config_class: type) -> tuple[dict[str, str], dict[str, str]]:
+    """The help text of each field, which is the comment after it, and its group, the last comment on a line of its own."""
+    helps, groups, group = {}, {}, ""
+    for cls in reversed([c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]):
+        for line in inspect.getsource(cls).splitlines():
+            if heading := re.fullmatch(r"    # (.+)", line):
+                group = heading[1]
+            elif field := re.fullmatch(r"    (\w+): ([^#]*#\s*(.+))?.*", line):
+                groups.setdefault(field[1], group)
+                if field[3]:
+                    helps[field[1]] = field[3]
+    return helps, groups
+
+
+def _parser(config_class: type, hints: dict[str, Any]) -> argparse.ArgumentParser:
+    doc = inspect.getmodule(config_class).__doc__
+    parser = _Parser(description="\n\n".join(filter(None, (doc.strip(), config_class.table))), allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    helps, groups = _help_and_groups(config_class)
+    sections = {title: parser.add_argument_group(title) for title in dict.fromkeys(groups.values())}
+    for field in dataclasses.fields(config_class):
+        hint, options = hints[field.name], {}
+        if get_origin(hint) is tuple:
+            hint, options["nargs"] = get_args(hint)[0], "+"
+        if get_origin(hint) is Annotated:
+            options["type"] = get_args(hint)[0]
+        elif get_origin(hint) is Literal:
+            options["choices"] = get_args(hint)
+        elif hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        says, section = helps[field.name].replace("%", "%%"), sections[groups[field.name]]
+        if field.default is dataclasses.MISSING:
+            section.add_argument(field.name, **options, help=says)
+        else:
+            shown = "" if field.default in ("", None) else f" (default: {_as_typed(field.default)})"
+            section.add_argument(flag_of(field.name), dest=field.name, **options, help=says + shown)
+    return parser
+
+
+def parse(config_class: type, argv: list[str] | None = None) -> Any:
+    """The command line as a config. Help texts are the comments after the fields; bounds are the fields' types. A field without
+    a default is a positional argument; a tuple takes one value or more.
+
+    With --resume the flags come from the run's config.json, and one that was typed must agree with it.
+    """
+    hints = {name: _without_none(hint) for name, hint in get_type_hints(config_class, include_extras=True).items()}
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)
+                if field.default is not dataclasses.MISSING}
+    try:
+        given = vars(_parser(config_class, hints).parse_args(argv))
+        typed = {name: tuple(x) if type(x) is list else x for name, x in given.items()}
+        for name, value in typed.items():
+            if expected := _misfit(value, hints[name]):
+                raise UserError(f"{flag_of(name)} {_as_typed(value)}: expected {expected}")
+        saved = _saved_flags(config_class, hints, defaults, typed) if typed.get("resume") else {}
+        return config_class(**defaults | saved | typed)
+    except (ValueError, OSError) as e:
+        exit_with(e)
+
+
+def _saved_flags(config_class: type, hints: dict, defaults: dict, typed: dict) -> dict[str, Any]:
+    """The flags of the run to resume, checked against those that were typed."""
+    out = typed.get("out") or config_class(**defaults | typed).out      # its default may depend on other flags
+    saved = read_config(Path(out))
+    for name, value in typed.items():
+        if name in saved and saved[name] != value and name not in MAY_DIFFER_ON_RESUME | {"out"}:
+            raise UserError(f"{flag_of(name)} {value}: the run to resume has {saved[name]}; leave the flag out, or start another "
+                            "run")
+    if odd := sorted(saved.keys() ^ defaults.keys()):
+        raise UserError(f"--resume: {out} was made by another script, or another version of this one: not both know "
+                        f"{flag_of(odd[0])}")
+    saved["out"] = out
+    for name, value in saved.items():
+        if value != defaults[name] and (expected := _misfit(value, hints[name])):
+            raise UserError(f"{Path(out) / 'config.json'}: {name} is {value!r:.40}; expected {expected}")
+    return saved
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """The flags of an earlier run in directory `out`."""
+    if not (out / "config.json").exists():
+        raise UserError(f"--resume: {out} holds no run to continue (no config.json)")
+    try:
+        flags = json.loads((out / "config.json").read_text())
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{out / 'config.json'}: not JSON ({e})") from None
+    if not isinstance(flags, dict):
+        raise UserError(f"{out / 'config.json'}: a {type(flags).__name__}; expected an object with the flags of a run")
+    return flags

@@ -1,0 +1,135 @@
+"""How a run starts: the stages before it, made where they are missing, and the models that they left."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from nanorl.data import read_records
+from nanorl.errors import UserError
+from nanorl.gpt import GPT, ScalarGPT
+from nanorl.run.checkpoint import load_checkpoint, load_reward_model, model_from, tokenizer_from
+from nanorl.run.device import pick_device
+from nanorl.run.directory import Run
+from nanorl.run.flags import RunConfig, parse, read_config
+from nanorl.tasks import FileTask, Task, make_task
+from nanorl.tokenizer import Tokenizer
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+INHERITED = ("seed", "device", "dtype", "compile", "quiet")     # the flags that a run hands to the stages it has to make first
+
+
+def choose_task(name: str, data: str = "", needs_verifier: bool = True) -> Task:
+    """The task of this name, ready to verify answers, or the questions of a JSONL file {"prompt", "answer"}."""
+    if data:
+        return FileTask([(record["prompt"], record["answer"]) for record in read_records(data, ("prompt", "answer"))], data)
+    task = make_task(name, needs_verifier)
+    task.start_verifier()
+    return task
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stage_dir(stage: str, task: str) -> str:
+    """The default directory of a stage: runs/sft, runs/sft-sorting, runs/sft-addition-4."""
+    return f"runs/{stage}" if task == "addition" else f"runs/{stage}-{task}"
+
+
+def find_script(name: str) -> ModuleType:
+    """The training script of this name, imported: the one beside the running script, else the checkout's."""
+    places = [Path(sys.argv[0]).resolve().parent, CHECKOUT]
+    path = next((place / f"{name}.py" for place in places if (place / f"{name}.py").is_file()), None)
+    if path is None:
+        raise UserError(f"{name}.py: needed to make the stage before this one, and neither in {places[0]} nor in {places[1]}; "
+                        "copy it beside this script, or name a finished run with --init")
+    loaded = sys.modules.get(name)
+    if loaded is None or Path(loaded.__file__).resolve() != path:
+        spec = importlib.util.spec_from_file_location(name, path)
+        loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    return loaded
+
+
+def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
+    """Run the script of a stage, unless its run is complete: with `flags`, what `cfg` hands on, and else its defaults.
+
+    Returns the directory of the stage's run.
+    """
+    script = find_script(f"train_{stage}")
+    wanted = script.Config(**{name: getattr(cfg, name) for name in INHERITED}, **flags)
+    out, command = Path(wanted.out), f"python {script.__name__}.py --out {wanted.out}"
+    made = read_config(out) if (out / "config.json").exists() else {}
+    for flag in ("task", "data", "init"):
+        if made and made.get(flag) != getattr(wanted, flag, None):
+            raise UserError(f"{out}: made with --{flag} {made.get(flag)!r}, not {getattr(wanted, flag, None)!r}; use it with "
+                            f"--init {out}, or move it away")
+    if (out / "ckpt.pt").exists():
+        found = load_checkpoint(out)
+        if found["step"] >= found["config"]["steps"]:
+            print(f"Starting from {out} (seed {found['config']['seed']}, {found['step']} steps).")
+            return wanted.out
+    if made:
+        print(f"{out} is not finished. Continuing it first: {command} --resume")
+        wanted = parse(script.Config, ["--out", wanted.out, "--resume", *(["--quiet"] if cfg.quiet else [])])
+    else:
+        print(f"{out} is not there yet. Making it first: {command}")
+    script.main(wanted)
+    return wanted.out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prologue
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_fits_context(model: GPT | ScalarGPT, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """UserError when these prompts and `max_new_tokens` do not fit the model's context."""
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > model.config.context:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
+                        f"{model.config.context} has room for {max(0, model.config.context - longest)}")
+
+
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    device: torch.device
+    checkpoint: dict[str, Any] | None   # of this run, where it is resumed
+    tokenizer: Tokenizer
+    policy: GPT                         # with the weights of that checkpoint, else of --init
+    reference: GPT | None               # --init itself; its weights are constants
+    reward_model: ScalarGPT | None
+
+
+def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bool = False,
+          reward_model: str | None = None) -> Start:
+    """Check that the run can be written and that what the flags name exists, then load the models.
+
+    Where --init is not given, it is the run of `stage` (on the same task), made first where it is missing. With
+    `reference`, --init is loaded once more as the reference model. reward_model: the run of one, "" for runs/reward, made
+    first where it is missing, None for none. All must have room for the prompts of `task`.
+    """
+    device, checkpoint = pick_device(cfg), Run.check(cfg)
+    for path, holds in ((cfg.init, "policy"), (reward_model, "reward model")):
+        if path:
+            load_checkpoint(path, holds)            # before minutes are spent on other stages
+    initial = None
+    if reference or not checkpoint:
+        initial = load_checkpoint(cfg.init or ensure_stage(cfg, stage, **({"task": cfg.task} if stage == "sft" else {})), "policy")
+    if reward_model == "":
+        reward_model = ensure_stage(cfg, "reward")
+    weights = checkpoint or initial
+    tokenizer = tokenizer_from(weights)
+    start = Start(device, checkpoint, tokenizer, model_from(weights, device),
+                  model_from(initial, device).requires_grad_(False) if reference else None,
+                  load_reward_model(reward_model, tokenizer, device) if reward_model else None)
+    prompts = [tokenizer.render(problem.prompt) for problem in task.examples()] if task else []
+    for model in filter(None, (start.policy, start.reward_model)) if task else ():
+        check_fits_context(model, prompts, cfg.max_new_tokens)
+    return start
