@@ -57,7 +57,7 @@ from nanorl.rollout import (
     of_all_ranks,
     show_answers,
 )
-from nanorl.tasks import answer_room, make_task
+from nanorl.tasks import default_max_new_tokens, make_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,6 @@ class Config(run.RunConfig):
     eval_every: run.Count = 20
 
     task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # --on data: JSONL records {"prompt", "response"} instead of the task's demonstrations
     on: Literal["data", "teacher", "student"] = "teacher"    # whose answers: see the table above
     divergence: Literal["forward", "reverse", "jsd"] = "forward"    # see the table above
@@ -89,8 +88,8 @@ class Config(run.RunConfig):
     eval_problems: run.Count = 500    # held-out problems
 
     def __post_init__(self):
-        self.default("out", run.stage_dir("distill", self.task, self.difficulty))
-        self.default("max_new_tokens", answer_room(self.task))
+        self.default("out", run.stage_dir("distill", self.task))
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
         self.expect(self.divergence == "jsd" or self.beta is None, "divergence beta", "only --divergence jsd has a --beta")
         if self.divergence == "jsd":
             self.default("beta", 0.5)
@@ -146,8 +145,8 @@ def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1
 def make_student(cfg: Config) -> str:
     """The default student: a quarter of the default model, pretrained on the same text and fine-tuned on the task."""
     pretrained = run.ensure_stage(train_pretrain, out="runs/pretrain-pico", preset="pico", **run.same(cfg))
-    return run.ensure_stage(train_sft, out=run.stage_dir("sft-pico", cfg.task, cfg.difficulty), init=pretrained,
-                            **run.same(cfg, "task", "difficulty"))
+    return run.ensure_stage(train_sft, out=run.stage_dir("sft-pico", cfg.task), init=pretrained,
+                            **run.same(cfg, "task"))
 
 
 @run.says_why_it_stopped
@@ -156,13 +155,13 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = make_task(cfg.task, cfg.difficulty or None)
-        task.prepare()
+        task = make_task(cfg.task)
+        task.start_verifier()
         records = train_sft.training_records(cfg.data, task) if cfg.on == "data" else []
         for typed in filter(None, (cfg.teacher, "" if checkpoint else cfg.init)):
             run.load_checkpoint(typed, "policy")
-    teacher_run = cfg.teacher or run.ensure_stage(train_grpo, out=run.stage_dir("grpo", cfg.task, cfg.difficulty),
-                                                  **run.same(cfg, "task", "difficulty"))
+    teacher_run = cfg.teacher or run.ensure_stage(train_grpo, out=run.stage_dir("grpo", cfg.task),
+                                                  **run.same(cfg, "task"))
     init = "" if checkpoint else cfg.init or make_student(cfg)
     with run.user_errors():
         start, teacher_start = checkpoint or run.load_checkpoint(init, "policy"), run.load_checkpoint(teacher_run, "policy")

@@ -53,7 +53,7 @@ from nanorl.rollout import (
 )
 from nanorl.sample import token_log_probs
 from nanorl.search import best_of_n_curve
-from nanorl.tasks import answer_room, make_task
+from nanorl.tasks import default_max_new_tokens, make_task
 
 # What each loss looks at, and its value where no flag gives one.
 LOSSES = {"dpo": {"beta": 0.3, "nll_coef": 0.0},
@@ -114,7 +114,7 @@ class Config(run.RunConfig):
             self.default("judge", "verifier" if verifiable else "model")
             self.expect((self.judge == "verifier") == verifiable, "judge",
                         f"expected {'verifier' if verifiable else 'hidden or model'} with --task {self.task}")
-        self.default("max_new_tokens", answer_room(self.task))
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = choose_task(cfg.task, 0, "", needs_verifier=False)
+        task = choose_task(cfg.task, "", needs_verifier=False)
         records, training, heldout, identical = [], [], [], 0
         if not cfg.online:
             records, training, heldout, identical = train_reward.read_pairs(cfg.data)
@@ -189,7 +189,7 @@ def main(cfg: Config) -> None:
             run.load_checkpoint(cfg.init, "policy")
         if cfg.reward_model:
             run.load_checkpoint(cfg.reward_model, "reward model")
-    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, 0), **run.same(cfg, "task"))
+    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task), **run.same(cfg, "task"))
     reward_path = cfg.reward_model
     if cfg.judge == "model" and not reward_path:
         reward_path = run.ensure_stage(train_reward, out="runs/reward", **run.same(cfg))

@@ -45,7 +45,7 @@ from nanorl.rollout import (
 )
 from nanorl.sample import token_log_probs
 from nanorl.search import best_of_n_curve
-from nanorl.tasks import answer_room
+from nanorl.tasks import default_max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,6 @@ class Config(run.RunConfig):
     eval_every: run.Count = 10
 
     task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
     prompts: run.Count = 32     # P, prompts per step
     group: run.Count = 8        # G, answers sampled per prompt
@@ -74,8 +73,8 @@ class Config(run.RunConfig):
     best_of: run.Natural = 16   # answers per problem for best-of-n before training, to compare with; 0 is off
 
     def __post_init__(self):
-        self.default("out", run.stage_dir("group_dpo", self.task, self.difficulty))
-        self.default("max_new_tokens", answer_room(self.task))
+        self.default("out", run.stage_dir("group_dpo", self.task))
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
         self.expect(self.loss == "hinge" or self.margin is None, "loss margin", "only --loss hinge looks at --margin")
         if self.loss == "hinge":
             self.default("margin", 1.0)
@@ -114,9 +113,9 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = choose_task(cfg.task, cfg.difficulty, cfg.data)
-    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
-                                        **run.same(cfg, "task", "difficulty"))
+        task = choose_task(cfg.task, cfg.data)
+    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task),
+                                        **run.same(cfg, "task"))
     with run.user_errors():
         initial = run.load_checkpoint(init, "policy")
         tokenizer = run.tokenizer_from(initial)

@@ -67,7 +67,7 @@ from nanorl.rollout import (
 )
 from nanorl.sample import Rollout, token_log_probs
 from nanorl.selfcheck import SelfCheckFailed, selfcheck, tolerance
-from nanorl.tasks import answer_room
+from nanorl.tasks import default_max_new_tokens
 
 STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so that only forgetting is measured
 
@@ -147,7 +147,6 @@ class Config(run.RunConfig):
     eval_every: run.Count = 10
 
     task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
     prompts: run.Count = 32     # P, prompts per step
     group: run.Count = 8        # G, answers sampled per prompt
@@ -192,8 +191,8 @@ class Config(run.RunConfig):
     def __post_init__(self):
         """Fill what was left open from the algorithm's row, and refuse what contradicts itself."""
         row = ALGORITHMS[self.algo]
-        self.default("out", run.stage_dir("grpo", self.task, self.difficulty))
-        self.default("max_new_tokens", answer_room(self.task))
+        self.default("out", run.stage_dir("grpo", self.task))
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
         for axis in AXES:
             self.default(axis, getattr(row, axis))
         for flag, (axis, choice, value) in NUMBERS.items():
@@ -336,7 +335,7 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = choose_task(cfg.task, cfg.difficulty, cfg.data)
+        task = choose_task(cfg.task, cfg.data)
         demonstrations = train_sft.training_records(cfg.demonstrations, task) if cfg.likelihood_coef else []
         stories = read_text(DATA / "stories_heldout.txt")
     refreshed = checkpoint["state"].get("reference") if checkpoint else None
@@ -344,8 +343,8 @@ def main(cfg: Config) -> None:
     needs_init = not checkpoint or (cfg.kl_coef and not refreshed)
     init = cfg.init
     if needs_init and not init:
-        init = run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
-                                **run.same(cfg, "task", "difficulty"))
+        init = run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task),
+                                **run.same(cfg, "task"))
     with run.user_errors():
         if needs_init:
             initial = run.load_checkpoint(init, "policy")

@@ -61,7 +61,7 @@ from nanorl.rollout import (
 )
 from nanorl.sample import token_log_probs
 from nanorl.search import best_of_n_curve
-from nanorl.tasks import answer_room
+from nanorl.tasks import default_max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,6 @@ class Config(run.RunConfig):
     reward: Literal["verifier", "model"] = "verifier"    # what scores an answer
     reward_model: str = ""      # --reward model: a run of train_reward.py (default: runs/reward)
     task: str = ""              # whose prompts are answered (default: addition; with --reward model stories)
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
     prompts: run.Count = 128    # P, prompts per step
     group: run.Count = 1        # G, answers sampled per prompt
@@ -104,8 +103,8 @@ class Config(run.RunConfig):
 
     def __post_init__(self):
         self.default("task", "stories" if self.reward == "model" else "addition")
-        self.default("out", run.stage_dir("ppo", self.task, self.difficulty))
-        self.default("max_new_tokens", answer_room(self.task))
+        self.default("out", run.stage_dir("ppo", self.task))
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
         self.default("eval_problems", 200 if self.task == "stories" else 500)
         self.default("kl_coef", 0.1 if self.reward == "model" else 0.0)
         self.expect(self.reward == "model" or not self.reward_model, "reward_model", "expected --reward model beside it")
@@ -196,13 +195,13 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = choose_task(cfg.task, cfg.difficulty, cfg.data, needs_verifier=cfg.reward == "verifier")
+        task = choose_task(cfg.task, cfg.data, needs_verifier=cfg.reward == "verifier")
         if cfg.init:
             run.load_checkpoint(cfg.init, "policy")
         if cfg.reward_model:
             run.load_checkpoint(cfg.reward_model, "reward model")
-    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task, cfg.difficulty),
-                                        **run.same(cfg, "task", "difficulty"))
+    init = cfg.init or run.ensure_stage(train_sft, out=run.stage_dir("sft", cfg.task),
+                                        **run.same(cfg, "task"))
     reward_path = cfg.reward_model
     if cfg.reward == "model" and not reward_path:
         reward_path = run.ensure_stage(train_reward, out="runs/reward", **run.same(cfg))

@@ -17,7 +17,7 @@ from nanorl.data import pad, read_records, response_mask, shuffled_batch
 from nanorl.ops import token_weights
 from nanorl.rollout import check_room, evaluate, show_answers
 from nanorl.sample import generate, token_log_probs
-from nanorl.tasks import answer_room, is_heldout, make_task
+from nanorl.tasks import default_max_new_tokens, is_heldout, make_task
 from train_pretrain import objective, total_loss
 
 
@@ -29,7 +29,6 @@ class Config(run.RunConfig):
     eval_every: run.Count = 100
 
     task: str = "addition"      # addition, sums, sorting, reversal, countdown, code or stories: demonstrated and evaluated
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "response"} to learn from instead of the task's demonstrations
     demonstrations: run.Count = 20_000    # of the task; data/TASK.jsonl shows the first 4,000
     batch: run.Count = 64       # records per step
@@ -42,8 +41,8 @@ class Config(run.RunConfig):
     eval_problems: run.Count = 500    # held-out problems
 
     def __post_init__(self):
-        self.default("out", run.stage_dir("sft", self.task, self.difficulty))
-        self.default("max_new_tokens", answer_room(self.task))
+        self.default("out", run.stage_dir("sft", self.task))
+        self.default("max_new_tokens", default_max_new_tokens(self.task))
 
 
 def split(records, source):
@@ -100,9 +99,9 @@ def main(cfg: Config) -> None:
     with run.user_errors():
         device = run.pick_device(cfg)
         checkpoint = run.Run.check(cfg)
-        task = make_task(cfg.task, cfg.difficulty or None, needs_verifier=False)
+        task = make_task(cfg.task, needs_verifier=False)
         if not cfg.data:
-            task.prepare()          # for the evaluations
+            task.start_verifier()   # for the evaluations
         records = read_records(cfg.data, ("prompt", "response")) if cfg.data else task.demonstrations(cfg.demonstrations)
         training, heldout = split(records, cfg.data)
     init = "" if checkpoint else cfg.init or run.ensure_stage(train_pretrain, out="runs/pretrain", **run.same(cfg))

@@ -8,7 +8,7 @@
 greedy              the most likely token, always
 sample              one answer at --temperature: the mean over --n of them
 low_temperature     one answer at temperature 1/alpha, for each --alpha: what power is to be compared with
-direct, worked      one answer whose first tokens are forced, so that it blurts or works
+direct, worked      one answer whose first tokens are forced, so that it answers directly or in steps
 majority            the most frequent of n answers; a tie is settled by a fair draw
 weighted            the same, but each answer's vote weighs its probability
 best_of_n           the best of n answers, by each --scorer; by the verifier it is pass@n
@@ -30,7 +30,7 @@ from nanorl.gpt import GPT, ScalarGPT
 from nanorl.plot import draw_search, pyplot
 from nanorl.rollout import check_room, choose_task, heldout_problems, load_reward_model
 from nanorl.search import ROWS, Answers, ask, autocorrelation, best_of_n, doublings, opening, power_sample, vote_value
-from nanorl.tasks import Problem, Task, answer_room
+from nanorl.tasks import Problem, Task, default_max_new_tokens
 from nanorl.tokenizer import Tokenizer
 
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
@@ -45,7 +45,6 @@ class Config(run.DeviceConfig):
     runs: tuple[str, ...]       # runs, or checkpoints, to compare
     method: tuple[Method, ...] = ("greedy", "sample", "majority", "best_of_n")    # see the table above
     task: str = ""              # what to ask (default: what the first run was trained on, or else addition)
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "answer"}, whose held-out ones are asked instead
     problems: run.Count = 300   # held-out problems; one that is drawn twice is asked once
     n: run.Count = 16           # answers to each of them; a method of one answer is averaged over all n
@@ -135,14 +134,14 @@ class Evaluation:
         low, high = interval(values, self.task.verifiable)
         self.rows.append(Row(self.name, method, n, float(values.double().mean()), low, high, float(tokens.double().mean())))
 
-    def alone(self, method: str, samples: int, temperature: float, way: Literal["direct", "worked"] | None = None) -> None:
+    def alone(self, method: str, samples: int, temperature: float, style: Literal["direct", "worked"] | None = None) -> None:
         """A row for one answer, averaged over `samples` of them."""
-        found = self.ask(method, samples, temperature, way)
+        found = self.ask(method, samples, temperature, style)
         self.add(method, 1, found.rewards.double().mean(-1), found.tokens.double().mean(-1))
 
-    def ask(self, purpose: str, samples: int, temperature: float, way: Literal["direct", "worked"] | None = None) -> Answers:
-        return ask(self.model, self.tokenizer, self.task, self.problems, samples, seed=self.cfg.seed, purpose=purpose, way=way,
-                   reward_model=self.reward_model, quiet=False, temperature=temperature, **self.how)
+    def ask(self, purpose: str, samples: int, temperature: float, style: Literal["direct", "worked"] | None = None) -> Answers:
+        return ask(self.model, self.tokenizer, self.task, self.problems, samples, seed=self.cfg.seed, purpose=purpose,
+                   style=style, reward_model=self.reward_model, quiet=False, temperature=temperature, **self.how)
 
     @functools.cached_property
     def sampled(self) -> Answers:
@@ -178,7 +177,7 @@ class Evaluation:
                 if step in marks:
                     texts = [self.tokenizer.decode(ids) for ids in now.rollout.responses()]
                     asked = [problem for problem in part for _ in range(cfg.chains)]
-                    rewards[step] += self.task.grades(asked, texts, now.rollout.finished.tolist())
+                    rewards[step] += self.task.rewards(asked, texts, now.rollout.finished.tolist())
                     tokens[step] += now.sampled.tolist()
             traces.append(torch.stack(trace))
         for step in marks:
@@ -202,7 +201,7 @@ class Evaluation:
                     for alpha in cfg.alpha:
                         self.alone(f"temperature 1/{alpha:g}", cfg.n, 1 / alpha)
                 case "direct" | "worked":
-                    self.alone(method, cfg.n, cfg.temperature, way=method)
+                    self.alone(method, cfg.n, cfg.temperature, style=method)
                 case "majority" | "weighted" | "best_of_n":
                     self.choose(method)
                 case "power":
@@ -234,22 +233,21 @@ def prepare(cfg: Config) -> list[Evaluation]:
     if not cfg.task and not cfg.data and trained.get("data"):
         raise ValueError(f"{cfg.runs[0]}: was trained on {trained['data']}; say what to ask, with --task or --data")
     name = cfg.task or trained.get("task", "addition")
-    difficulty = cfg.difficulty or (0 if cfg.task else trained.get("difficulty", 0))
-    task = choose_task(name, difficulty, cfg.data, needs_verifier=False)
+    task = choose_task(name, cfg.data, needs_verifier=False)
     comparing = {"majority", "weighted", "direct", "worked"}.intersection(cfg.method)
     if comparing and not task.verifiable:
-        raise ValueError(f"--method {min(comparing)}: no answer to {task.name} is right or wrong; expected another method")
+        raise ValueError(f"--method {min(comparing)}: no answer to {task} is right or wrong; expected another method")
     if ("reward" in cfg.scorer) != bool(cfg.reward_model):
         raise ValueError(f"--scorer {' '.join(cfg.scorer)} --reward-model {cfg.reward_model}: the one needs the other")
     problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed)))      # others would count as independent
-    how = dict(max_new_tokens=cfg.max_new_tokens or answer_room(name), compile=run.wants_compile(cfg, device))
+    how = dict(max_new_tokens=cfg.max_new_tokens or default_max_new_tokens(name), compile=run.wants_compile(cfg, device))
     evaluations = []
     for path, checkpoint in checkpoints.items():
         tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
         reward_model = load_reward_model(cfg.reward_model, tokenizer, device) if cfg.reward_model else None
-        ways = [None, *({"direct", "worked"} & set(cfg.method))]
-        prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, way) if way else [])
-                   for problem in problems for way in ways]
+        styles = [None, *({"direct", "worked"} & set(cfg.method))]
+        prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, style) if style else [])
+                   for problem in problems for style in styles]
         for each in filter(None, (model, reward_model)):
             check_room(each, prompts, how["max_new_tokens"])
         evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, how))
@@ -266,11 +264,11 @@ def main(cfg: Config) -> None:
     rows = [row for evaluation in evaluations for row in evaluation.rows]
     notes = [note for evaluation in evaluations for note in evaluation.notes]
     measured = "accuracy" if task.verifiable else "hidden reward"
-    print(f"{len(evaluations[0].problems)} held-out problems of {task.name}, on {device.type}.\n\n{table(rows, measured)}")
+    print(f"{len(evaluations[0].problems)} held-out problems of {task}, on {device.type}.\n\n{table(rows, measured)}")
     print("".join(f"\n{note}." for note in notes))
     with run.user_errors():
         if cfg.out:
-            kept = {"settings": asdict(cfg), "task": task.name, "rows": [asdict(row) for row in rows], "chains": notes}
+            kept = {"settings": asdict(cfg), "task": str(task), "rows": [asdict(row) for row in rows], "chains": notes}
             run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
         if cfg.plot:
             draw_search([asdict(row) for row in rows], measured, Path(cfg.plot))

@@ -44,11 +44,11 @@ def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> 
     return scalar_model_from(checkpoint, device).requires_grad_(False)
 
 
-def choose_task(name: str, difficulty: int, data: str, needs_verifier: bool = True) -> Task:
+def choose_task(name: str, data: str, needs_verifier: bool = True) -> Task:
     """The task of this name, ready to grade, or the questions of a JSONL file {"prompt", "answer"}."""
     if not data:
-        task = make_task(name, difficulty or None, needs_verifier)
-        task.prepare()
+        task = make_task(name, needs_verifier)
+        task.start_verifier()
         return task
     return FileTask([(record["prompt"], record["answer"]) for record in read_records(data, ("prompt", "answer"))], data)
 
@@ -98,7 +98,7 @@ def _answer(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem
     prompts = [tokenizer.render(problem.prompt) + begun for problem, begun in zip(problems, openings, strict=True)]
     rollout = generate(model, prompts, stop_ids={tokenizer.end}, samples_per_prompt=samples, **how)
     texts = [tokenizer.decode(openings[row // samples] + ids) for row, ids in enumerate(rollout.responses())]
-    rewards = task.grades([problem for problem in problems for _ in range(samples)], texts, rollout.finished.tolist())
+    rewards = task.rewards([problem for problem in problems for _ in range(samples)], texts, rollout.finished.tolist())
     return Experience(task, rollout, problems, texts, torch.tensor(rewards).view(len(problems), samples))
 
 
@@ -259,8 +259,8 @@ def describe(experience: Experience) -> dict[str, float]:
     if G > 1:
         facts["distinct"] = sum(len(set(experience.texts[p * G : (p + 1) * G])) for p in range(P)) / P
     if experience.task.verifiable:
-        ways = [experience.task.way(text) for text in experience.texts]
-        worked, direct = (torch.tensor([way == name for way in ways]) for name in ("worked", "direct"))
+        styles = [experience.task.style(text) for text in experience.texts]
+        worked, direct = (torch.tensor([style == name for style in styles]) for name in ("worked", "direct"))
         facts["worked"] = worked.double().mean()
         if G > 1:
             facts["no_contrast"] = 1 - contrast(experience.rewards).double().mean()

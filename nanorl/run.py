@@ -481,10 +481,9 @@ def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_state(checkpoint["tokenizer"])
 
 
-def stage_dir(stage: str, task: str, difficulty: int) -> str:
+def stage_dir(stage: str, task: str) -> str:
     """The default directory of a stage: runs/sft, runs/sft-sorting, runs/sft-addition-4."""
-    plain = task == "addition" and not difficulty
-    return f"runs/{stage}" + ("" if plain else f"-{task}") + (f"-{difficulty}" if difficulty else "")
+    return f"runs/{stage}" + ("" if task == "addition" else f"-{task}")
 
 
 def same(cfg: RunConfig, *flags: str) -> dict[str, Any]:
@@ -501,7 +500,7 @@ def ensure_stage(script: types.ModuleType, **flags) -> str:
     out, name = Path(cfg.out), f"python {script.__name__}.py --out {cfg.out}"
     with user_errors():
         made = read_config(out) if (out / "config.json").exists() else {}
-        for flag in ("task", "difficulty", "data", "init"):
+        for flag in ("task", "data", "init"):
             wanted = getattr(cfg, flag, None)
             if made and made.get(flag) != wanted:
                 raise ValueError(f"{out}: made with --{flag} {made.get(flag)!r}, not {wanted!r}; use it with --init {out}, or "

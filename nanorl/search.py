@@ -97,9 +97,9 @@ def doublings(most: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def opening(task: Task, tokenizer: Tokenizer, problem: Problem, way: Literal["direct", "worked"]) -> list[int]:
-    """The first token ids of a response that answers in this way: up to the first in which a direct and a worked demonstration
-    differ. A model that goes on from there has begun in its way, and is told no more of the solution than that token.
+def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Literal["direct", "worked"]) -> list[int]:
+    """The first token ids of a response in this style: up to the first in which a direct and a worked demonstration differ.
+    A model that goes on from there has begun in that style, and is told no more of the solution than that token.
 
     ValueError where there are no demonstrations, or where they do not differ.
     """
@@ -107,8 +107,8 @@ def opening(task: Task, tokenizer: Tokenizer, problem: Problem, way: Literal["di
     worked = tokenizer.encode(task.work(problem, Random(problem.prompt)))
     for i, (a, b) in enumerate(zip(direct, worked, strict=False)):
         if a != b:
-            return (direct if way == "direct" else worked)[: i + 1]
-    raise ValueError(f"{task.name}: no token tells a worked answer to {problem.prompt!r} from a direct one")
+            return (direct if style == "direct" else worked)[: i + 1]
+    raise ValueError(f"{task}: no token tells a worked answer to {problem.prompt!r} from a direct one")
 
 
 @dataclass
@@ -123,16 +123,16 @@ class Answers:
 
 
 def ask(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], samples: int, *, seed: int, purpose: str,
-        way: Literal["direct", "worked"] | None = None, reward_model: ScalarGPT | None = None, quiet: bool = True,
+        style: Literal["direct", "worked"] | None = None, reward_model: ScalarGPT | None = None, quiet: bool = True,
         **how) -> Answers:
     """Sample N = `samples` answers to each problem, as many problems at a time as fit into memory.
 
-    With a `way`, the answers are made to begin in it; `how` goes to `generate`.
+    With a `style`, the answers are made to begin in it; `how` goes to `generate`.
     """
     parts, size = [], max(1, ROWS // samples)
     for i in tqdm(range(0, len(problems), size), desc=purpose, disable=quiet, leave=False):
         asked = problems[i : i + size]
-        begun = [opening(task, tokenizer, problem, way) if way else [] for problem in asked]
+        begun = [opening(task, tokenizer, problem, style) if style else [] for problem in asked]
         found = answer(model, tokenizer, task, asked, samples=samples, openings=begun, seed=derive(seed, purpose, i), **how)
         said, shape = found.rollout, found.rewards.shape
         ballots = [task.ballot(text) if done else None
