@@ -140,7 +140,7 @@ def test_the_rows_fit_together(result):
 
 
 def test_greedy_is_what_the_scripts_call_greedy(result):
-    task, checkpoint = choose_task("addition", 0, "wanted.jsonl"), run.load_checkpoint("grpo")
+    task, checkpoint = choose_task("addition", "wanted.jsonl"), run.load_checkpoint("grpo")
     problems = list(dict.fromkeys(heldout_problems(task, 6, 0)))
     plain = answer(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), task, problems,
                    max_new_tokens=12, temperature=0.0)

@@ -323,7 +323,7 @@ def test_one_in_ten_is_held_out():
 def test_a_bad_difficulty_is_one_sentence_with_the_range(name):
     lowest, *_, highest = TASKS[name].difficulties
     for bad in (lowest - 1, highest + 1, "-1", "", "x", "2.5", "03", "3 ", "٣", "3-3"):
-        says = rf"^--task {name}-{bad}: .* from {lowest} to {highest}, as in {name}-\d$"
+        says = rf"^--task {name}-{bad}: there is no such difficulty; expected {name} or {name}-N, .* is {lowest} to {highest}$"
         with pytest.raises(ValueError, match=says) as error:
             make_task(f"{name}-{bad}")
         assert "\n" not in str(error.value)
@@ -482,7 +482,7 @@ def test_stories_are_a_task_without_a_verifier():
     assert isinstance(make_task("stories", needs_verifier=False), Stories)
     with pytest.raises(ValueError, match="no verifier"):
         make_task("stories")
-    with pytest.raises(ValueError, match="^--task stories-3: stories has no difficulty; expected stories$"):
+    with pytest.raises(ValueError, match=r"^--task stories-3: there is no such difficulty; expected stories$"):
         make_task("stories-3", needs_verifier=False)
 
 

@@ -40,20 +40,16 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sor
 def make_task(name: str, needs_verifier: bool = True) -> Task:
     """The task "addition", or "addition-4" at difficulty 4; by default it must be one that a program can check."""
     family, dash, difficulty = name.partition("-")
-    choices = ", ".join(each for each, task in TASKS.items() if task.verifiable or not needs_verifier)
-    if family not in TASKS:
-        raise ValueError(f"--task {name}: there is no such task; expected {choices}")
-    task = TASKS[family]
-    if needs_verifier and not task.verifiable:
-        raise ValueError(f"--task {name}: there is no verifier for it, only readers' preferences; expected {choices}")
-    if not dash:
-        return task()
-    if not task.difficulties:
-        raise ValueError(f"--task {name}: {family} has no difficulty; expected {family}")
-    if difficulty not in map(str, task.difficulties):
-        raise ValueError(f"--task {name}: the number of {task.difficulty_unit} must be from {task.difficulties[0]} to "
-                         f"{task.difficulties[-1]}, as in {family}-{task.default_difficulty}")
-    return task(int(difficulty))
+    choices = {each: task for each, task in TASKS.items() if task.verifiable or not needs_verifier}
+    if family not in choices:
+        wrong = "there is no verifier for it, only readers' preferences" if family in TASKS else "there is no such task"
+        raise ValueError(f"--task {name}: {wrong}; expected {', '.join(choices)}")
+    task = choices[family]
+    if dash and difficulty not in map(str, task.difficulties):
+        raise ValueError(f"--task {name}: there is no such difficulty; expected {family}"
+                         + (f" or {family}-N, where N, the number of {task.difficulty_unit}, is "
+                            f"{task.difficulties[0]} to {task.difficulties[-1]}" if task.difficulties else ""))
+    return task(int(difficulty) if dash else None)
 
 
 def default_max_new_tokens(task_name: str) -> int:

@@ -57,7 +57,6 @@ class Countdown(Task):
 
     name, difficulty_unit = "countdown", "numbers"
     difficulties, default_difficulty = range(2, 7), 3
-    highest_target = 99
 
     def draw(self, rng):
         numbers = sorted(rng.randint(1, 9) for _ in range(self.difficulty))
@@ -74,7 +73,7 @@ class Countdown(Task):
                 sign = "*" if i < factors else "-" if number <= total and rng.random() < 0.5 else "+"
                 text += f"{sign}{number}"
                 total, _ = parse_expression(text)
-            if 1 <= total <= self.highest_target:
+            if 1 <= total <= 99:
                 return text
 
     def work(self, problem, rng):

@@ -34,8 +34,7 @@ class FileTask(Task):
         return self.demonstration(rng)
 
     def verify(self, problem, response):
-        answer = final_answer(response)
-        return float(answer is not None and answer.split() == problem.answer.split())
+        return float(self.ballot(response) == " ".join(problem.answer.split()))
 
     def ballot(self, response):
         answer = final_answer(response)

@@ -154,23 +154,16 @@ def opening_and_rest(rng: Random, **given: str) -> tuple[str, str]:
     she = given.get("she") or rng.choice(["she", "he"])
     her, him, child = {"she": ("her", "her", "girl"), "he": ("his", "him", "boy")}[she]
     hero = given.get("hero") or rng.choice(NAMES[she])
-    friend = rng.choice(NAMES["she"] + NAMES["he"])
-    while friend == hero:
-        friend = rng.choice(NAMES["she"] + NAMES["he"])
+    while (friend := rng.choice(NAMES["she"] + NAMES["he"])) == hero:
+        pass
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     slots = {slot: rng.choice(words) for slot, words in WORDS.items()} | {
         "hero": hero, "friend": friend, "she": she, "She": she.capitalize(), "her": her, "him": him,
         "kind": rng.choice([child, child, *ANIMALS]), "thing": rng.choice(things), "praise": rng.choice(PRAISE),
         "a": NUMBERS[a], "A": NUMBERS[a].capitalize(), "b": NUMBERS[b], "c": NUMBERS[a + b]} | given
 
-    extra = rng.choice(["talk", "talk", "sum", "none"])
-    opening, rest = rng.choice(OPENINGS), [rng.choice(troubles)]
-    if extra == "talk":
-        rest.append(rng.choice(talks))
-    rest.append(rng.choice(helps))
-    if extra == "sum":
-        rest.append(rng.choice(SUMS))
-    rest.append(rng.choice(ENDINGS))
+    middle = rng.choice([[talks, helps], [talks, helps], [helps, SUMS], [helps]])
+    opening, rest = rng.choice(OPENINGS), [rng.choice(sentences) for sentences in (troubles, *middle, ENDINGS)]
     opening, rest = (" ".join(sentences).format(**slots) for sentences in (opening, rest))
 
     praise = f"{rng.choice(PRAISE)} " if rng.random() < 0.25 else ""
