@@ -139,7 +139,7 @@ def main(cfg: Config) -> None:
     for model in (student, teacher):
         run.check_fits_context(model, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
     context = min(student.config.context, teacher.config.context)
-    demonstrations = render_records(records, tokenizer, context, cfg.data or task.name)
+    demonstrations = render_records(records, tokenizer, context, cfg.data or str(task))
 
     optimizer = run.Optimizers(student, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, student, optimizer, tokenizer, teacher=teacher)
@@ -149,11 +149,11 @@ def main(cfg: Config) -> None:
     loss = functools.partial(objective, gradient=cfg.gradient, group=cfg.group, divergence=cfg.divergence, beta=cfg.beta,
                              tau=cfg.tau, top_k=cfg.top_k)
     with run.autocast(device, cfg.dtype):
-        teacher_answers = sample_and_grade(teacher, tokenizer, task, heldout_problems(task, cfg.eval_problems, cfg.seed), sampling,
-                                           seed=run.derive(cfg.seed, "teacher"))
+        heldout = heldout_problems(task, cfg.eval_problems, cfg.seed)
+        teacher_answers = sample_and_grade(teacher, tokenizer, task, heldout, sampling, seed=run.derive(cfg.seed, "teacher"))
     teacher_accuracy = float(teacher_answers.rewards.mean())
     print(f"Distilling {teacher.num_parameters():,} parameters into {student.num_parameters():,}: {cfg.divergence} divergence "
-          f"on answers of the {cfg.on} to {task.name}, on {device.type}. The teacher is right in {teacher_accuracy:.3f} of its "
+          f"on answers of the {cfg.on} to {task}, on {device.type}. The teacher is right in {teacher_accuracy:.3f} of its "
           "samples.")
 
     def evaluate_now() -> dict[str, float]:

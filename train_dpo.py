@@ -170,7 +170,7 @@ def main(cfg: Config) -> None:
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, loss=cfg.loss, beta=cfg.beta, label_noise=cfg.label_noise, delta=cfg.delta,
                              gamma=cfg.gamma, nll_coef=cfg.nll_coef)
-    source = f"fresh pairs, judged by the {cfg.judge}" if cfg.online else f"{len(training):,} pairs of {cfg.data or task.name}"
+    source = f"fresh pairs, judged by the {cfg.judge}" if cfg.online else f"{len(training):,} pairs of {cfg.data or str(task)}"
     print(f"{cfg.loss} on {source}, {cfg.batch} a step, on {device.type}."
           + (f" {len(heldout):,} are held out; {identical} more have equal responses and are left out." if records else ""))
 

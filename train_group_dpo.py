@@ -95,7 +95,7 @@ def main(cfg: Config) -> None:
     compiled = run.compile_models(cfg, device, policy, reference)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, loss=cfg.loss, margin=cfg.margin)
-    print(f"{cfg.loss} over groups on {task.name}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
+    print(f"{cfg.loss} over groups on {task}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
 
     def evaluate_now() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):

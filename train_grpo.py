@@ -172,7 +172,7 @@ def main(cfg: Config) -> None:
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
     stories = read_text(DATA / "stories_heldout.txt")
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
-    demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or task.name)
+    demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task))
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=reference)
@@ -185,7 +185,7 @@ def main(cfg: Config) -> None:
                              kl_coef=cfg.kl_coef, kl=kl.estimator, kl_in=kl.place, entropy_coef=cfg.entropy_coef)
     story_ids = torch.tensor(tokenizer.encode(stories))
     unchecked = cfg.selfcheck
-    family.announce(cfg, task.name, device)
+    family.announce(cfg, str(task), device)
 
     def evaluate_now() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):

@@ -167,7 +167,7 @@ def main(cfg: Config) -> None:
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, clip_low=cfg.clip_low, clip_high=cfg.clip_high, value_clip=cfg.value_clip,
                              value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)
-    print(f"PPO on {task.name}, {'a reward model' if reward_model else 'the verifier'} scores: {cfg.prompts} prompts x "
+    print(f"PPO on {task}, {'a reward model' if reward_model else 'the verifier'} scores: {cfg.prompts} prompts x "
           f"{cfg.group} answers a step, {cfg.updates} updates each, on {device.type}.")
 
     def evaluate_now() -> dict[str, float]:

@@ -18,7 +18,7 @@ from nanorl.ops import masked_sum, token_weights
 from nanorl.rollout import Sampling
 from nanorl.run import ranks
 from nanorl.sample import token_log_probs
-from nanorl.tasks import default_max_new_tokens, make_task
+from nanorl.tasks import default_max_new_tokens
 
 
 def objective(logp, mask, weights):
@@ -59,7 +59,7 @@ def main(cfg: Config) -> None:
     else:
         task = run.choose_task(cfg.task, needs_verifier=False)
         records = task.demonstrations(cfg.demonstrations)
-    source = cfg.data or task.name
+    source = cfg.data or str(task)
     training, heldout = split_records(records, source)
     device, checkpoint, tokenizer, model, _, _ = run.begin(cfg, "pretrain")
     prompts, responses = render_records(records, tokenizer, model.config.context, source)
@@ -114,9 +114,9 @@ def main(cfg: Config) -> None:
     if not task:
         result = f"Held-out responses: {final['eval/response_loss']:.3f} nats per token." if final else "No record is held out."
     elif not task.verifiable:
-        result = f"Held-out {task.name}: a hidden reward of {final['eval/hidden_reward']:.2f}."
+        result = f"Held-out {task}: a hidden reward of {final['eval/hidden_reward']:.2f}."
     else:
-        result = (f"Held-out {task.name}: {final['eval/accuracy_sampled']:.3f} sampled, {final['eval/accuracy_greedy']:.3f} "
+        result = (f"Held-out {task}: {final['eval/accuracy_sampled']:.3f} sampled, {final['eval/accuracy_greedy']:.3f} "
                   f"greedy; {final['eval/worked']:.2f} of the answers worked out.")
     print(f"{result} Saved in {cfg.out}.")
 

@@ -6,7 +6,7 @@
     preferences.jsonl      pairs of stories and what a reader chose, {"prompt", "chosen", "rejected"}
 
 Only training prompts are in the demonstrations; of the preferences, one in ten is held out by its prompt's hash.
-Another difficulty:  python data/make.py --task addition --difficulty 4 --out FILE
+Another difficulty:  python data/make.py --task addition-4 --out FILE
 """
 
 import argparse
@@ -89,14 +89,13 @@ def main(argv: list[str] | None = None) -> None:
                                      allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     parser.add_argument("--task", help=f"write demonstrations of this task only: {', '.join(TASKS)}")
-    parser.add_argument("--difficulty", type=int, help="the task's knob (default: the task's own)")
     parser.add_argument("--out", type=Path, help="the file to write them to")
     args = parser.parse_args(argv)
-    if (args.task is None) != (args.out is None) or (args.task is None and args.difficulty is not None):
-        parser.error("--task and --out go together, and --difficulty goes with them")
+    if (args.task is None) != (args.out is None):
+        parser.error("--task and --out: one requires the other")
     try:
         if args.task is not None:
-            write(args.out, demonstrations(make_task(args.task, args.difficulty, needs_verifier=False)))
+            write(args.out, demonstrations(make_task(args.task, needs_verifier=False)))
         else:
             for name, content in files().items():
                 write(DATA / name, content)

@@ -136,7 +136,7 @@ def correlation(x, y):
 def along_a_run(smoke):
     """k3 against the full KL to the fine-tuned model: rows for steps of GRPO, and both means of every rollout."""
     reference, tokenizer = load(stage("sft", smoke))
-    task, rows, means = choose_task("addition", 0, ""), [], []
+    task, rows, means = choose_task("addition", ""), [], []
     rollouts, size = (2, dict(prompts=2, samples=2, max_new_tokens=20)) if smoke else (
         8, dict(prompts=32, samples=8, max_new_tokens=80))
     for step, policy in grpo_run((1, 2) if smoke else (2, 5, 10, 15, 20, 30, 40), smoke):
@@ -208,7 +208,7 @@ def c12(smoke):
 
 def c33(smoke):
     policy, tokenizer = load(stage("sft", smoke))
-    task, count, cool = choose_task("addition", 0, ""), 4 if smoke else 256, 0.7
+    task, count, cool = choose_task("addition", ""), 4 if smoke else 256, 0.7
     problems, rounded = heldout_problems(task, count, 0), copy.deepcopy(policy).bfloat16()
     bands = (0.8, 1.2), (train_grpo.NUMBERS["mask_low"][2], train_grpo.NUMBERS["mask_high"][2])
 

@@ -197,13 +197,13 @@ def c25(smoke):
 
 
 def c26(smoke):
-    shared = dict(runs=(stage("sft", smoke),), task="addition", problems=2 if smoke else 100, device="cpu",
+    shared = dict(runs=(stage("sft", smoke),), problems=2 if smoke else 100, device="cpu",
                   max_new_tokens=4 if smoke else None)
     n, chain, rows = 2 if smoke else 128, dict(alpha=(4.0,), steps=2 if smoke else 128), []
     for digits, settings in ((3, dict(method=("greedy", "sample", "low_temperature", "majority", "power"), n=n) | chain),
                              (3, dict(method=("majority",), n=2 * n, temperature=0.25)),
                              (4, dict(method=("sample", "power"), n=n) | chain)):
-        evaluation = prepare(Config(**shared, **settings, difficulty=digits))[0]
+        evaluation = prepare(Config(**shared, **settings, task=f"addition-{digits}"))[0]
         evaluation.measure()
         cold = " at temperature 1/4" if "temperature" in settings else ""
         rows += [{"digits": digits, "method": row.method.removesuffix(", base") + cold, "n": row.n, "tokens": row.tokens,

@@ -62,7 +62,7 @@ def search(args: argparse.Namespace, seed: int) -> dict[int, float]:
         tokenizer = run.tokenizer_from(start)
         reward_model = load_reward_model(str(directory(args.out, "reward model", seed)), tokenizer, device)
         best = best_of_n_curve(run.model_from(start, device), tokenizer, Stories(), samples=N, problems=200, seed=seed,
-                               reward_model=reward_model, max_new_tokens=Stories.room)
+                               reward_model=reward_model, max_new_tokens=Stories.max_answer_tokens)
         path.write_text(json.dumps(best))
     return {int(n): value for n, value in json.loads(path.read_text()).items()}
 

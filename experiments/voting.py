@@ -32,7 +32,7 @@ from nanorl.rollout import heldout_problems
 from nanorl.run import generator
 from nanorl.search import ask, doublings, majority_vote, pass_at_k, vote_value
 from nanorl.tabular import num_prefixes, sequence_probs
-from nanorl.tasks import answer_room, make_task
+from nanorl.tasks import default_max_new_tokens, make_task
 
 VOTES = 32
 TEMPERATURES = (0.1, 0.25, 0.5, 0.7, 1.0, 1.2, 1.5, 2.0)
@@ -74,7 +74,7 @@ def asked(name, temperature, problems, samples, purpose, smoke):
     task = make_task("addition")
     sums = list(dict.fromkeys(heldout_problems(task, problems, 0)))
     return ask(model, tokenizer, task, sums, samples, seed=0, purpose=purpose, temperature=temperature,
-               max_new_tokens=4 if smoke else answer_room(task.name))
+               max_new_tokens=4 if smoke else default_max_new_tokens(task.name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

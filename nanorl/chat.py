@@ -93,10 +93,10 @@ def shown(tokenizer: Tokenizer, token: int) -> str:
     return repr(tokenizer.decode([token]))
 
 
+@run.user_errors_as_sentences
 def main(cfg: Config) -> None:
-    with run.user_errors():
-        device = run.find_device(cfg.device)
-        checkpoint = run.load_checkpoint(cfg.checkpoint, "policy")
+    device = run.find_device(cfg.device)
+    checkpoint = run.load_checkpoint(cfg.checkpoint, "policy")
     tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
     pretrained = "text" in checkpoint["config"]         # only train_pretrain.py has that flag
     if at_the_keyboard():
@@ -109,12 +109,12 @@ def main(cfg: Config) -> None:
             cfg = changed(cfg, line)
         elif line.strip():
             ids = [tokenizer.bos, *tokenizer.encode(line)] if pretrained else tokenizer.render(line)
-            room = model.config.context - len(ids)
-            if room < 1:
+            space = model.config.context - len(ids)
+            if space < 1:
                 print(f"{len(ids)} tokens: expected fewer than the model's context of {model.config.context}", file=sys.stderr)
                 continue
             try:
-                said = generate(model, [ids], max_new_tokens=min(cfg.max_new_tokens, room), temperature=cfg.temperature,
+                said = generate(model, [ids], max_new_tokens=min(cfg.max_new_tokens, space), temperature=cfg.temperature,
                                 top_k=cfg.top_k, top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
             except FloatingPointError as e:
                 print(e, file=sys.stderr)

@@ -183,7 +183,8 @@ def response_mask(prompt_lengths: Tensor, lengths: Tensor, width: int) -> Tensor
     return (prompt_lengths[:, None] <= target) & (target < lengths[:, None])
 
 
-def response_batch(prompts: list[list[int]], responses: list[list[int]], picks: list[int], pad_id: int) -> tuple[Tensor, Tensor]:
+def response_batch(prompts: list[list[int]], responses: list[list[int]], picks: list[int],
+                   pad_id: int) -> tuple[Tensor, Tensor]:
     """The picked records as tokens [B, T] and the mask of their responses [B, T-1]."""
     tokens, lengths = pad([prompts[i] + responses[i] for i in picks], pad_id)
     return tokens, response_mask(torch.tensor([len(prompts[i]) for i in picks]), lengths, tokens.shape[1])

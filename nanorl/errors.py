@@ -18,11 +18,11 @@ def exit_with(error: Exception | str) -> NoReturn:
 
 
 def user_errors_as_sentences(main: Callable[..., Any]) -> Callable[..., Any]:
-    """For the main function of a command: a UserError, and only that, ends it with a sentence."""
+    """For the main function of a command: a UserError, or a file that cannot be read or written, ends it with a sentence."""
     @functools.wraps(main)
     def wrapper(*args: Any) -> Any:
         try:
             return main(*args)
-        except UserError as e:
+        except (UserError, OSError) as e:
             exit_with(e)
     return wrapper

@@ -8,7 +8,7 @@
 greedy              the most likely token, always
 sample              one answer at --temperature: the mean over --n of them
 low_temperature     one answer at temperature 1/alpha, for each --alpha: what power is to be compared with
-direct, worked      one answer whose first tokens are forced, so that it blurts or works
+direct, worked      one answer whose first tokens are forced, so that it answers directly or in steps
 majority            the most frequent of n answers; a tie is settled by a fair draw
 weighted            the same, but each answer's vote weighs its probability
 best_of_n           the best of n answers, by each --scorer; by the verifier it is pass@n
@@ -17,7 +17,7 @@ power               one answer from p(y)^alpha / Z, for each --alpha, by Metropo
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,11 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanorl import run
+from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
+from nanorl.heldout import heldout_problems
 from nanorl.plot import draw_search, pyplot
-from nanorl.rollout import check_room, choose_task, heldout_problems, load_reward_model
-from nanorl.search import ROWS, Answers, ask, autocorrelation, best_of_n, doublings, opening, power_sample, vote_value
-from nanorl.tasks import Problem, Task, answer_room
+from nanorl.rollout import Sampling
+from nanorl.search import (ROWS, Answers, autocorrelation, best_of_n, doublings, opening, power_sample, sample_answers,
+                           vote_value)
+from nanorl.tasks import Problem, Task, default_max_new_tokens
 from nanorl.tokenizer import Tokenizer
 
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
@@ -45,7 +48,6 @@ class Config(run.DeviceConfig):
     runs: tuple[str, ...]       # runs, or checkpoints, to compare
     method: tuple[Method, ...] = ("greedy", "sample", "majority", "best_of_n")    # see the table above
     task: str = ""              # what to ask (default: what the first run was trained on, or else addition)
-    difficulty: run.Natural = 0  # of the task, 0 is its own default
     data: str = ""              # JSONL records {"prompt", "answer"}, whose held-out ones are asked instead
     problems: run.Count = 300   # held-out problems; one that is drawn twice is asked once
     n: run.Count = 16           # answers to each of them; a method of one answer is averaged over all n
@@ -63,7 +65,7 @@ class Config(run.DeviceConfig):
     def __post_init__(self):
         """Fill what was left open, and refuse what no method looks at."""
         for flag, (value, methods) in ONLY_SOME.items():
-            self.expect(getattr(self, flag) is None or methods & set(self.method), f"method {flag}",
+            self.require(getattr(self, flag) is None or methods & set(self.method), f"method {flag}",
                         f"no method here looks at it; expected {' or '.join(sorted(methods))}")
             self.default(flag, value)
 
@@ -126,7 +128,7 @@ class Evaluation:
     model: GPT
     tokenizer: Tokenizer
     reward_model: ScalarGPT | None
-    how: dict           # max_new_tokens and compile, for `generate`
+    sampling: Sampling  # but for its temperature
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)      # on how the chains have moved
 
@@ -135,19 +137,21 @@ class Evaluation:
         low, high = interval(values, self.task.verifiable)
         self.rows.append(Row(self.name, method, n, float(values.double().mean()), low, high, float(tokens.double().mean())))
 
-    def alone(self, method: str, samples: int, temperature: float, way: Literal["direct", "worked"] | None = None) -> None:
+    def alone(self, method: str, samples: int, temperature: float, style: Literal["direct", "worked"] | None = None) -> None:
         """A row for one answer, averaged over `samples` of them."""
-        found = self.ask(method, samples, temperature, way)
+        found = self.answers(method, samples, temperature, style)
         self.add(method, 1, found.rewards.double().mean(-1), found.tokens.double().mean(-1))
 
-    def ask(self, purpose: str, samples: int, temperature: float, way: Literal["direct", "worked"] | None = None) -> Answers:
-        return ask(self.model, self.tokenizer, self.task, self.problems, samples, seed=self.cfg.seed, purpose=purpose, way=way,
-                   reward_model=self.reward_model, quiet=False, temperature=temperature, **self.how)
+    def answers(self, purpose: str, samples: int, temperature: float,
+                style: Literal["direct", "worked"] | None = None) -> Answers:
+        sampling = replace(self.sampling, temperature=temperature)
+        return sample_answers(self.model, self.tokenizer, self.task, self.problems, sampling, samples=samples,
+                              seed=self.cfg.seed, purpose=purpose, style=style, reward_model=self.reward_model, quiet=False)
 
     @functools.cached_property
     def sampled(self) -> Answers:
         """What votes and scorers choose from."""
-        return self.ask("sample", self.cfg.n, self.cfg.temperature)
+        return self.answers("sample", self.cfg.n, self.cfg.temperature)
 
     def choose(self, method: str) -> None:
         """Rows for what comes of 1, 2, 4, ... of the sampled answers: a vote, or the best by each scorer."""
@@ -171,14 +175,14 @@ class Evaluation:
             prompts = [self.tokenizer.render(problem.prompt) for problem in part]
             chains = power_sample(self.model, prompts, alpha=alpha, steps=cfg.steps, chains=cfg.chains,
                                   temperature=1.0 if proposal == "base" else 1 / alpha, stop_ids={self.tokenizer.end},
-                                  max_new_tokens=self.how["max_new_tokens"], seed=run.derive(cfg.seed, title, i))
+                                  max_new_tokens=self.sampling.max_new_tokens, seed=run.derive(cfg.seed, title, i))
             for step, now in enumerate(tqdm(chains, desc=title, total=cfg.steps + 1, leave=False)):
                 moved, tried = moved + int(now.accepted.sum()), tried + int(now.proposed.sum())
                 trace.append(now.logp.cpu().view(len(part), cfg.chains))
                 if step in marks:
                     texts = [self.tokenizer.decode(ids) for ids in now.rollout.responses()]
                     asked = [problem for problem in part for _ in range(cfg.chains)]
-                    rewards[step] += self.task.grades(asked, texts, now.rollout.finished.tolist())
+                    rewards[step] += self.task.rewards(asked, texts, now.rollout.finished.tolist())
                     tokens[step] += now.sampled.tolist()
             traces.append(torch.stack(trace))
         for step in marks:
@@ -202,7 +206,7 @@ class Evaluation:
                     for alpha in cfg.alpha:
                         self.alone(f"temperature 1/{alpha:g}", cfg.n, 1 / alpha)
                 case "direct" | "worked":
-                    self.alone(method, cfg.n, cfg.temperature, way=method)
+                    self.alone(method, cfg.n, cfg.temperature, style=method)
                 case "majority" | "weighted" | "best_of_n":
                     self.choose(method)
                 case "power":
@@ -221,59 +225,60 @@ def table(rows: list[Row], measured: str) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def prepare(cfg: Config) -> list[Evaluation]:
-    """Everything that can be wrong with flags and files, ValueError in one sentence, and then the runs, ready to be asked."""
+def load_runs(cfg: Config) -> list[Evaluation]:
+    """Check everything that can be wrong with flags and files, UserError in one sentence; then load the runs."""
     device = run.find_device(cfg.device)
     for path in filter(None, (cfg.out, cfg.plot)):
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: not a file that can be written; expected one in a directory that exists")
+            raise UserError(f"{path}: not a file that can be written; expected one in a directory that exists")
     if cfg.plot:
         pyplot()
     checkpoints = {path: run.load_checkpoint(path, "policy") for path in cfg.runs}
     trained = checkpoints[cfg.runs[0]]["config"]
     if not cfg.task and not cfg.data and trained.get("data"):
-        raise ValueError(f"{cfg.runs[0]}: was trained on {trained['data']}; say what to ask, with --task or --data")
+        raise UserError(f"{cfg.runs[0]}: was trained on {trained['data']}; say what to ask, with --task or --data")
     name = cfg.task or trained.get("task", "addition")
-    difficulty = cfg.difficulty or (0 if cfg.task else trained.get("difficulty", 0))
-    task = choose_task(name, difficulty, cfg.data, needs_verifier=False)
+    task = run.choose_task(name, cfg.data, needs_verifier=False)
     comparing = {"majority", "weighted", "direct", "worked"}.intersection(cfg.method)
     if comparing and not task.verifiable:
-        raise ValueError(f"--method {min(comparing)}: no answer to {task.name} is right or wrong; expected another method")
+        raise UserError(f"--method {min(comparing)}: no answer to {task} is right or wrong; expected another method")
     if ("reward" in cfg.scorer) != bool(cfg.reward_model):
-        raise ValueError(f"--scorer {' '.join(cfg.scorer)} --reward-model {cfg.reward_model}: the one needs the other")
+        raise UserError(f"--scorer {' '.join(cfg.scorer)} --reward-model {cfg.reward_model}: the one needs the other")
     problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed)))      # others would count as independent
-    how = dict(max_new_tokens=cfg.max_new_tokens or answer_room(name), compile=run.wants_compile(cfg, device))
+    sampling = Sampling(cfg.max_new_tokens or default_max_new_tokens(name), compile=run.wants_compile(cfg, device))
     evaluations = []
     for path, checkpoint in checkpoints.items():
         tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
-        reward_model = load_reward_model(cfg.reward_model, tokenizer, device) if cfg.reward_model else None
-        ways = [None, *({"direct", "worked"} & set(cfg.method))]
-        prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, way) if way else [])
-                   for problem in problems for way in ways]
+        reward_model = run.load_reward_model(cfg.reward_model, tokenizer, device) if cfg.reward_model else None
+        styles = [None, *({"direct", "worked"} & set(cfg.method))]
+        prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, style) if style else [])
+                   for problem in problems for style in styles]
         for each in filter(None, (model, reward_model)):
-            check_room(each, prompts, how["max_new_tokens"])
-        evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, how))
+            run.check_fits_context(each, prompts, sampling.max_new_tokens)
+        evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, sampling))
     return evaluations
 
 
+@run.user_errors_as_sentences
 def main(cfg: Config) -> None:
-    with run.user_errors():
-        evaluations = prepare(cfg)
+    evaluations = load_runs(cfg)
     task, device = evaluations[0].task, evaluations[0].model.head.weight.device
     for evaluation in evaluations:
-        with run.user_errors((ValueError, OSError, FloatingPointError)), run.autocast(device, cfg.dtype):
-            evaluation.measure()
+        with run.autocast(device, cfg.dtype):
+            try:
+                evaluation.measure()
+            except FloatingPointError as e:
+                raise UserError(str(e)) from None
     rows = [row for evaluation in evaluations for row in evaluation.rows]
     notes = [note for evaluation in evaluations for note in evaluation.notes]
     measured = "accuracy" if task.verifiable else "hidden reward"
-    print(f"{len(evaluations[0].problems)} held-out problems of {task.name}, on {device.type}.\n\n{table(rows, measured)}")
+    print(f"{len(evaluations[0].problems)} held-out problems of {task}, on {device.type}.\n\n{table(rows, measured)}")
     print("".join(f"\n{note}." for note in notes))
-    with run.user_errors():
-        if cfg.out:
-            kept = {"settings": asdict(cfg), "task": task.name, "rows": [asdict(row) for row in rows], "chains": notes}
-            run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
-        if cfg.plot:
-            draw_search([asdict(row) for row in rows], measured, Path(cfg.plot))
+    if cfg.out:
+        kept = {"settings": asdict(cfg), "task": str(task), "rows": [asdict(row) for row in rows], "chains": notes}
+        run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
+    if cfg.plot:
+        draw_search([asdict(row) for row in rows], measured, Path(cfg.plot))
 
 
 if __name__ == "__main__":

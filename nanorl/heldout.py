@@ -51,7 +51,8 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
     if reward_model:
         metrics["eval/learned_reward"] = float(learned_rewards(reward_model, sampled.rollout, micro_batch).mean())
     if best_of:
-        curve = best_of_n_curve(model, tokenizer, task, heldout, sampling, samples=best_of, seed=seed, reward_model=reward_model)
+        curve = best_of_n_curve(model, tokenizer, task, heldout, sampling, samples=best_of, seed=seed,
+                                reward_model=reward_model)
         metrics["eval/best_of_n"] = curve[best_of]
     return metrics, sampled
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from nanorl.run import read_lines, user_errors
+from nanorl.errors import UserError, user_errors_as_sentences
+from nanorl.run import read_lines
 from nanorl.scaling import Fit, fit
 
 # A panel: what its y axis shows, and the metrics drawn in it. One in which all is 0, or nothing is logged, is left out.
@@ -45,7 +46,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def read_metrics(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl"
     if not path.exists():
-        raise ValueError(f"{path}: no such file; expected the directory of a run")
+        raise UserError(f"{path}: no such file; expected the directory of a run")
     return read_lines(path)
 
 
@@ -54,7 +55,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError('plotting needs matplotlib; install it with: pip install -e ".[plot]"') from None
+        raise UserError('plotting needs matplotlib; install it with: pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
@@ -68,7 +69,7 @@ def draw(runs: list[Path], out: Path) -> None:
     panels = [(title, {name: label for name, label in metrics.items() if name in logged}) for title, metrics in PANELS]
     panels = [panel for panel in panels if any(line.get(name) for name in panel[1] for line in every_line)]
     if not panels:
-        raise ValueError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
+        raise UserError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
 
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -152,7 +153,7 @@ def draw_fit(runs: list[Path], out: Path) -> None:
         try:
             fitted = fit(tokens, reward)
         except ValueError as e:
-            raise ValueError(f"{run}: {e}") from None
+            raise UserError(f"{run}: {e}") from None
         print(f"{run}: {describe_fit(fitted)}")
         first, last = (float(x) / 1000 for x in (tokens[tokens > 0].min(), tokens.max()))
         axis.plot(tokens / 1000, reward, "o", color=colour, markersize=3, label=str(run))
@@ -170,6 +171,7 @@ def draw_fit(runs: list[Path], out: Path) -> None:
     plt.close(figure)
 
 
+@user_errors_as_sentences
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,8 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the PNG to write (default: curves.png, or fit.png, in the first run)")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / ("fit.png" if args.fit else "curves.png")
-    with user_errors():
-        (draw_fit if args.fit else draw)(args.runs, out)
+    (draw_fit if args.fit else draw)(args.runs, out)
     print(f"Drew {out}.")
 
 

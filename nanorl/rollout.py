@@ -1,5 +1,5 @@
-"""One step of experience: draw problems, sample answers, grade them; then cut the rows into minibatches and micro-batches, score
-them, and add up what the micro-batches measured. Shared by every script that samples.
+"""One step of experience: draw problems, sample answers, grade them; then cut the rows into minibatches and micro-batches,
+score them, and add up what the micro-batches measured. Shared by every script that samples.
 
 P prompts with G samples each make B = P * G rows, prompt-major: the samples of a prompt stand side by side.
 """
@@ -67,7 +67,7 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
                            slots=sampling.slots, compile=sampling.compile)
         rows = [p for p in mine for _ in range(samples)]
         texts = [tokenizer.decode(openings[p] + ids) for p, ids in zip(rows, rollout.responses(), strict=True)]
-        rewards = task.grades([problems[p] for p in rows], texts, rollout.finished.tolist())
+        rewards = task.rewards([problems[p] for p in rows], texts, rollout.finished.tolist())
         return Experience(task, rollout, [problems[p] for p in mine], texts, torch.tensor(rewards).view(len(mine), samples))
 
     if ranks.count() == 1:
@@ -202,7 +202,7 @@ def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, micro_batch: int)
 
 
 def describe(experience: Experience) -> dict[str, float]:
-    """What the samples are like: reward, length, and the ways of answering apart. A share of nothing is left out.
+    """What the samples are like: reward, length, and the styles of answering apart. A share of nothing is left out.
 
     For a task without a verifier, the reward is the hidden one, and its features come with it.
     """
@@ -214,8 +214,8 @@ def describe(experience: Experience) -> dict[str, float]:
     if G > 1:
         facts["distinct"] = sum(len(set(experience.texts[p * G : (p + 1) * G])) for p in range(P)) / P
     if experience.task.verifiable:
-        ways = [experience.task.way(text) for text in experience.texts]
-        worked, direct = (torch.tensor([way == name for way in ways]) for name in ("worked", "direct"))
+        styles = [experience.task.style(text) for text in experience.texts]
+        worked, direct = (torch.tensor([style == name for style in styles]) for name in ("worked", "direct"))
         facts["worked"] = worked.double().mean()
         if G > 1:
             facts["no_contrast"] = 1 - has_contrast(experience.rewards).double().mean()

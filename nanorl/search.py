@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.rollout import Sampling, learned_rewards, sample_and_grade, score_rollout
 from nanorl.run import derive, generator, in_float32
@@ -97,18 +98,21 @@ def doublings(most: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def opening(task: Task, tokenizer: Tokenizer, problem: Problem, way: Literal["direct", "worked"]) -> list[int]:
-    """The first token ids of a response that answers in this way: up to the first in which a direct and a worked demonstration
-    differ. A model that goes on from there has begun in its way, and is told no more of the solution than that token.
+def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Literal["direct", "worked"]) -> list[int]:
+    """The first token ids of a response in this style: up to the first in which a direct and a worked demonstration differ.
+    A model that goes on from there has begun in that style, and is told no more of the solution than that token.
 
-    ValueError where there are no demonstrations, or where they do not differ.
+    UserError where there are no demonstrations, or where they do not differ.
     """
-    direct = tokenizer.encode(task.direct(problem, Random(problem.prompt)))
-    worked = tokenizer.encode(task.work(problem, Random(problem.prompt)))
+    try:
+        direct = tokenizer.encode(task.direct(problem, Random(problem.prompt)))
+        worked = tokenizer.encode(task.work(problem, Random(problem.prompt)))
+    except ValueError as e:
+        raise UserError(str(e)) from None
     for i, (a, b) in enumerate(zip(direct, worked, strict=False)):
         if a != b:
-            return (direct if way == "direct" else worked)[: i + 1]
-    raise ValueError(f"{task.name}: no token tells a worked answer to {problem.prompt!r} from a direct one")
+            return (direct if style == "direct" else worked)[: i + 1]
+    raise UserError(f"{task}: no token tells a worked answer to {problem.prompt!r} from a direct one")
 
 
 @dataclass
@@ -123,16 +127,16 @@ class Answers:
 
 
 def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
-                   seed: int, purpose: str, way: Literal["direct", "worked"] | None = None,
+                   seed: int, purpose: str, style: Literal["direct", "worked"] | None = None,
                    reward_model: ScalarGPT | None = None, quiet: bool = True) -> Answers:
     """Sample N = `samples` answers to each problem, as many problems at a time as fit into memory.
 
-    With a `way`, the answers are made to begin in it. `purpose` chooses the random stream and names the progress bar.
+    With a `style`, the answers are made to begin in it. `purpose` chooses the random stream and names the progress bar.
     """
     parts, size = [], max(1, ROWS // samples)
     for i in tqdm(range(0, len(problems), size), desc=purpose, disable=quiet, leave=False):
         asked = problems[i : i + size]
-        begun = [opening(task, tokenizer, problem, way) if way else [] for problem in asked]
+        begun = [opening(task, tokenizer, problem, style) if style else [] for problem in asked]
         found = sample_and_grade(model, tokenizer, task, asked, sampling, samples=samples, openings=begun,
                                  seed=derive(seed, purpose, i))
         said, shape = found.rollout, found.rewards.shape

@@ -67,7 +67,7 @@ BAD = [
     (train_pretrain, "--tokenizer gpt3", "gpt3"), (train_pretrain, "--tokenizer text.txt", "text.txt, line 1"),
     (train_pretrain, "--length 1000", "--length 1000"), (train_pretrain, "--preset huge", "--preset"),
     (train_sft, "--data missing.jsonl", "missing.jsonl"), (train_sft, "--data bad.jsonl --init pretrain", "bad.jsonl, line 2"),
-    (train_sft, "--task cooking --init pretrain", "cooking"), (train_sft, "--difficulty 99 --init pretrain", "difficulty"),
+    (train_sft, "--task cooking --init pretrain", "cooking"), (train_sft, "--task addition-99 --init pretrain", "addition-99"),
     (train_sft, "--init nowhere", "nowhere"), (train_sft, "--init text.txt", "text.txt"),
     (train_sft, "--data long.jsonl --init pretrain", "record 1"),
     (train_pretrain, "--init pretrain --preset mini", "--preset mini"), (train_pretrain, "--out text.txt/new", "text.txt"),

@@ -140,7 +140,7 @@ def test_the_rows_fit_together(result):
 
 
 def test_greedy_is_what_the_scripts_call_greedy(result):
-    task, checkpoint = choose_task("addition", 0, "wanted.jsonl"), run.load_checkpoint("grpo")
+    task, checkpoint = choose_task("addition", "wanted.jsonl"), run.load_checkpoint("grpo")
     problems = list(dict.fromkeys(heldout_problems(task, 6, 0)))
     plain = answer(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), task, problems,
                    max_new_tokens=12, temperature=0.0)
@@ -198,7 +198,7 @@ def test_the_figure_has_a_line_for_each_method(inside, tmp_path, monkeypatch):
     ("", "runs"), ("nowhere", "nowhere"), ("reward", "policy"), ("sft --method best", "--method"),
     ("sft --alpha 2 0", "--alpha 2.0 0.0"), ("sft --n 0", "--n 0"), ("sft --steps x", "--steps"),
     ("sft --task chess", "--task chess"), ("sft --task stories --method majority", "--method majority"),
-    ("sft --task addition --difficulty 99", "99"), ("sft --task addition --scorer reward", "--reward-model"),
+    ("sft --task addition-99", "--task addition-99"), ("sft --task addition --scorer reward", "--reward-model"),
     ("sft --task addition --reward-model reward", "--scorer"), ("sft --out nowhere/x.json", "nowhere"),
     ("sft --plot .", "file"), ("sft --alpha 2", "low_temperature or power"),
     ("sft --method worked --scorer logprob", "best_of_n"), ("sft --method greedy majority --steps 9", "expected power"),

@@ -42,7 +42,7 @@ HOW = {"max_new_tokens": 4}
 class Parity(Task):
     """Rewards that look like chance but are a function of prompt and response: half of all answers are right."""
 
-    name, lowest, default, highest = "parity", 1, 1, 1
+    name = "parity"
 
     def draw(self, rng):
         return Problem(f"Say {rng.randrange(10**rng.randint(1, 5))}.", "")
@@ -304,7 +304,7 @@ def test_an_evaluation_may_look_at_a_reference_and_a_reward_model():
 # ---- Evaluating ----
 
 
-@pytest.mark.parametrize("task", [Parity(), make_task("addition", 2)], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [Parity(), make_task("addition-2")], ids=str)
 def test_evaluation_problems_are_held_out_and_depend_on_the_seed_alone(task):
     """Not on the model, the temperature or the length of answers; another seed asks others."""
     def problems(model, seed, **how):

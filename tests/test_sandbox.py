@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanorl import sandbox
-from nanorl.sandbox import ALLOWED, Sandbox, outputs_of, seccomp_filter, shared_sandbox
+from nanorl.tasks import sandbox
+from nanorl.tasks.sandbox import ALLOWED, Sandbox, outputs_of, seccomp_filter, shared_sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined by Linux only")
 GOOD = "def f(x): return [v+1 for v in x]"

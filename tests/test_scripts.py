@@ -465,7 +465,7 @@ def test_a_critic_learns_what_answers_are_worth_with_or_without_a_trunk_of_its_o
     """All answers paid alike: the value loss falls towards zero; a shared trunk is the policy's in the checkpoint, too."""
     flags = PPO + f" --data wanted.jsonl --critic {critic} --steps 12 --lr 1e-3 --epochs 4 --value-clip 10"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanorl.tasks.FileTask.grade", lambda *_: 1.0)
+        patch.setattr("nanorl.tasks.FileTask.rewards", lambda _, problems, *__: [1.0] * len(problems))
         start(train_ppo, flags, tmp_path / "run")
     lines = metrics(tmp_path / "run")[:-1]
     assert lines[-1]["train/value_loss"] < 0.2 * lines[0]["train/value_loss"]
@@ -501,7 +501,7 @@ def test_the_leash_of_ppo_steers_towards_its_target(tmp_path):
 
 
 def test_groups_of_one_kind_train_nothing_and_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanorl.tasks.FileTask.grade", lambda *_: 1.0)
+    monkeypatch.setattr("nanorl.tasks.FileTask.rewards", lambda _, problems, *__: [1.0] * len(problems))
     start(train_group_dpo, GROUP + " --steps 2", tmp_path / "run")
     assert [line["rollout/no_contrast"] for line in metrics(tmp_path / "run")[:-1]] == [1.0, 1.0]
     assert same_parameters(tmp_path / "run", "sft")

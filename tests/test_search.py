@@ -123,15 +123,15 @@ def test_an_impossible_n_is_one_sentence():
             best_of_n(scores, scores, n)
 
 
-@pytest.mark.parametrize("way", [None, "direct", "worked"])
-def test_asked_a_few_at_a_time_every_problem_gets_its_own_answers(way, monkeypatch):
+@pytest.mark.parametrize("style", [None, "direct", "worked"])
+def test_asked_a_few_at_a_time_every_problem_gets_its_own_answers(style, monkeypatch):
     """Seven problems, two at a time: each part is what `answer` says of its problems, in order."""
     monkeypatch.setattr(search, "ROWS", 6)
     task = make_task("addition")
     problems = [task.draw(Random(i)) for i in range(7)]
-    found = ask(MODEL, TOKENIZER, task, problems, 3, seed=4, purpose="test", way=way, reward_model=scorer(), **HOW)
+    found = ask(MODEL, TOKENIZER, task, problems, 3, seed=4, purpose="test", style=style, reward_model=scorer(), **HOW)
     for i in range(0, 7, 2):
-        begun = [opening(task, TOKENIZER, problem, way) if way else [] for problem in problems[i : i + 2]]
+        begun = [opening(task, TOKENIZER, problem, style) if style else [] for problem in problems[i : i + 2]]
         rows, seed = slice(i, i + 2), run.derive(4, "test", i)
         part = answer(MODEL, TOKENIZER, task, problems[rows], samples=3, openings=begun, seed=seed, **HOW)
         said = part.rollout
@@ -221,16 +221,16 @@ def test_no_winner_is_worth_nothing():
     assert vote_value([None], [1.0]) == 0.0 and vote_value(["7", None], [0.5, 1.0]) == 0.5
 
 
-# ---- Elicited ways of answering ----
+# ---- Elicited styles ----
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.verifiable])
 def test_an_opening_tells_the_ways_of_answering_apart(name):
-    """It begins a demonstration of its way and none of the other, and its last token is the first in which they differ."""
+    """It begins a demonstration of its style and none of the other, and its last token is the first in which they differ."""
     task, rng = make_task(name), Random(1)
     for _ in range(20):
         problem = task.problem(rng, "train")
-        direct, worked = (opening(task, TOKENIZER, problem, way) for way in ("direct", "worked"))
+        direct, worked = (opening(task, TOKENIZER, problem, style) for style in ("direct", "worked"))
         assert direct[:-1] == worked[:-1] and direct[-1] != worked[-1]
         assert TOKENIZER.encode(task.direct(problem, rng))[: len(direct)] == direct
         assert TOKENIZER.encode(task.work(problem, Random(problem.prompt)))[: len(worked)] == worked

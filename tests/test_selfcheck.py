@@ -95,7 +95,7 @@ def test_what_is_broken_is_named_in_one_sentence(fault, says):
 
 
 @pytest.mark.parametrize("task", [*(task() for task in TASKS.values() if task.verifiable),
-                                  FileTask([(f"Say {n}.", f"{n}") for n in range(50)])], ids=lambda task: task.name)
+                                  FileTask([(f"Say {n}.", f"{n}") for n in range(50)])], ids=str)
 def test_our_verifiers_pass(task):
     check_verifier(task)
 
@@ -103,7 +103,7 @@ def test_our_verifiers_pass(task):
 class Generous(Task):
     """Pays whoever says the answer anywhere."""
 
-    name, lowest, default, highest = "generous", 1, 1, 1
+    name = "generous"
     draw = TASKS["addition"]().draw
 
     def verify(self, problem, response):

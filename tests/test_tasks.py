@@ -13,27 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorl.sandbox import Sandbox
 from nanorl.tasks import (
-    ANY,
-    MARKER,
-    MAX_ANSWER,
-    NAMES,
-    NUMBERS,
-    PRAISE,
     TASKS,
     FileTask,
     Problem,
     Stories,
-    arithmetic,
+    Task,
+    default_max_new_tokens,
     final_answer,
-    integers,
     is_heldout,
-    is_worked,
     make_task,
     story,
-    tell,
 )
+from nanorl.tasks.arithmetic import parse_expression
+from nanorl.tasks.base import MARKER, MAX_ANSWER_CHARACTERS, integers
+from nanorl.tasks.sandbox import Sandbox
+from nanorl.tasks.stories import ANY, NAMES, NUMBERS, PRAISE, opening_and_rest
 
 DATA = Path(__file__).parent.parent / "data"
 spec = importlib.util.spec_from_file_location("make", DATA / "make.py")
@@ -43,8 +38,8 @@ spec.loader.exec_module(make)
 seeds = st.integers(0, 2**32)
 VERIFIABLE = {name: task for name, task in TASKS.items() if task.verifiable}
 names = st.sampled_from(sorted(VERIFIABLE))
-levels = [(name, difficulty) for name, task in VERIFIABLE.items() for difficulty in range(task.lowest, task.highest + 1)]
-tasks = st.sampled_from(levels).map(lambda level: make_task(*level))
+levels = [f"{name}-{difficulty}" for name, task in VERIFIABLE.items() for difficulty in task.difficulties]
+tasks = st.sampled_from(levels).map(make_task)
 quick = settings(max_examples=100, deadline=None)
 STORIES = Stories()
 files = FileTask([(f"Capital of country {n}?", f"City {n}") for n in range(100)])
@@ -52,38 +47,39 @@ files = FileTask([(f"Capital of country {n}?", f"City {n}") for n in range(100)]
 
 # ---- Verifiers ----
 
-@pytest.mark.parametrize(("name", "difficulty"), levels)
-def test_both_ways_of_answering_are_right(name, difficulty):
-    """At every difficulty the gold answer verifies, in both modes, and `way` tells the modes apart."""
-    task, rng = make_task(name, difficulty), Random(f"{name} {difficulty}")
+@pytest.mark.parametrize("level", levels)
+def test_both_styles_of_answering_are_right(level):
+    """At every difficulty the gold answer verifies, in both styles, and `style` tells them apart."""
+    task, rng = make_task(level), Random(level.replace("-", " "))
     for _ in range(30):
         problem = task.draw(rng)
         direct, work = task.direct(problem, rng), task.work(problem, rng)
         assert task.verify(problem, direct) == task.verify(problem, work) == 1.0, (problem, work)
-        assert task.way(work) == "worked" and task.way(direct) == "direct" and task.way("no answer") == ""
-        assert name == "code" or final_answer(work) == final_answer(direct) == problem.answer
+        assert task.style(work) == "worked" and task.style(direct) == "direct" and task.style("no answer") == ""
+        assert task.name == "code" or final_answer(work) == final_answer(direct) == problem.answer
 
 
 @quick
 @given(names, seeds)
-def test_demonstrations_are_right_train_problems_of_either_mode(name, seed):
-    """Never a held-out prompt, and three in ten are worked: of 200, within six standard deviations of 60. Only a blurted
+def test_demonstrations_are_right_train_problems_of_either_style(name, seed):
+    """Never a held-out prompt, and three in ten are worked: of 200, within six standard deviations of 60. Only a direct
     program may be wrong."""
     task, rng = make_task(name), Random(seed)
     problems, responses = zip(*(task.demonstration(rng) for _ in range(200)), strict=True)
     assert not any(is_heldout(problem.prompt) for problem in problems)
-    worked = [task.way(response) == "worked" for response in responses]
+    worked = [task.style(response) == "worked" for response in responses]
     assert 21 <= sum(worked) <= 99
     checked = slice(20) if name == "code" else slice(None)         # a program takes milliseconds
-    right = task.grades(problems[checked], responses[checked], [True] * len(problems[checked]))
+    right = task.rewards(problems[checked], responses[checked], [True] * len(problems[checked]))
     assert all(r == 1.0 or (name == "code" and not w) for r, w in zip(right, worked[checked], strict=True))
 
 
 def test_only_a_single_marker_makes_an_answer_and_only_text_before_it_makes_it_worked():
     assert final_answer("7+5=12. Answer:  12 \n") == "12" and final_answer("Answer: ") == ""
     assert final_answer("12") is final_answer("Answer: 1 Answer: 2") is final_answer(MARKER + "x" * 257) is None
-    assert is_worked("so. Answer: 12") and is_worked("so. Answer: 1 Answer: 2")
-    assert not is_worked(" \n Answer: 12") and not is_worked("7+5=12, and that is all")
+    style = make_task("addition").style
+    assert style("so. Answer: 12") == style("so. Answer: 1 Answer: 2") == "worked"
+    assert style(" \n Answer: 12") == "direct" and style("7+5=12, and that is all") == ""
 
 
 MARKED = [  # each is tried after a marker
@@ -138,10 +134,10 @@ def test_any_other_answer_is_wrong(task, seed, data):
 @given(seeds, st.integers(2, 6))
 def test_countdown_wants_the_target_from_exactly_these_numbers(seed, difficulty):
     """Another value, a number too many, too few or changed: 0. The same sum in other words: 1."""
-    task = make_task("countdown", difficulty)
+    task = make_task(f"countdown-{difficulty}")
     problem = task.draw(Random(seed))
     target, *given_numbers = integers(problem.prompt)
-    assert arithmetic(problem.answer) == (target, sorted(given_numbers)) and 1 <= target <= 99
+    assert parse_expression(problem.answer) == (target, sorted(given_numbers)) and 1 <= target <= 99
     gold = problem.answer
     for right in (gold, f"({gold})", f"(({gold}))", " ".join(gold), re.sub(r"([0-9])", r"(\1)", gold)):
         assert task.verify(problem, MARKER + right) == 1.0, right
@@ -154,21 +150,21 @@ def test_countdown_wants_the_target_from_exactly_these_numbers(seed, difficulty)
     assert task.verify(unequal, MARKER + gold) == float(sum(given_numbers) == target), "same numbers, another value"
 
 
-def test_half_of_the_blurted_programs_nest_in_reverse():
+def test_half_of_the_direct_programs_nest_in_reverse():
     """Which is often wrong, and sometimes makes no difference."""
     task = make_task("code")
     rng = Random(0)
     drawn = [task.demonstration(rng) for _ in range(400)]
-    blurted = [(problem, response) for problem, response in drawn if task.way(response) == "direct"]
-    assert 0.4 < sum(problem.answer != response for problem, response in blurted) / len(blurted) < 0.6
-    assert 0.55 < sum(task.grades(*zip(*blurted, strict=True), [True] * len(blurted))) / len(blurted) < 0.85
+    direct = [(problem, response) for problem, response in drawn if task.style(response) == "direct"]
+    assert 0.4 < sum(problem.answer != response for problem, response in direct) / len(direct) < 0.6
+    assert 0.55 < sum(task.rewards(*zip(*direct, strict=True), [True] * len(direct))) / len(direct) < 0.85
 
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.integers(2, 5), st.integers(0, 99))
 def test_hidden_tests_tell_a_wrong_program_from_a_right_one(seed, difficulty, which):
     """Exchange, drop or replace an operation, or change a number by one: the verdict is that of 300 further lists."""
-    task, rng = make_task("code", difficulty), Random(seed)
+    task, rng = make_task(f"code-{difficulty}"), Random(seed)
     problem = task.draw(rng)
     operations = [*task.operations(problem.prompt)]
     i = which % difficulty
@@ -184,23 +180,23 @@ def test_hidden_tests_tell_a_wrong_program_from_a_right_one(seed, difficulty, wh
 def test_what_comes_out_must_be_the_very_lists():
     """1.0 and True are not 1, a tuple is sent as a list, and one more output is one too many."""
     problem = Problem("Write f(x): keep odd, sort.", "def f(x): return sorted([v for v in x if v%2])")
-    task = make_task("code", 2)
+    task = make_task("code-2")
     assert task.verify(problem, "def f(x):\n    for _ in range(960): x = [x]\n    return x") == 0.0     # as deep as JSON can be
     for body, grade in (("sorted([v for v in x if v%2])", 1.0), ("tuple(sorted([v for v in x if v%2]))", 1.0),
                         ("sorted([float(v) for v in x if v%2])", 0.0), ("[v == 1 or v for v in sorted(x) if v%2]", 0.0),
                         ("[sorted([v for v in x if v%2])]", 0.0), ("str(sorted([v for v in x if v%2]))", 0.0)):
         assert task.verify(problem, f"def f(x): return {body}") == grade, body
-    assert task.grades([problem], [problem.answer], [False]) == [0.0]          # whoever has not stopped has not answered
-    assert task.verify(problem, problem.answer + "\n" + "#" * task.longest) == 0.0
+    assert task.rewards([problem], [problem.answer], [False]) == [0.0]         # an unfinished program scores 0
+    assert task.verify(problem, problem.answer + "\n" + "#" * task.max_characters) == 0.0
 
 
 def test_programs_are_confined_or_there_is_no_such_task(monkeypatch):
     """Where the kernel cannot hold a program, the task is refused in one sentence, but its demonstrations can be had."""
-    monkeypatch.setattr("nanorl.tasks.shared_sandbox", Sandbox)
-    monkeypatch.setattr("nanorl.sandbox.platform.machine", lambda: "z80")
+    monkeypatch.setattr("nanorl.tasks.code.shared_sandbox", Sandbox)
+    monkeypatch.setattr("nanorl.tasks.sandbox.platform.machine", lambda: "z80")
     task = make_task("code")
     with pytest.raises(ValueError, match=r"only where Linux can confine them.*z80$"):
-        task.prepare()
+        task.start_verifier()
     assert task.demonstrations(3)
 
 
@@ -213,27 +209,27 @@ expressions = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(expressions)
-def test_arithmetic_agrees_with_python(text):
+def test_the_parser_agrees_with_python(text):
     """The parser is Python's own arithmetic (precedence, associativity, parentheses) on what our grammar allows."""
     deep = max((text[:i].count("(") - text[:i].count(")") for i in range(len(text) + 1)), default=0) > 8
-    if len(text) > MAX_ANSWER or deep or max(integers(text)) > 999_999:
-        assert arithmetic(text) is None
+    if len(text) > MAX_ANSWER_CHARACTERS or deep or max(integers(text)) > 999_999:
+        assert parse_expression(text) is None
     else:
-        assert arithmetic(text) == (eval(text), sorted(integers(text)))  # our own text: the one eval there is
+        assert parse_expression(text) == (eval(text), sorted(integers(text)))  # our own text: the one eval there is
 
 
-def test_arithmetic_is_bounded():
+def test_the_parser_is_bounded():
     """256 characters, 8 open parentheses, 6 digits: and one more of any is no expression."""
-    assert arithmetic("1+" * 127 + "1") == (128, [1] * 128) and arithmetic("1+" * 128 + "1") is None
-    assert arithmetic("(" * 8 + "1" + ")" * 8) == (1, [1]) and arithmetic("(" * 9 + "1" + ")" * 9) is None
-    assert arithmetic("999999") == (999_999, [999_999]) and arithmetic("1000000") is None
-    assert arithmetic("9" * 1_000_000) is arithmetic("(" * 255) is None
+    assert parse_expression("1+" * 127 + "1") == (128, [1] * 128) and parse_expression("1+" * 128 + "1") is None
+    assert parse_expression("(" * 8 + "1" + ")" * 8) == (1, [1]) and parse_expression("(" * 9 + "1" + ")" * 9) is None
+    assert parse_expression("999999") == (999_999, [999_999]) and parse_expression("1000000") is None
+    assert parse_expression("9" * 1_000_000) is parse_expression("(" * 255) is None
 
 
 @given(st.text(alphabet="0123456789+-*() ٣²._aex/", max_size=30))
-def test_arithmetic_reads_nothing_else(text):
+def test_the_parser_reads_nothing_else(text):
     """A text has a value only if it is of our grammar, and then Python finds the same."""
-    if (found := arithmetic(text)) is not None:
+    if (found := parse_expression(text)) is not None:
         assert re.fullmatch(r"[0-9+\-*() ]+", text) and "**" not in text.replace(" ", "")
         assert found == (eval(text.strip()), sorted(integers(text)))
 
@@ -244,7 +240,7 @@ def test_arithmetic_reads_nothing_else(text):
 @given(st.integers(1, 9), seeds)
 def test_every_step_of_a_worked_addition_is_right(digits, seed):
     """Each step adds the column's two digits and what the step before carried; the last digits spell the answer."""
-    task = make_task("addition", digits)
+    task = make_task(f"addition-{digits}")
     problem = task.draw(Random(seed))
     a, b = re.fullmatch(r"What is ([1-9][0-9]*)\+([1-9][0-9]*)\?", problem.prompt).groups()
     steps = task.work(problem, Random(0)).removesuffix(f". {MARKER}{problem.answer}").split(", ")
@@ -268,7 +264,7 @@ def test_every_equation_of_worked_sums_and_countdown_is_true(name, seed):
     *steps, last = task.work(problem, rng).split(f". {MARKER}")[0].split(", ")
     for step in [*steps, last]:
         equation, _, verdict = step.partition(" ")
-        values = {arithmetic(side)[0] for side in equation.split("=")}
+        values = {parse_expression(side)[0] for side in equation.split("=")}
         assert len(values) == 1 and equation.count("=") >= 1
         assert name == "sums" or verdict == ("yes" if values == {target} else "no")
     assert last.endswith("yes" if name == "countdown" else f"={problem.answer}")
@@ -309,10 +305,10 @@ def test_the_split_never_changes():
     assert [n for n in range(100, 140) if is_heldout(f"What is {n}+{n}?")] == [106, 113, 127, 136, 138]
 
 
-@pytest.mark.parametrize(("name", "difficulty"), levels)
-def test_both_splits_have_problems_at_every_difficulty(name, difficulty):
+@pytest.mark.parametrize("level", levels)
+def test_both_splits_have_problems_at_every_difficulty(level):
     """At the smallest difficulties there are a hundred prompts or so: neither side may be without any."""
-    task, rng = make_task(name, difficulty), Random(0)
+    task, rng = make_task(level), Random(0)
     assert {is_heldout(task.draw(rng).prompt) for _ in range(400)} == {True, False}
 
 
@@ -325,16 +321,32 @@ def test_one_in_ten_is_held_out():
 
 @pytest.mark.parametrize("name", VERIFIABLE)
 def test_a_bad_difficulty_is_one_sentence_with_the_range(name):
-    task = TASKS[name]
-    for bad in (task.lowest - 1, task.highest + 1, -1, 2.5, "3", True):
-        with pytest.raises(ValueError, match=rf"{name}.*{task.lowest} to {task.highest}, not {bad!r}$") as error:
-            make_task(name, bad)
+    lowest, *_, highest = TASKS[name].difficulties
+    for bad in (lowest - 1, highest + 1, "-1", "", "x", "2.5", "03", "3 ", "٣", "3-3"):
+        says = rf"^--task {name}-{bad}: there is no such difficulty; expected {name} or {name}-N, .* is {lowest} to {highest}$"
+        with pytest.raises(ValueError, match=says) as error:
+            make_task(f"{name}-{bad}")
         assert "\n" not in str(error.value)
 
 
+def test_a_difficulty_is_a_part_of_the_name():
+    """A name without one is the default, and `str` is the shortest name of the task."""
+    assert (make_task("addition-4").name, make_task("addition-4").difficulty) == ("addition", 4)
+    assert [str(make_task(name)) for name in ("addition-4", "addition-3", "addition")] == ["addition-4", "addition", "addition"]
+    assert str(make_task("stories", needs_verifier=False)) == "stories" and str(files) == "file"
+    for name, task in VERIFIABLE.items():
+        assert make_task(f"{name}-{task.default_difficulty}").demonstrations(9) == make_task(name).demonstrations(9)
+
+
+def test_the_default_limit_of_an_answer_is_the_same_at_every_difficulty():
+    assert default_max_new_tokens("code-5") == default_max_new_tokens("code") == 120
+    assert default_max_new_tokens("addition-x") == default_max_new_tokens("unknown") == Task.max_answer_tokens == 80
+
+
 def test_an_unknown_task_is_one_sentence_with_the_choices():
-    with pytest.raises(ValueError, match=f"^--task chess: there is no such task; expected {', '.join(VERIFIABLE)}$"):
-        make_task("chess")
+    for name in ("chess", "chess-4", "", "-4", "Addition"):
+        with pytest.raises(ValueError, match=f"^--task {name}: there is no such task; expected {', '.join(VERIFIABLE)}$"):
+            make_task(name)
     with pytest.raises(ValueError, match="a split is 'train' or 'heldout', not 'test'"):
         make_task("addition").problem(Random(0), "test")
 
@@ -345,7 +357,7 @@ def test_a_file_task_compares_texts_and_refuses_what_it_cannot_verify():
     assert files.verify(problem, "She wrote it. Answer:  Ada\n Lovelace ") == 1.0
     assert files.verify(problem, "Answer: ada lovelace") == files.verify(problem, "Ada Lovelace") == 0.0
     assert {is_heldout(files.problem(Random(seed), "heldout").prompt) for seed in range(20)} == {True}
-    for bad in ("", " ", "Answer: 3", "x" * (MAX_ANSWER + 1)):
+    for bad in ("", " ", "Answer: 3", "x" * (MAX_ANSWER_CHARACTERS + 1)):
         with pytest.raises(ValueError, match="file, record 2: no response can have"):
             FileTask([("a", "b"), ("c", bad)])
     for held, empty in ((True, "train"), (False, "heldout")):
@@ -395,7 +407,7 @@ def test_pronouns_agree_with_the_hero():
 def test_a_continuation_stays_with_its_opening(seed):
     """Hero, thing, colour, place and time are the opening's, whatever else happens; half of them lose their order."""
     rng = Random(seed)
-    opening, _ = tell(rng)
+    opening, _ = opening_and_rest(rng)
     for _ in range(3):
         text = STORIES.continuation(opening, rng)
         hero = next(word for word in re.findall(r"\w+", opening) if word in NAMES["she"] + NAMES["he"])
@@ -406,10 +418,10 @@ def test_a_continuation_stays_with_its_opening(seed):
         assert not re.search(r"\{|\}", text) and 3 <= len(STORIES.sentences(text)) <= 4, text
 
 
-def test_a_careless_teller_shuffles_sentences_and_nothing_else(monkeypatch):
-    def told(careless):
-        monkeypatch.setattr(Stories, "careless", careless)
-        return [STORIES.sentences(STORIES.continuation(tell(Random(seed))[0], Random(seed))) for seed in range(100)]
+def test_a_shuffled_continuation_is_the_same_but_for_its_order(monkeypatch):
+    def told(share):
+        monkeypatch.setattr(Stories, "shuffled_share", share)
+        return [STORIES.sentences(STORIES.continuation(opening_and_rest(Random(seed))[0], Random(seed))) for seed in range(100)]
 
     ordered, shuffled = told(0.0), told(1.0)
     assert [sorted(text) for text in ordered] == [sorted(text) for text in shuffled]
@@ -431,7 +443,7 @@ OPENING = Problem("Mia was a shy girl. One windy morning she came with a new bal
 ])
 def test_the_hidden_reward_counts_its_points(response, points):
     assert tuple(STORIES.features(OPENING.prompt, response).values()) == points
-    assert STORIES.verify(OPENING, response) == STORIES.grade(OPENING, response, finished=False) == sum(points)
+    assert STORIES.rewards([OPENING], [response], [False]) == [STORIES.verify(OPENING, response)] == [sum(points)]
 
 
 @quick
@@ -470,8 +482,8 @@ def test_stories_are_a_task_without_a_verifier():
     assert isinstance(make_task("stories", needs_verifier=False), Stories)
     with pytest.raises(ValueError, match="no verifier"):
         make_task("stories")
-    with pytest.raises(ValueError, match="stories have none"):
-        make_task("stories", 3, needs_verifier=False)
+    with pytest.raises(ValueError, match=r"^--task stories-3: there is no such difficulty; expected stories$"):
+        make_task("stories-3", needs_verifier=False)
 
 
 @pytest.fixture(scope="module")
@@ -505,7 +517,7 @@ TRUE = {  # is this the answer to this prompt?
     "sums": lambda prompt, answer: answer == str(sum(integers(prompt))),
     "sorting": lambda prompt, answer: answer == "".join(sorted(re.findall("[0-9]", prompt))),
     "reversal": lambda prompt, answer: prompt == f"Reverse {answer[::-1]}.",
-    "countdown": lambda prompt, answer: arithmetic(answer) == (integers(prompt)[0], sorted(integers(prompt)[1:])),
+    "countdown": lambda prompt, answer: parse_expression(answer) == (integers(prompt)[0], sorted(integers(prompt)[1:])),
 }
 
 
@@ -514,16 +526,16 @@ def test_every_written_response_is_right(written):
     for name in VERIFIABLE:
         lines = [json.loads(line) for line in written[f"{name}.jsonl"].splitlines()]
         task = make_task(name)
-        worked = [line for line in lines if task.way(line["response"]) == "worked"]
+        worked = [line for line in lines if task.style(line["response"]) == "worked"]
         assert len(lines) == 4_000 and 0.25 < len(worked) / len(lines) < 0.35
         if name == "code":
             problems = [Problem(line["prompt"], "") for line in worked[:300]]
-            assert set(task.grades(problems, [line["response"] for line in worked[:300]], [True] * 300)) == {1.0}
+            assert set(task.rewards(problems, [line["response"] for line in worked[:300]], [True] * 300)) == {1.0}
         else:
             assert all(TRUE[name](line["prompt"], final_answer(line["response"])) for line in lines)
     sums = re.findall(r"^What is (\d+)\+(\d+)\? (.*)$", written["text.txt"], re.M)
     assert all(final_answer(response) == str(int(a) + int(b)) for a, b, response in sums)
-    assert 0.64 < sum(is_worked(response) for *_, response in sums) / len(sums) < 0.69
+    assert 0.64 < sum(not response.startswith(MARKER) for *_, response in sums) / len(sums) < 0.69
 
 
 def test_the_text_is_a_third_stories_and_the_heldout_stories_are_new(written):
@@ -538,7 +550,7 @@ def test_the_text_is_a_third_stories_and_the_heldout_stories_are_new(written):
 
 def test_make_writes_another_difficulty(tmp_path):
     out = tmp_path / "four.jsonl"
-    make.main(["--task", "addition", "--difficulty", "4", "--out", str(out)])
+    make.main(["--task", "addition-4", "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 4_000
     assert all(re.fullmatch(r"What is \d{4}\+\d{4}\?", line["prompt"]) for line in lines)
@@ -546,8 +558,8 @@ def test_make_writes_another_difficulty(tmp_path):
 
 
 @pytest.mark.parametrize("argv", [
-    "--tusk", "--out x", "--difficulty 3", "--task addition", "--task chess --out x", "--task addition --difficulty x",
-    "--task addition --difficulty 99 --out x", "--task addition --out no/such/folder/x",
+    "--tusk", "--out x", "--task addition", "--task addition-4", "--task chess --out x", "--task addition-x --out x",
+    "--task addition-99 --out x", "--task addition --out no/such/folder/x",
 ])
 def test_bad_arguments_are_one_sentence_and_exit_code_2(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,7 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint, a dict of CHECKPOINT_FIELDS; FloatingPointError before any file is touched where it holds nan or inf."""
+    """Write a dict of CHECKPOINT_FIELDS; FloatingPointError, before any file is touched, where it holds nan or inf."""
     check_finite({name: checkpoint[name] for name in ("model", "optimizer", "state")})
 
     def write(f: Any) -> None:

@@ -132,7 +132,7 @@ class Run:
         ranks.wait()
 
     def _begin(self) -> None:
-        """The files of a new run, or those of a resumed one up to its checkpoint. No other process may write here from now on."""
+        """The files of a new run, or those of a resumed one up to its checkpoint. No other process may write here any more."""
         cfg = self.cfg
         self.out.mkdir(parents=True, exist_ok=True)
         if not cfg.resume:
@@ -172,8 +172,8 @@ class Run:
         for key, x in model.state_dict().items():
             digest.update(key.encode() + x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         if self.state.setdefault(f"sha256 of {name}", digest.hexdigest()) != digest.hexdigest():
-            raise UserError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected the one that it "
-                            "started from")
+            raise UserError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected the one that "
+                            "it started from")
 
     def _cut(self, name: str) -> None:
         """Drop what came after the checkpoint: lines of its own step and later, and a torn last one."""

@@ -55,7 +55,7 @@ class DeviceConfig:
             object.__setattr__(self, flag, value)
 
     def require(self, holds: Any, flags: str, sentence: str) -> None:
-        """In __post_init__: refuse flags that do not go together. The message shows them with their values, then the sentence."""
+        """In __post_init__: refuse flags that contradict each other. The message shows them with their values."""
         if not holds:
             shown = " ".join(f"{flag_of(flag)} {_as_typed(getattr(self, flag))}" for flag in flags.split())
             raise UserError(f"{shown}: {sentence}")
@@ -89,7 +89,7 @@ class RolloutConfig(RunConfig):
     group: Count = 8            # G, answers sampled per prompt
     max_new_tokens: Count | None = None    # an answer longer than this is truncated (default: 80; code 120; stories 140)
     temperature: Positive = 1.0    # of the policy: sampled with it, scored with it
-    micro_batch: Count = 64     # rows of up to 256 tokens in memory at a time, fewer of longer ones; sampling takes 16 times as many
+    micro_batch: Count = 64     # rows of up to 256 tokens in memory at a time, fewer of longer ones; 16 times as many to sample
     eval_problems: Count = 500  # held-out problems in an evaluation
 
     def __post_init__(self) -> None:
@@ -189,8 +189,8 @@ def _saved_flags(config_class: type, hints: dict, defaults: dict, typed: dict) -
     saved = read_config(Path(out))
     for name, value in typed.items():
         if name in saved and saved[name] != value and name not in MAY_DIFFER_ON_RESUME | {"out"}:
-            raise UserError(f"{flag_of(name)} {value}: the run to resume has {saved[name]}; leave the flag out, or start another "
-                            "run")
+            raise UserError(f"{flag_of(name)} {value}: the run to resume has {saved[name]}; leave the flag out, or start "
+                            "another run")
     if odd := sorted(saved.keys() ^ defaults.keys()):
         raise UserError(f"--resume: {out} was made by another script, or another version of this one: not both know "
                         f"{flag_of(odd[0])}")

@@ -24,10 +24,13 @@ INHERITED = ("seed", "device", "dtype", "compile", "quiet")     # the flags that
 
 def choose_task(name: str, data: str = "", needs_verifier: bool = True) -> Task:
     """The task of this name, ready to verify answers, or the questions of a JSONL file {"prompt", "answer"}."""
-    if data:
-        return FileTask([(record["prompt"], record["answer"]) for record in read_records(data, ("prompt", "answer"))], data)
-    task = make_task(name, needs_verifier)
-    task.start_verifier()
+    try:
+        if data:
+            return FileTask([(record["prompt"], record["answer"]) for record in read_records(data, ("prompt", "answer"))], data)
+        task = make_task(name, needs_verifier)
+        task.start_verifier()
+    except (ValueError, OSError) as e:
+        raise UserError(str(e)) from None
     return task
 
 
@@ -121,7 +124,8 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
             load_checkpoint(path, holds)            # before minutes are spent on other stages
     initial = None
     if reference or not checkpoint:
-        initial = load_checkpoint(cfg.init or ensure_stage(cfg, stage, **({"task": cfg.task} if stage == "sft" else {})), "policy")
+        same_task = {"task": cfg.task} if stage == "sft" else {}
+        initial = load_checkpoint(cfg.init or ensure_stage(cfg, stage, **same_task), "policy")
     if reward_model == "":
         reward_model = ensure_stage(cfg, "reward")
     weights = checkpoint or initial

@@ -108,10 +108,8 @@ def child(job: dict[str, Any], pipe: int) -> None:
 
 def serve() -> None:
     """Answer each line {"code", "inputs"} on stdin by a line on stdout: the text that the child wrote, as a JSON string."""
-    import collections  # noqa: F401    what a program may import, for a child can read no file
-    import itertools  # noqa: F401
-    import math  # noqa: F401
-    import resource  # noqa: F401
+    for module in ("collections", "itertools", "math", "resource"):
+        __import__(module)                                  # what a program may import, for a child can read no file
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
         f.write("1000")                                     # when memory runs out, rather this than the trainer
     if os.getuid() == 0:
@@ -130,10 +128,8 @@ def serve() -> None:
                 os._exit(0)
         os.close(writing)
         written, deadline = b"", time.monotonic() + WALL_SECONDS
-        while len(written) <= OUTPUT_BYTES and select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            part = os.read(reading, OUTPUT_BYTES)
-            if not part:
-                break
+        while (len(written) <= OUTPUT_BYTES and select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]
+               and (part := os.read(reading, OUTPUT_BYTES))):
             written += part
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -224,10 +220,7 @@ def outputs_of(text: str, count: int) -> list | None:
     return outputs if isinstance(outputs, list) and len(outputs) == count else None
 
 
-@functools.cache
-def shared_sandbox() -> Sandbox:
-    """The sandbox of this process."""
-    return Sandbox()
+shared_sandbox = functools.cache(Sandbox)       # one for this process
 
 
 if __name__ == "__main__":

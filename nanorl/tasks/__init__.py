@@ -1,0 +1,57 @@
+"""The toy world: problems that a program can check, and short stories. Text only, no models and no tensors.
+
+    base.py         what all tasks share: problems, splits, demonstrations, rewards
+    arithmetic.py   addition, sums, countdown, and a parser of expressions
+    strings.py      sorting, reversal
+    code.py         programs for lists of numbers
+    sandbox.py      runs such programs in processes that can do nothing else
+    stories.py      stories to continue, with a hidden reward in place of a verifier
+    records.py      your own questions, from a file
+
+A *problem* is a prompt and its gold answer. A *response* follows the prompt and one space, in one of two styles (a program
+has its own):
+
+    direct    Answer: 932
+    worked    7+5=12, 4+8+1=13, 3+5+1=09. Answer: 932
+
+A tiny model cannot add three digits in one go but can add digit by digit, so a verifier's reward alone can teach it to
+work. Two rules keep that reward honest:
+
+1. A response is untrusted text. It is compared, or read by a small parser; only a program is run, and only in the sandbox.
+   A verifier gives any string 0.0 or 1.0, in bounded time.
+2. A prompt belongs to "train" or "heldout" by its own hash: no seed, process or script can move it to the other side.
+
+Randomness is always a `random.Random` that the caller made.
+"""
+
+from nanorl.tasks.arithmetic import Addition, Countdown, Sums
+from nanorl.tasks.base import Problem, Task, final_answer, is_heldout
+from nanorl.tasks.code import Code
+from nanorl.tasks.records import FileTask
+from nanorl.tasks.stories import Stories, story
+from nanorl.tasks.strings import Reversal, Sorting
+
+__all__ = ["TASKS", "FileTask", "Problem", "Stories", "Task", "default_max_new_tokens", "final_answer", "is_heldout",
+           "make_task", "story"]
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sorting, Reversal, Countdown, Code, Stories)}
+
+
+def make_task(name: str, needs_verifier: bool = True) -> Task:
+    """The task "addition", or "addition-4" at difficulty 4; by default it must be one that a program can check."""
+    family, dash, difficulty = name.partition("-")
+    choices = {each: task for each, task in TASKS.items() if task.verifiable or not needs_verifier}
+    if family not in choices:
+        wrong = "there is no verifier for it, only readers' preferences" if family in TASKS else "there is no such task"
+        raise ValueError(f"--task {name}: {wrong}; expected {', '.join(choices)}")
+    task = choices[family]
+    if dash and difficulty not in map(str, task.difficulties):
+        raise ValueError(f"--task {name}: there is no such difficulty; expected {family}"
+                         + (f" or {family}-N, where N, the number of {task.difficulty_unit}, is "
+                            f"{task.difficulties[0]} to {task.difficulties[-1]}" if task.difficulties else ""))
+    return task(int(difficulty) if dash else None)
+
+
+def default_max_new_tokens(task_name: str) -> int:
+    """The token limit of a response to this task, unless a flag sets another. `make_task` refuses unknown names."""
+    return TASKS.get(task_name.partition("-")[0], Task).max_answer_tokens
