@@ -94,5 +94,5 @@ def first_step_check(experience: Experience, task: Task, stop_id: int, score: Ca
     off = (torch.stack([(t - g).norm() for t, g in zip(total, whole, strict=True)]).norm() / norm.clamp(min=0.01)).item()
     expect(off <= tol, f"the gradient of a batch and the sum of its parts' differ by {off:.2g} of the norm, expected at "
                              f"most {tol:.2g}: is something averaged inside the objective?")
-    return (f"First-step check: sampler and scorer agree to {parity:.1g} nats, ratios are 1 to {drift:.1g}, micro-batches add up "
-            f"to {off:.1g}; the verifier pays for gold answers only.")
+    return (f"First-step check: sampler and scorer agree to {parity:.1g} nats, ratios are 1 to {drift:.1g}, micro-batches add "
+            f"up to {off:.1g}; the verifier pays for gold answers only.")
