@@ -20,6 +20,8 @@ def load_function(where: str, signature: str, *args, **kwargs) -> Callable:
     path = Path(file).resolve()
     if not (path.suffix == ".py" and path.is_file() and name):
         raise UserError(f"{where}: expected FILE.py:NAME, a file that exists and a function in it, as in mine.py:objective")
+    if "." in path.stem:
+        raise UserError(f"{where}: Python cannot import a file with two dots in its name; rename it")
     sys.path.insert(0, str(path.parent))        # as for a script: the file can import its neighbours
     try:
         module = importlib.import_module(path.stem)
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.devnull)           # leave no .hypothesis in the user's folder
     with user_errors(UserError):
         if args.examples < 1:
-            raise UserError(f"--examples {args.examples}: must be at least 1")
+            raise UserError(f"--examples {args.examples}: must be at least 1; 50 is the default")
         f = load_function(args.objective, "objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None)",
                           *range(5), ref_logp=None, entropy=None)
         advantage = args.advantage and load_function(args.advantage, "advantage(rewards)", None)

@@ -61,14 +61,12 @@ def describe(batch: Batch) -> str:
 
 def expect_same(found: Result, expected: Result, change: str, same: Callable = close) -> None:
     """Loss, gradients and metrics are as expected after a change to the batch, which `change` names."""
-    def values(x: Result) -> dict[str, Tensor]:
-        return {"the loss": x.loss, "dL/dlogp": x.grad_logp, "dL/dentropy": x.grad_entropy,
-                **{f"the metric {name}": value for name, value in x.metrics.items()}}
-
-    after = values(found)
-    for name, before in values(expected).items():
-        if not same(after[name], before):
-            raise Broken(f"{change} turns {name} from {numbers(before)} into {numbers(after[name])}")
+    for name, after, before in (
+            ("the loss", found.loss, expected.loss), ("dL/dlogp", found.grad_logp, expected.grad_logp),
+            ("dL/dentropy", found.grad_entropy, expected.grad_entropy),
+            *((f"the metric {name}", found.metrics[name], value) for name, value in expected.metrics.items())):
+        if not same(after, before):
+            raise Broken(f"{change} turns {name} from {numbers(before)} into {numbers(after)}")
 
 
 def expect_gradient(f: Callable, batch: Batch, expected: Tensor, rho: Tensor) -> None:

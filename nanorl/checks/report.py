@@ -44,7 +44,7 @@ class BrokenObjective(AssertionError):
 
 def counterexample(invariant: Callable, cases: st.SearchStrategy, examples: int) -> str | None:
     """None if the invariant holds in all drawn cases, else what breaks it in the smallest case found."""
-    def failure(case, seed: int) -> str | None:
+    def breaks(case, seed: int) -> str | None:
         try:
             invariant(case, torch.Generator().manual_seed(seed))
         except Broken as e:
@@ -53,21 +53,21 @@ def counterexample(invariant: Callable, cases: st.SearchStrategy, examples: int)
             return f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0]}"
         return None
 
-    failing = []
+    broken = []
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(cases, st.integers(0, 2**32 - 1))
     def run(case, seed):
-        if failure(case, seed) is not None:
-            failing.append((case, seed))
+        if breaks(case, seed) is not None:
+            broken.append((case, seed))
 
     run()
-    if not failing:
+    if not broken:
         return None
-    case, seed = failing[0]
-    while (smaller := next((c for c in smaller_cases(case) if failure(c, seed) is not None), None)) is not None:
+    case, seed = broken[0]
+    while (smaller := next((c for c in smaller_cases(case) if breaks(c, seed) is not None), None)) is not None:
         case = smaller
-    return failure(case, seed)
+    return breaks(case, seed)
 
 
 def depends_on(f: Callable, name: str) -> bool:
@@ -111,10 +111,11 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     Returns the report if everything holds; raises BrokenObjective, an AssertionError with the report, if not.
     """
     if detached_weight and ratio == "sequence":
-        raise UserError("a detached weight with ratio='sequence': only weights of tokens can be checked; leave one of them out")
+        raise UserError("detached_weight with ratio='sequence': only a weight of tokens can be checked; leave one of them out")
     report = Report()
 
-    def check(invariant: Callable, subject: Callable, cases: st.SearchStrategy) -> None:
+    def check(invariant: Callable) -> None:
+        subject, cases = (advantage, rewards(min_group=2)) if invariant in ADVANTAGE_INVARIANTS else (f, batches())
         options = {"clip": clip, "ratio": ratio} if invariant in (invariants.flat_region, invariants.pessimism) else {}
         found = counterexample(partial(invariant, subject, **options), cases, examples)
         if found is None:
@@ -122,18 +123,15 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
         else:
             report.broken[invariant.__name__] = found
 
-    check(invariants.contract, f, batches())
+    check(invariants.contract)
     if report.broken:
         raise BrokenObjective(report)           # nothing else can be checked
     uses_reference, uses_entropy = (depends_on(f, name) for name in ("ref_logp", "entropy"))
     skip = reasons_to_skip(clip, detached_weight, uses_reference, uses_entropy, advantage)
     report.skipped = {invariant.__name__: why for invariant, why in skip.items()}
-    for invariant in OBJECTIVE_INVARIANTS[1:]:
+    for invariant in (*OBJECTIVE_INVARIANTS[1:], *ADVANTAGE_INVARIANTS):
         if invariant not in skip:
-            check(invariant, f, batches())
-    for invariant in ADVANTAGE_INVARIANTS:
-        if invariant not in skip:
-            check(invariant, advantage, rewards(min_group=2))
+            check(invariant)
     if advantage is not None and not report.broken:
         report.notes.append(advantage_bias(advantage))
     if aggregate is not None and not uses_reference and not report.broken:
