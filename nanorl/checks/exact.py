@@ -34,8 +34,8 @@ def length_bias(f: Callable, aggregate: str) -> str:
     for pair in pairs:
         weights = token_weights(mask[pair], torch.zeros(2, dtype=torch.int64), aggregate, max_new_tokens=2).double()
         adv = (r[pair] - r[pair].flip(0))[:, None]                                          # each relative to the other
-        constant = logp[pair].detach()
-        loss, _ = f(logp[pair], constant, adv, mask[pair], weights, ref_logp=constant, entropy=torch.zeros_like(constant))
+        old = logp[pair].detach()
+        loss, _ = f(logp[pair], old, adv, mask[pair], weights, ref_logp=old, entropy=torch.zeros_like(old))
         total = total + loss / len(pairs)
     first, second = (-torch.autograd.grad(total, table)[0] / reward_gradient(pi, r))[[0, 2], 0]
     return (f"aggregate {aggregate}: where answers have one token or two, the expected gradient is {first:.3f} of the true one "
@@ -52,12 +52,11 @@ def divergence(f: Callable) -> str:
     prob = sequence_probs(pi.detach())[:, None].expand(logp.shape)
     loss, _ = f(logp, logp.detach(), adv, mask, prob, ref_logp=ref_logp, entropy=torch.zeros_like(ref_logp))
     found = torch.autograd.grad(loss, pi)[0]
-    x = leaf(pi)
-    candidates = {"KL(pi || ref), each prefix held fixed": fixed_prefix_kl(x, x, ref),
-                  "KL(ref || pi), each prefix held fixed": fixed_prefix_kl(x, ref, x),
-                  "KL(pi || ref) of whole answers": sequence_kl(x, ref)}
+    candidates = {"KL(pi || ref), each prefix held fixed": fixed_prefix_kl(pi, pi, ref),
+                  "KL(ref || pi), each prefix held fixed": fixed_prefix_kl(pi, ref, pi),
+                  "KL(pi || ref) of whole answers": sequence_kl(pi, ref)}
     for name, value in candidates.items():
-        exact = torch.autograd.grad(value, x)[0]
+        exact = torch.autograd.grad(value, pi)[0]
         c = float((found * exact).sum() / exact.square().sum())
         if c > 0 and close(found / found.norm(), c * exact / found.norm(), 1e-6):
             return f"KL term: its expected gradient is {c:.4g} times that of {name}"

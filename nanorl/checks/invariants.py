@@ -94,8 +94,7 @@ def contract(f: Callable, batch: Batch, generator: torch.Generator) -> None:
         raise Broken(f"it returned a {type(out).__name__}, expected a pair (loss, metrics)")
     loss, metrics = out
     if not (isinstance(loss, Tensor) and loss.shape == ()):
-        raise Broken(f"the loss is a {type(loss).__name__} of shape {list(getattr(loss, 'shape', []))}, expected a tensor of "
-                     "shape []")
+        raise Broken(f"the loss is a {type(loss).__name__} of shape {[*getattr(loss, 'shape', [])]}, expected a scalar tensor")
     if not loss.requires_grad:
         raise Broken("the loss has no gradient: something detaches it from logp")
     if loss.dtype != torch.float64:
