@@ -50,7 +50,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--aggregate", choices=AGGREGATES, help="how its weights are made")
     parser.add_argument("--examples", type=int, default=50, help="random cases for each invariant (default: 50)")
     args = parser.parse_args(argv)
-    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.devnull)           # leave no .hypothesis in the user's folder
     with user_errors(UserError):
         if args.examples < 1:
             raise UserError(f"--examples {args.examples}: must be at least 1; 50 is the default")
@@ -66,4 +65,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.devnull)           # leave no .hypothesis in the user's folder
     main()
