@@ -26,10 +26,10 @@ import torch
 
 import train_grpo
 from experiments.findings import Finding, main, mean_and_interval, panels, save
-from nanorl.checks import leaf
 from nanorl.ops import entropy_from_logits, kl_divergence, log_softmax, zscore
 from nanorl.plot import PALETTE
 from nanorl.run import generator
+from nanorl.tabular import leaf
 
 CHANCES = torch.tensor([0.8, 0.7, *8 * [0.5]]).double()     # to be paid, for each arm
 SAMPLES = 16                                                # answers in a batch

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from experiments.runs import cell, directory, train_all
-from nanorl.checks import leaf, randn
 from nanorl.plot import read_metrics
 from nanorl.run import generator
-from nanorl.tabular import pairs_of_answers, prefix_rows, sequence_kl, sequence_probs
+from nanorl.tabular import leaf, pairs_of_answers, prefix_rows, randn, sequence_kl, sequence_probs
 from train_distill import objective
 
 WAYS = {

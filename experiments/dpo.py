@@ -32,11 +32,10 @@ import sys
 import torch
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save
-from nanorl.checks import leaf, randn
 from nanorl.ops import bradley_terry, kl_divergence, log_softmax
 from nanorl.plot import PALETTE
 from nanorl.run import generator
-from nanorl.tabular import regularised_optimum
+from nanorl.tabular import leaf, randn, regularised_optimum
 from train_dpo import objective
 
 V = 6           # responses to a prompt

@@ -31,10 +31,10 @@ import torch
 import train_grpo
 from experiments.clipping import improve
 from experiments.findings import Finding, main, mean_and_interval, panels, save
-from nanorl.checks import leaf, randn
 from nanorl.ops import center, entropy_from_logits, leave_one_out, log_softmax, zscore
 from nanorl.plot import PALETTE
 from nanorl.run import generator
+from nanorl.tabular import leaf, randn
 
 V = 30                  # answers
 HIGH = 0.28             # DAPO's eps_high, beside an eps_low of .2

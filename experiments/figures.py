@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from experiments.findings import FIGURES, load, panels, save, stage
 from nanorl import gpt
-from nanorl.checks import leaf
 from nanorl.data import DATA, read_text
 from nanorl.ops import (
     clipped_surrogate,
@@ -30,6 +29,7 @@ from nanorl.ops import (
 from nanorl.plot import PALETTE
 from nanorl.run import generator
 from nanorl.sample import sampling_logits, token_log_probs, top_k_filter, top_p_filter
+from nanorl.tabular import leaf
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = PALETTE
 LOGITS = torch.tensor([3.0, 1.75, -2.0, 0.5], dtype=torch.float64)

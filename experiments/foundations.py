@@ -32,13 +32,13 @@ import torch
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save
 from nanorl import gpt
-from nanorl.checks import leaf, randn
 from nanorl.data import DATA, random_windows, read_text
 from nanorl.gpt import GPT, GPTConfig, attention
 from nanorl.ops import entropy_from_logits, log_softmax, selective_log_softmax, token_weights
 from nanorl.plot import PALETTE
 from nanorl.run import Optimizers, generator, schedule
 from nanorl.sample import token_log_probs
+from nanorl.tabular import leaf, randn
 from train_pretrain import objective, split, total_loss
 
 KEYS = 32                       # keys that a query looks at

@@ -28,9 +28,9 @@ import sys
 import torch
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save
-from nanorl.checks import leaf, randn
 from nanorl.plot import PALETTE
 from nanorl.run import generator
+from nanorl.tabular import leaf, randn
 from train_group_dpo import objective
 
 SIZES = [(winners, losers) for winners in range(1, 11) for losers in range(1, 11)]

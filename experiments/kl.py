@@ -31,7 +31,6 @@ import torch
 
 import train_grpo
 from experiments.findings import Finding, load, main, mean_and_interval, panels, save, stage
-from nanorl.checks import leaf, randn
 from nanorl.data import shift
 from nanorl.ops import importance_ratio, kl_divergence, kl_k1, kl_k2, kl_k3, logsumexp, selective_log_softmax
 from nanorl.plot import PALETTE
@@ -39,7 +38,7 @@ from nanorl.rollout import Room, answer, choose_task, collect, heldout_problems,
 from nanorl.run import derive, generator
 from nanorl.sample import top_p_filter
 from nanorl.selfcheck import tolerance
-from nanorl.tabular import expectation, fixed_prefix_kl, log_probs, num_prefixes, sequence_kl, sequence_probs
+from nanorl.tabular import expectation, fixed_prefix_kl, leaf, log_probs, num_prefixes, randn, sequence_kl, sequence_probs
 
 V = 3           # tokens of the tables
 PLACES = {"reward": "in the reward", "loss": "in the loss", "weighted": "times the ratio",

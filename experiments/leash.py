@@ -24,12 +24,11 @@ import sys
 import torch
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save
-from nanorl.checks import leaf, randn
 from nanorl.ops import center, clipped_surrogate, kl_divergence, kl_k1, log_softmax
 from nanorl.plot import PALETTE
 from nanorl.run import generator
 from nanorl.search import best_of_n, best_of_n_kl
-from nanorl.tabular import num_prefixes, regularised_optimum
+from nanorl.tabular import leaf, num_prefixes, randn, regularised_optimum
 
 HACKS = 0.01    # share of the answers that the proxy loves and nobody else
 TOKENS, T = 8, 4                # an answer: V = 8^4 of them

@@ -35,13 +35,12 @@ import train_pretrain
 import train_sft
 from experiments.distill import WAYS, exact_loss, learn, shared, two_modes
 from experiments.findings import Finding, load, main, mean_and_interval, panels, save, stage
-from nanorl.checks import leaf, randn
 from nanorl.data import DATA, random_windows, read_text, shuffled_batch
 from nanorl.ops import entropy_from_logits, kl_divergence, log_softmax, logsumexp, token_weights
 from nanorl.plot import PALETTE
 from nanorl.run import Optimizers, generator, read_config, schedule
 from nanorl.sample import token_log_probs
-from nanorl.tabular import expectation, log_probs, sequence_kl, sequence_probs
+from nanorl.tabular import expectation, leaf, log_probs, randn, sequence_kl, sequence_probs
 from nanorl.tasks import make_task
 
 X = torch.linspace(-12, 12, 481, dtype=torch.float64)

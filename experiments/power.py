@@ -26,13 +26,12 @@ import sys
 import torch
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save, stage
-from nanorl.checks import randn
 from nanorl.evaluate import Config, prepare
 from nanorl.ops import log_softmax
 from nanorl.plot import PALETTE
 from nanorl.run import generator
 from nanorl.search import position_weights, power_log_accept
-from nanorl.tabular import log_probs, num_prefixes, power_conditional, power_distribution, sequence_probs, sequences
+from nanorl.tabular import log_probs, num_prefixes, power_conditional, power_distribution, randn, sequence_probs, sequences
 
 V, T, STOP = 3, 4, 2    # of a random policy: tokens, the most in an answer, and, in C25, the one that ends it
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save, stage
-from nanorl.checks import randn
 from nanorl.ops import log_sigmoid
 from nanorl.plot import PALETTE, read_metrics, reward_by_tokens
 from nanorl.run import generator
 from nanorl.scaling import fit
+from nanorl.tabular import randn
 
 STEPS = 4000                    # of the exact run: until it has saturated
 SOLVABLE = 0.9                  # share of prompts that can be solved

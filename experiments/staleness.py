@@ -28,11 +28,10 @@ import torch
 
 import train_grpo
 from experiments.findings import Finding, main, mean_and_interval, panels, save, stage
-from nanorl.checks import leaf, randn
 from nanorl.ops import center, log_softmax
 from nanorl.plot import PALETTE, read_metrics
 from nanorl.run import generator
-from nanorl.tabular import reward_gradient
+from nanorl.tabular import leaf, randn, reward_gradient
 
 AGES = (8, 32)          # of the samples, in updates; those of the GPT have the first
 V, SAMPLES, TARGET, MARGIN = 10, 64, 0.95, 0.05

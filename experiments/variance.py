@@ -24,11 +24,10 @@ import torch
 
 import train_grpo
 from experiments.findings import Finding, main, mean_and_interval, panels, save, scores
-from nanorl.checks import randn
 from nanorl.ops import center, leave_one_out, log_softmax, zscore
 from nanorl.plot import PALETTE
 from nanorl.run import generator
-from nanorl.tabular import log_probs, reward_gradient, sequences
+from nanorl.tabular import log_probs, randn, reward_gradient, sequences
 
 V = 6           # actions
 BAD = -20.0     # a baseline far below every reward

@@ -25,13 +25,12 @@ from itertools import combinations_with_replacement
 import torch
 
 from experiments.findings import Finding, load, main, mean_and_interval, panels, save, stage
-from nanorl.checks import randn
 from nanorl.evaluate import vote
 from nanorl.plot import PALETTE
 from nanorl.rollout import heldout_problems
 from nanorl.run import generator
 from nanorl.search import ask, doublings, majority_vote, pass_at_k, vote_value
-from nanorl.tabular import num_prefixes, sequence_probs
+from nanorl.tabular import num_prefixes, randn, sequence_probs
 from nanorl.tasks import default_max_new_tokens, make_task
 
 VOTES = 32

@@ -13,16 +13,18 @@ class UserError(ValueError):
 
 def exit_with(error: Exception | str) -> NoReturn:
     """Print one sentence on stderr and end the program with exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
 def user_errors_as_sentences(main: Callable[..., Any]) -> Callable[..., Any]:
-    """For the main function of a command: a UserError, or a file that cannot be read or written, ends it with a sentence."""
+    """For the main function of a command: a UserError, and only that, ends it with a sentence."""
     @functools.wraps(main)
     def wrapper(*args: Any) -> Any:
         try:
             return main(*args)
-        except (UserError, OSError) as e:
+        except UserError as e:
             exit_with(e)
     return wrapper

@@ -274,11 +274,14 @@ def main(cfg: Config) -> None:
     measured = "accuracy" if task.verifiable else "hidden reward"
     print(f"{len(evaluations[0].problems)} held-out problems of {task}, on {device.type}.\n\n{table(rows, measured)}")
     print("".join(f"\n{note}." for note in notes))
-    if cfg.out:
-        kept = {"settings": asdict(cfg), "task": str(task), "rows": [asdict(row) for row in rows], "chains": notes}
-        run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
-    if cfg.plot:
-        draw_search([asdict(row) for row in rows], measured, Path(cfg.plot))
+    try:
+        if cfg.out:
+            kept = {"settings": asdict(cfg), "task": str(task), "rows": [asdict(row) for row in rows], "chains": notes}
+            run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
+        if cfg.plot:
+            draw_search([asdict(row) for row in rows], measured, Path(cfg.plot))
+    except OSError as e:
+        raise UserError(str(e)) from None
 
 
 if __name__ == "__main__":

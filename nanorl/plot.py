@@ -180,7 +180,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the PNG to write (default: curves.png, or fit.png, in the first run)")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / ("fit.png" if args.fit else "curves.png")
-    (draw_fit if args.fit else draw)(args.runs, out)
+    try:
+        (draw_fit if args.fit else draw)(args.runs, out)
+    except OSError as e:
+        raise UserError(str(e)) from None
     print(f"Drew {out}.")
 
 

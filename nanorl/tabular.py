@@ -16,6 +16,16 @@ from torch import Tensor
 from nanorl.ops import kl_divergence, log_softmax, logsumexp, selective_log_softmax
 
 
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def leaf(x: Tensor) -> Tensor:
+    """A copy of x to differentiate with respect to."""
+    return x.detach().clone().requires_grad_()
+
+
 def num_prefixes(V: int, T: int) -> int:
     """N = 1 + V + ... + V^(T-1): the rows of a table for sequences of T tokens."""
     return sum(V**t for t in range(T))

@@ -1,13 +1,24 @@
-"""What the theorems quantify over, beside the strategies of nanorl/checks.py. Hypothesis draws shapes, scales and a seed;
+"""What the theorems quantify over, in addition to nanorl/checks/cases.py. Hypothesis draws shapes, scales and a seed;
 torch makes the tensors, in float64."""
 
 import torch
 from hypothesis import strategies as st
 
-from nanorl.checks import generators, randn, rewards
+from nanorl.checks.cases import generators, rewards
+from nanorl.tabular import num_prefixes, randn
 
 scales = st.sampled_from([0.0, 0.01, 0.3, 1.0, 5.0, 30.0])
 temperatures = st.floats(0.3, 3.0)
+poisons = st.sampled_from([torch.nan, torch.inf, -torch.inf])
+
+
+@st.composite
+def policies(draw, count=1, V=(2, 4), T=(1, 3)):
+    """Tables of nanorl/tabular.py of one shape [prefixes, V]; V and T are ranges."""
+    V, T, g = draw(st.integers(*V)), draw(st.integers(*T)), draw(generators)
+    scale = draw(st.sampled_from([0.01, 0.3, 1.0, 3.0]))
+    tables = [scale * randn(g, num_prefixes(V, T), V) for _ in range(count)]
+    return tables[0] if count == 1 else tables
 
 
 @st.composite

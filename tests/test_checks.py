@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanorl import checks
-from nanorl.checks import BrokenObjective, check_objective
+from nanorl.checks import BrokenObjective, advantage_bias, check_objective, length_bias
+from nanorl.checks.__main__ import main
+from nanorl.checks.invariants import ADVANTAGE_INVARIANTS, OBJECTIVE_INVARIANTS
 from nanorl.ops import center, clipped_surrogate, kl_k1, kl_k2, leave_one_out, masked_sum, zscore
 from train_grpo import ADVANTAGES, ALGORITHMS, Config, loss_of
 
@@ -38,8 +40,8 @@ def test_every_row_of_the_table_is_sound(name):
     expected |= {"clip": {"slope", "flat_region", "pessimism"}, "truncate": {"weighted_score"}}.get(cfg.bound, {"slope"})
     expected |= {"same_rewards", "shifted_rewards", "scaled_rewards", "reordered_rewards"} if compares else set()
     assert report.held.keys() == expected and not report.broken
-    assert report.held.keys() | report.skipped.keys() == {i.__name__ for i in checks.OBJECTIVE + checks.ADVANTAGE}
-    assert "lengths change its direction" in str(report) if cfg.aggregate == "sequence_mean" else True
+    assert report.held.keys() | report.skipped.keys() == {i.__name__ for i in OBJECTIVE_INVARIANTS + ADVANTAGE_INVARIANTS}
+    assert "lengths of answers change its direction" in str(report) if cfg.aggregate == "sequence_mean" else True
 
 
 # ---- Faults ----
@@ -136,8 +138,8 @@ def test_a_sound_objective_with_every_option_passes():
         check_objective(sound, advantage, examples=50)
 
 
-def test_a_detached_weight_is_not_held_against_a_clip():
-    """CISPO's cap is no clip: whoever gives both is told what was skipped and why."""
+def test_a_detached_weight_is_not_checked_with_a_clip():
+    """CISPO's cap is not a clip: given both, the report says what was skipped and why."""
     report = quick(loss_of(Config(algo="cispo")), clip=(0.2, 4.0), detached_weight=True)
     assert "every token its gradient" in report.skipped["flat_region"] and "weighted_score" in report.held
 
@@ -180,14 +182,14 @@ def test_a_broken_advantage_is_told_what_is_broken(advantage, named):
     (zscore, "not proportional to the true one; on a bandit with three arms its components are 1.8, 1.29, 1.51 of it")])
 def test_the_bias_of_an_advantage_is_named_with_its_factor(advantage, says):
     """REINFORCE and leave-one-out are unbiased, the group mean shrinks by (G-1)/G, z-scores change the direction."""
-    assert says in checks.advantage_bias(advantage)
+    assert says in advantage_bias(advantage)
 
 
 @pytest.mark.parametrize("how, says", [("sequence_sum", "1.000 of the true one at the first token and 1.000"),
                                        ("constant", "0.500 of the true one at the first token and 0.500"),
                                        ("sequence_mean", "0.750 of the true one at the first token and 0.500")])
 def test_the_bias_of_an_aggregation_is_named_with_its_factors(how, says):
-    assert says in checks.length_bias(sound, how)
+    assert says in length_bias(sound, how)
 
 
 # ---- The command ----
@@ -200,31 +202,85 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
 
 def short(logp, adv):
     return 0
+
+number = 3
 '''
 
 
+def command(*argv, cwd):
+    """The command as users run it in a folder of their own."""
+    return subprocess.run([sys.executable, "-m", "nanorl.checks", *argv], capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A user's folder; what is imported from it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
 @pytest.mark.parametrize("sign, code, says", [("-", 0, "holds    reinforce"), ("", 1, "BROKEN   reinforce")])
-def test_the_command_reports_and_exits_with_1_when_something_is_broken(sign, code, says, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(OBJECTIVE.format(sign=sign))
+def test_the_command_reports_and_exits_with_1_when_something_is_broken(sign, code, says, folder, capsys):
+    Path("mine.py").write_text(OBJECTIVE.format(sign=sign))
     with pytest.raises(SystemExit) if code else contextlib.nullcontext() as exit:
-        checks.main([f"{tmp_path / 'mine.py'}:objective", "--examples", "5"])
+        main(["mine.py:objective", "--examples", "5"])
     assert says in capsys.readouterr().out
     assert not code or exit.value.code == code
 
 
-@pytest.mark.parametrize("where, says", [
-    ("nowhere.py:f", "nowhere.py:f"), ("mine.py", "FILE.py:NAME"), ("mine.py:other", "no function other"),
-    ("mine.py:short", "no ref_logp and no entropy")])
-def test_the_command_says_what_it_cannot_check(where, says, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(OBJECTIVE.format(sign="-"))
+@pytest.mark.parametrize("argv, says", [
+    ("nowhere.py:f", "nowhere.py:f: expected FILE.py:NAME"), ("mine.py", "expected FILE.py:NAME"),
+    ("mine.py:", "expected FILE.py:NAME"), (".:f", "expected FILE.py:NAME"), ("mine.txt:objective", "expected FILE.py:NAME"),
+    ("mine.py:other", "no function other"), ("mine.py:number", "no function number"),
+    ("mine.py:short", "too many positional arguments; expected objective(logp, old_logp, adv, mask, weights, *"),
+    ("mine.py:objective --advantage mine.py:objective", "missing a required argument: 'old_logp'; expected advantage(rewards)"),
+    ("mine.v2.py:objective", "two dots"), ("random.py:objective", "another module called random; rename the file"),
+    ("exits.py:objective", "exits.py exits when imported"),
+    ("mine.py:objective --examples 0", "--examples 0: must be at least 1"),
+    ("mine.py:objective --detached-weight --ratio sequence", "detached_weight with ratio='sequence'")])
+def test_the_command_says_in_a_sentence_what_it_cannot_check(argv, says, folder, capsys):
+    for name in ("mine.py", "mine.txt", "mine.v2.py", "random.py"):
+        Path(name).write_text(OBJECTIVE.format(sign="-"))
+    Path("exits.py").write_text("raise SystemExit(0)")
     with pytest.raises(SystemExit) as exit:
-        checks.main([where])
+        main(argv.split())
     error = capsys.readouterr().err
     assert exit.value.code == 2 and says in error and error.count("\n") == 1
 
 
-def test_without_hypothesis_there_is_one_sentence():
-    code = "import sys; sys.modules['hypothesis'] = None; import runpy; runpy.run_module('nanorl.checks', run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert result.returncode and result.stderr == 'nanorl.checks needs hypothesis; install it with: pip install -e ".[test]"\n'
+def test_a_file_may_have_neighbours_and_be_called_like_a_module_of_nanorl(tmp_path):
+    """It is run once, also where it holds the objective and the advantage; and nothing is left in its folder."""
+    (tmp_path / "run.py").write_text(OBJECTIVE.format(sign="-") + "from ops import center as advantage")
+    (tmp_path / "ops.py").write_text("def center(r):\n    return r - r.mean(-1, keepdim=True)")
+    (tmp_path / "checks.py").write_text("from run import objective, advantage\nprint('once')")
+    result = command("checks.py:objective", "--advantage", "checks.py:advantage", "--examples", "2", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.count("once") == 1 and "holds    shifted_rewards" in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} <= {"run.py", "ops.py", "checks.py", "__pycache__"}
+
+
+@pytest.mark.parametrize("line, error", [("raise ValueError('a mistake')", ValueError), ("open('nowhere.txt')", OSError),
+                                         ("import nowhere", ImportError), ("def f(:", SyntaxError)])
+def test_an_error_in_the_users_file_keeps_its_traceback(line, error, folder):
+    Path("mine.py").write_text(f"{line}\n")
+    with pytest.raises(error):
+        main(["mine.py:objective"])
+
+
+def test_an_error_inside_the_objective_is_reported(folder, capsys):
+    Path("mine.py").write_text("def objective(*args, ref_logp=None, entropy=None):\n    raise ValueError('a mistake')")
+    with pytest.raises(SystemExit) as exit:
+        main(["mine.py:objective"])
+    assert exit.value.code == 1 and "ValueError: a mistake" in capsys.readouterr().out
+
+
+def test_without_hypothesis_there_is_one_sentence(tmp_path):
+    (tmp_path / "hypothesis.py").write_text("raise ImportError")
+    result = command("mine.py:objective", cwd=tmp_path)
+    sentence = "nanorl.checks needs hypothesis; install it with: pip install hypothesis\n"
+    assert result.returncode == 1 and result.stderr == sentence

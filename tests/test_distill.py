@@ -6,17 +6,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import logit_pairs
+from strategies import logit_pairs, policies
 
-from nanorl.checks import generators, leaf, policies, randn
+from nanorl.checks.cases import generators
 from nanorl.ops import entropy_from_logits, jensen_shannon, kl_divergence, with_tail
 from nanorl.tabular import (
     expectation,
     fixed_prefix_kl,
     horizon,
+    leaf,
     log_probs,
     pairs_of_answers,
     prefix_rows,
+    randn,
     sequence_kl,
     sequence_probs,
     sequences,

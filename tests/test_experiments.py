@@ -1,6 +1,8 @@
 """What experiments/ makes of finished runs; the runs themselves take an hour."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,11 @@ def runs(tmp_path):
                          {"step": 2, "eval/accuracy_sampled": 0.95 - 0.1 * seed}]
                 (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
+
+
+def test_no_experiment_needs_hypothesis():
+    code = "import sys; sys.modules['hypothesis'] = None; from experiments.__main__ import modules; modules()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 def test_a_curve_counts_the_tokens_before_each_evaluation(runs):

@@ -7,30 +7,18 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from strategies import poisons, policies
 from torch import Tensor
 
 import train_grpo
 import train_pretrain
 import train_sft
-from nanorl import checks
-from nanorl.checks import (
-    Batch,
-    aggregates,
-    batches,
-    generators,
-    leaf,
-    masked_prompts,
-    masks,
-    partition,
-    poisons,
-    policies,
-    randn,
-    rewards,
-)
+from nanorl.checks import Broken, divergence, invariants
+from nanorl.checks.cases import Batch, aggregates, batches, generators, masked_prompts, masks, partition, rewards
 from nanorl.data import response_mask
 from nanorl.ops import entropy_from_logits, kl_k1, leave_one_out, log_softmax, selective_log_softmax, token_weights
 from nanorl.sample import Rollout
-from nanorl.tabular import expectation, log_probs, reward_gradient, sequence_kl, sequences
+from nanorl.tabular import expectation, leaf, log_probs, randn, reward_gradient, sequence_kl, sequences
 from train_grpo import ADVANTAGES, KL_FOLLOWS
 
 pytestmark = pytest.mark.math
@@ -163,18 +151,19 @@ def test_a_coefficient_of_zero_removes_its_term_bit_for_bit(batch, options, pois
             assert other_metrics == metrics
 
 
-# ---- GRPO: what nanorl/checks.py demands of any objective ----
+# ---- GRPO: what nanorl/checks demands of any objective ----
 
 
-@pytest.mark.parametrize("invariant", [checks.contract, checks.poison, checks.padding, checks.purity, checks.micro_batches,
-                                       checks.permutation], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("invariant", [invariants.contract, invariants.poison, invariants.padding, invariants.purity,
+                                       invariants.micro_batches, invariants.permutation], ids=lambda f: f.__name__)
 @given(batches(), options, generators)
 def test_whatever_its_terms(invariant, batch, options, generator):
     """Padding, poison, micro-batches, order and memory, for every choice on every axis; Broken is raised where one fails."""
     invariant(functools.partial(train_grpo.objective, **options), batch, generator)
 
 
-@pytest.mark.parametrize("invariant", [checks.reinforce, checks.direction, checks.no_advantage], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("invariant", [invariants.reinforce, invariants.direction, invariants.no_advantage],
+                         ids=lambda f: f.__name__)
 @given(batches(), policy_terms, generators)
 def test_whatever_its_bound(invariant, batch, terms, generator):
     """At ratio 1 all are REINFORCE, make good answers likelier, and leave answers with A = 0 alone; or Broken is raised."""
@@ -185,7 +174,7 @@ def test_whatever_its_bound(invariant, batch, terms, generator):
 def test_a_kl_term_follows_the_divergence_that_the_table_names(pair):
     """By enumeration over two tokens, where a fixed prefix and a whole answer are different things."""
     terms = {"kl_coef": 0.3, "kl": pair[0], "kl_in": pair[1]}
-    assert checks.divergence(functools.partial(train_grpo.objective, **terms)).endswith(f"0.3 times that of {KL_FOLLOWS[pair]}")
+    assert divergence(functools.partial(train_grpo.objective, **terms)).endswith(f"0.3 times that of {KL_FOLLOWS[pair]}")
 
 
 @st.composite
@@ -250,8 +239,8 @@ def test_a_kl_term_that_follows_no_divergence_is_refused(pair, capsys):
     with pytest.raises(ValueError, match="follows no divergence; expected k2 in loss"):
         train_grpo.Config(kl_coef=0.1, kl=pair[0], kl_in=pair[1])
     if pair[1] != "reward":
-        with pytest.raises(checks.Broken, match="no KL divergence"):
-            checks.divergence(functools.partial(train_grpo.objective, kl_coef=0.3, kl=pair[0], kl_in=pair[1]))
+        with pytest.raises(Broken, match="no KL divergence"):
+            divergence(functools.partial(train_grpo.objective, kl_coef=0.3, kl=pair[0], kl_in=pair[1]))
 
 
 def assert_pure(f, *constants, **variables):
@@ -271,8 +260,8 @@ def group_batch(r: Tensor, advantage, how: str, mask: Tensor, generator) -> Batc
     """An on-policy step of P groups of G answers with rewards r [P, G] and a mask [P*G, T]."""
     prompt_index = torch.arange(len(r)).repeat_interleave(r.shape[1])
     logp, ref_logp = -randn(generator, 2, *mask.shape).abs()
-    return Batch(logp, logp, ref_logp, -logp, ADVANTAGES[advantage](r).view(-1, 1), mask,
-                 token_weights(mask, prompt_index, how, mask.shape[1]).double(), prompt_index)
+    return Batch(logp=logp, old_logp=logp, adv=ADVANTAGES[advantage](r).view(-1, 1), mask=mask, ref_logp=ref_logp,
+                 entropy=-logp, weights=token_weights(mask, prompt_index, how, mask.shape[1]).double())
 
 
 @pytest.mark.parametrize("advantage", GROUPWISE)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import linear_problems, logit_pairs, logits, scales, scored_logits, scored_rewards
+from strategies import linear_problems, logit_pairs, logits, poisons, policies, scales, scored_logits, scored_rewards
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanorl.checks import generators, leaf, masked_prompts, masks, poisons, policies, randn, rewards
+from nanorl.checks.cases import generators, masked_prompts, masks, rewards
 from nanorl.ops import (
     AGGREGATES,
     bradley_terry,
@@ -47,11 +47,13 @@ from nanorl.tabular import (
     expectation,
     fixed_prefix_kl,
     horizon,
+    leaf,
     log_probs,
     num_prefixes,
     power_conditional,
     power_distribution,
     prefix_rows,
+    randn,
     regularised_optimum,
     reward_gradient,
     sequence_kl,

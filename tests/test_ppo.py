@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import poisons, policies
 from test_rollout import HOW, MODEL, TOKENIZER, Parity, scorer
 
 import train_grpo
 import train_ppo
-from nanorl.checks import Batch, batches, generators, leaf, masks, partition, poisons, policies, randn
+from nanorl.checks.cases import Batch, batches, generators, masks, partition
 from nanorl.ops import clipped_value_loss, gae
 from nanorl.rollout import Room, collect
-from nanorl.tabular import expectation, log_probs, sequence_kl
+from nanorl.tabular import expectation, leaf, log_probs, randn, sequence_kl
 
 pytestmark = pytest.mark.math
 

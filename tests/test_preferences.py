@@ -11,13 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import policies
 from torch import Tensor
 
 import train_dpo
 import train_group_dpo
 import train_reward
-from nanorl.checks import generators, leaf, partition, policies, randn
+from nanorl.checks.cases import generators, partition
 from nanorl.ops import bradley_terry, log_softmax, ranked_right
+from nanorl.tabular import leaf, randn
 
 pytestmark = pytest.mark.math
 

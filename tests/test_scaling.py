@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorl.checks import randn
 from nanorl.run import generator
 from nanorl.scaling import fit, line, quantile_of_t, saturation
+from nanorl.tabular import randn
 
 pytestmark = pytest.mark.math
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_rollout import HOW, MODEL, TOKENIZER, Parity, scorer
 
 from nanorl import run, search
-from nanorl.checks import generators, randn
+from nanorl.checks.cases import generators
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.rollout import Room, answer, learned_rewards
 from nanorl.sample import generate, token_log_probs
@@ -31,7 +31,7 @@ from nanorl.search import (
     power_sample,
     vote_value,
 )
-from nanorl.tabular import log_probs, num_prefixes, sequences
+from nanorl.tabular import log_probs, num_prefixes, randn, sequences
 from nanorl.tasks import TASKS, make_task
 
 # ---- Best of n ----

@@ -1,0 +1,25 @@
+"""Is my objective sound? Invariants for any policy-gradient objective, also one of your own.
+
+    report = check_objective(my_objective, advantage=my_advantage, clip=(0.2, 0.2))       in a test
+    python -m nanorl.checks my_script.py:my_objective --clip 0.2 0.2                       on a command line
+
+An objective is a function with the arguments that train_grpo.py gives to its own,
+
+    objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None) -> (loss, metrics)
+
+logp, old_logp, ref_logp, entropy, mask, weights [B, T]; adv [B, 1]; loss a scalar to minimise; metrics detached scalars that
+add up over micro-batches, except that names ending in _max or _min take the maximum or the minimum.
+
+    cases.py         the random batches and rewards that an objective is checked with
+    invariants.py    what must hold for every objective and every advantage
+    exact.py         what an algorithm is free to choose, measured by enumeration: bias, length bias, divergence
+    report.py        check_objective: which invariants apply, and the smallest counterexample to each broken one
+    __main__.py      the command
+"""
+
+from nanorl.checks.cases import Batch
+from nanorl.checks.exact import advantage_bias, divergence, length_bias
+from nanorl.checks.invariants import Broken
+from nanorl.checks.report import BrokenObjective, Report, check_objective
+
+__all__ = ["Batch", "Broken", "BrokenObjective", "Report", "advantage_bias", "check_objective", "divergence", "length_bias"]

@@ -1,0 +1,113 @@
+"""The random batches and rewards that an objective is checked with, and how to make one smaller.
+
+Hypothesis draws shapes, scales and a seed; torch makes the tensors, in float64.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nanorl.ops import AGGREGATES, token_weights
+from nanorl.tabular import randn
+
+try:
+    from hypothesis import strategies as st
+except ImportError:
+    sentence = "nanorl.checks needs hypothesis; install it with: pip install hypothesis"
+    # While `python -m` imports this package, sys.argv[0] is "-m": then the sentence alone, without a traceback.
+    raise (SystemExit(sentence) if sys.argv[0] == "-m" else ImportError(sentence)) from None
+
+generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
+aggregates = st.sampled_from(AGGREGATES)
+
+
+@st.composite
+def rewards(draw, min_group=1):
+    """[P, G], each row of its own kind: 0/1 verdicts, a few levels, real numbers, or all equal."""
+    P, G, g = draw(st.integers(1, 4)), draw(st.integers(min_group, 8)), draw(generators)
+    kinds = (torch.randint(2, (P, G), generator=g), torch.randint(-2, 3, (P, G), generator=g) / 10,
+             randn(g, P, G), randn(g, P, 1).expand(P, G))
+    return torch.stack([kinds[k][p].double() for p, k in enumerate(torch.randint(len(kinds), (P,), generator=g))])
+
+
+@st.composite
+def masks(draw, kinds=("empty", "full", "run", "scattered")):
+    """[B, T] bool, each row of its own kind."""
+    B, T, g = draw(st.integers(1, 6)), draw(st.integers(1, 12)), draw(generators)
+    t, edges = torch.arange(T), torch.randint(T, (B, 2), generator=g).sort().values
+    rows = {"empty": torch.zeros(B, T, dtype=torch.bool),
+            "full": torch.ones(B, T, dtype=torch.bool),
+            "run": (edges[:, :1] <= t) & (t <= edges[:, 1:]),
+            "scattered": torch.rand(B, T, generator=g) < 0.5}
+    return torch.stack([rows[kinds[k]][b] for b, k in enumerate(torch.randint(len(kinds), (B,), generator=g))])
+
+
+@st.composite
+def masked_prompts(draw):
+    """mask [B, T] and prompt_index [B]: three labels, not consecutive and in any order, each with any number of rows."""
+    mask, g = draw(masks()), draw(generators)
+    return mask, torch.randint(-100, 100, (3,), generator=g)[torch.randint(3, (len(mask),), generator=g)]
+
+
+@dataclass
+class Batch:
+    """The arguments of an objective: [B, T], but adv is [B, 1]."""
+
+    logp: Tensor
+    old_logp: Tensor
+    adv: Tensor
+    mask: Tensor
+    weights: Tensor
+    ref_logp: Tensor
+    entropy: Tensor
+
+    def rows(self, index: Tensor) -> "Batch":
+        return replace(self, **{name: x[index] for name, x in vars(self).items()})
+
+    def positions(self, index: Tensor) -> "Batch":
+        return replace(self, **{name: x[:, index] for name, x in vars(self).items() if name != "adv"})
+
+    def at_reference(self) -> "Batch":
+        """The same batch with the policy still equal to its reference, where a KL term has no gradient."""
+        return replace(self, ref_logp=self.logp)
+
+    def on_policy(self) -> "Batch":
+        """The same batch with the policy still equal to its sampler and its reference."""
+        return replace(self, old_logp=self.logp, ref_logp=self.logp)
+
+
+@st.composite
+def batches(draw, moves=(0.0, 0.1, 0.5, 2.0)):
+    """The rows of one optimizer step, whose log-probs have moved away from the sampling policy's by one of `moves`."""
+    (mask, prompt_index), g = draw(masked_prompts()), draw(generators)
+    B, T = mask.shape
+    logp, adv = -randn(g, B, T).abs(), randn(g, B, 1)
+    adv[torch.rand(B, generator=g) < 0.2] = 0.0                 # groups whose rewards are all equal
+    return Batch(logp=logp, old_logp=logp + draw(st.sampled_from(moves)) * randn(g, B, T),
+                 ref_logp=logp + draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])) * randn(g, B, T),
+                 entropy=randn(g, B, T).abs(), adv=adv, mask=mask,
+                 weights=token_weights(mask, prompt_index, draw(aggregates), T).double())
+
+
+def partition(generator: torch.Generator, count: int) -> tuple[Tensor, ...]:
+    """The rows 0 .. count-1 in random order, split at random places."""
+    cuts = torch.rand(count - 1, generator=generator) < 0.5
+    return torch.randperm(count, generator=generator).tensor_split((cuts.nonzero().squeeze(-1) + 1).tolist())
+
+
+def smaller_cases(case: Batch | Tensor) -> Iterator[Batch | Tensor]:
+    """A batch without one of its answers or one of its positions; rewards [P, G] without a group or a sample."""
+    def all_but_one(count: int, at_least: int = 1) -> Tensor:
+        return ~torch.eye(count, dtype=torch.bool)[:count if count > at_least else 0]
+
+    if isinstance(case, Batch):
+        answers, positions = case.mask.shape
+        yield from (case.rows(kept) for kept in all_but_one(answers))
+        yield from (case.positions(kept) for kept in all_but_one(positions))
+    else:
+        groups, samples = case.shape
+        yield from (case[kept] for kept in all_but_one(groups))
+        yield from (case[:, kept] for kept in all_but_one(samples, at_least=2))

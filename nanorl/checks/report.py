@@ -1,0 +1,143 @@
+"""Check an objective: which invariants apply to it, which hold, and the smallest counterexample to each that does not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanorl.checks import invariants
+from nanorl.checks.cases import Batch, batches, rewards, smaller_cases
+from nanorl.checks.exact import advantage_bias, divergence, length_bias
+from nanorl.checks.invariants import ADVANTAGE_INVARIANTS, OBJECTIVE_INVARIANTS, Broken, differentiate
+from nanorl.errors import UserError
+from nanorl.tabular import randn
+
+
+@dataclass
+class Report:
+    held: dict[str, str] = field(default_factory=dict)      # invariant -> what it says
+    broken: dict[str, str] = field(default_factory=dict)    # invariant -> the smallest counterexample
+    skipped: dict[str, str] = field(default_factory=dict)   # invariant -> why
+    notes: list[str] = field(default_factory=list)          # what the algorithm is free to choose, measured
+
+    def __str__(self) -> str:
+        says = {f.__name__: f.__doc__ for f in (*OBJECTIVE_INVARIANTS, *ADVANTAGE_INVARIANTS, divergence)}
+        return "\n".join([*(f"holds    {name}: {what}" for name, what in self.held.items()),
+                          *(f"skipped  {name}: {why}" for name, why in self.skipped.items()),
+                          *(f"note     {note}" for note in self.notes),
+                          *(f"BROKEN   {name}: {says[name]}\n         {what}" for name, what in self.broken.items())])
+
+
+class BrokenObjective(AssertionError):
+    """At least one invariant does not hold; carries the report."""
+
+    def __init__(self, report: Report):
+        super().__init__(f"{len(report.broken)} invariant{'s' * (len(report.broken) > 1)} broken\n{report}")
+        self.report = report
+
+
+def counterexample(invariant: Callable, cases: st.SearchStrategy, examples: int) -> str | None:
+    """None if the invariant holds in all drawn cases, else what breaks it in the smallest case found."""
+    def breaks(case, seed: int) -> str | None:
+        try:
+            invariant(case, torch.Generator().manual_seed(seed))
+        except Broken as e:
+            return str(e)
+        except Exception as e:
+            return f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0]}"
+        return None
+
+    broken = []
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(cases, st.integers(0, 2**32 - 1))
+    def run(case, seed):
+        if breaks(case, seed) is not None:
+            broken.append((case, seed))
+
+    run()
+    if not broken:
+        return None
+    case, seed = broken[0]
+    while (smaller := next((c for c in smaller_cases(case) if breaks(c, seed) is not None), None)) is not None:
+        case = smaller
+    return breaks(case, seed)
+
+
+def depends_on(f: Callable, name: str) -> bool:
+    """Whether the loss depends on this argument."""
+    g = torch.Generator().manual_seed(0)
+    mask, logp = torch.ones(2, 3, dtype=torch.bool), -randn(g, 2, 3).abs()
+    batch = Batch(logp=logp, old_logp=logp, adv=randn(g, 2, 1), mask=mask, weights=mask / 6.0, ref_logp=logp - 0.5,
+                  entropy=logp.abs())
+    moved = replace(batch, **{name: getattr(batch, name) - 0.25})
+    return not torch.equal(differentiate(f, batch).loss, differentiate(f, moved).loss)
+
+
+def reasons_to_skip(clip: tuple[float, float] | None, detached_weight: bool, uses_reference: bool, uses_entropy: bool,
+                    advantage: Callable | None) -> dict[Callable, str]:
+    """The invariants that do not apply to such an objective, and why; of several reasons the last."""
+    i = invariants
+    reasons = ((clip is None, "no clip range was given", (i.flat_region, i.pessimism)),
+               (detached_weight, "a detached weight leaves every token its gradient", (i.flat_region, i.pessimism)),
+               (detached_weight, "the loss has no slope in a detached weight; see weighted_score", (i.slope,)),
+               (not detached_weight, "only for a detached weight", (i.weighted_score,)),
+               (not uses_entropy, "the loss does not use entropy", (i.entropy_term,)),
+               (uses_reference, "the loss has a KL term; check it without one too",
+                (i.reinforce, i.direction, i.no_advantage, i.flat_region, i.pessimism, i.weighted_score)),
+               (uses_entropy, "the loss has an entropy term; check it without one too", (i.pessimism, i.weighted_score)),
+               (advantage is None, "no advantage was given", ADVANTAGE_INVARIANTS))
+    return {invariant: why for applies, why, skipped in reasons if applies for invariant in skipped}
+
+
+def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[float, float] | None = None,
+                    detached_weight: bool = False, *, ratio: str = "token", aggregate: str | None = None,
+                    examples: int = 50) -> Report:
+    """Check an objective with every invariant that applies to it.
+
+    advantage         rewards [P, G] -> [P, G], to be checked too
+    clip              (low, high) if the ratio is clipped to 1 - low .. 1 + high
+    detached_weight   True if the ratio is a weight without a gradient of its own
+    ratio             what is clipped: "token" or, if each answer has one ratio, "sequence"
+    aggregate         how its weights are made (token_weights); the report notes what that does to the expected gradient
+    examples          random cases for each invariant
+
+    Returns the report if everything holds; raises BrokenObjective, an AssertionError with the report, if not.
+    """
+    if detached_weight and ratio == "sequence":
+        raise UserError("detached_weight with ratio='sequence': only a weight of tokens can be checked; leave one of them out")
+    report = Report()
+
+    def check(invariant: Callable) -> None:
+        subject, cases = (advantage, rewards(min_group=2)) if invariant in ADVANTAGE_INVARIANTS else (f, batches())
+        options = {"clip": clip, "ratio": ratio} if invariant in (invariants.flat_region, invariants.pessimism) else {}
+        found = counterexample(partial(invariant, subject, **options), cases, examples)
+        if found is None:
+            report.held[invariant.__name__] = invariant.__doc__
+        else:
+            report.broken[invariant.__name__] = found
+
+    check(invariants.contract)
+    if report.broken:
+        raise BrokenObjective(report)           # nothing else can be checked
+    uses_reference, uses_entropy = (depends_on(f, name) for name in ("ref_logp", "entropy"))
+    skip = reasons_to_skip(clip, detached_weight, uses_reference, uses_entropy, advantage)
+    report.skipped = {invariant.__name__: why for invariant, why in skip.items()}
+    for invariant in (*OBJECTIVE_INVARIANTS[1:], *ADVANTAGE_INVARIANTS):
+        if invariant not in skip:
+            check(invariant)
+    if advantage is not None and not report.broken:
+        report.notes.append(advantage_bias(advantage))
+    if aggregate is not None and not uses_reference and not report.broken:
+        report.notes.append(length_bias(f, aggregate))
+    if uses_reference:
+        try:
+            report.notes.append(divergence(f))
+        except Broken as e:
+            report.broken[divergence.__name__] = str(e)
+    if report.broken:
+        raise BrokenObjective(report)
+    return report
