@@ -260,7 +260,7 @@ def main(cfg: Config) -> None:
 
         # 5. Log.
         out.log(totals | {"train/lr": lr, "time/update_s": time.perf_counter() - started},
-                show={name: f"{totals[f'train/{name}']:.2f}" for name in ("loss", "accuracy", "chosen_logp") if totals})
+                show=("train/loss", "train/accuracy", "train/chosen_logp"))
 
     # 6. Held-out prompts and pairs, before and after.
     final = evaluate_now()

@@ -110,8 +110,7 @@ def main(cfg: Config) -> None:
             rollout = fresh.rollout
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
         won = (fresh.rewards == 1).to(device)                                          # [P, G]
-        facts = describe(fresh)
-        out.log({f"rollout/{name}": value for name, value in facts.items()})
+        out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
         out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
         # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
@@ -139,8 +138,7 @@ def main(cfg: Config) -> None:
         for name in {"train/margin", "train/active"} & totals.keys():
             totals[name] = totals[name] / compared
         out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr, "time/update_s": time.perf_counter() - started},
-                show={"reward": f"{facts['reward']:.2f}", "worked": f"{facts['worked']:.2f}",
-                      "margin": f"{totals['train/margin']:.2f}"})
+                show=("rollout/reward", "rollout/worked", "train/margin"))
 
     # 6. Held-out problems, before and after.
     final = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference)

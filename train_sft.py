@@ -105,7 +105,7 @@ def main(cfg: Config) -> None:
         grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 4. Log.
-        out.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}, show={"loss": f"{loss:.3f}"})
+        out.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}, show=("train/loss",))
 
     final = evaluate_now()
     out.finish(final)
