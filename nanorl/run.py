@@ -214,7 +214,7 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 def find_device(name: str) -> torch.device:
     """The device of this name, or the best there is for "auto"; ValueError where there is none.
 
-    On CUDA, float32 products may be TF32 from now on.
+    On CUDA, float32 products may be TF32 from now on, and attention is never cuDNN's.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -224,6 +224,7 @@ def find_device(name: str) -> torch.device:
                          f"{', '.join(kind for kind, there in available.items() if there)}")
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)     # it plans for every new shape, and decoding has one at every token
     return torch.device(name)
 
 
@@ -234,8 +235,7 @@ def pick_device(cfg: RunConfig) -> torch.device:
     if device.type == "cuda":
         if cfg.deterministic:       # or else products of matrices are not
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # Only a warning, because sampling needs a cumsum, which has no deterministic kernel by PyTorch's own list.
-        torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+        torch.use_deterministic_algorithms(cfg.deterministic)
         if cfg.resume and not cfg.deterministic:
             print("Resuming on CUDA without --deterministic: the run goes on, but not bit for bit.")
     return device
