@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -294,12 +295,12 @@ def finish(command: list[str], log: Path, limit: float, threads: int, cwd: Path)
 def check_script(name: str, device: torch.device, folder: Path, threads: int) -> list[Finding]:
     script, begun = SCRIPTS[name], time.perf_counter()
     file, *flags = script.command.split()
+    wanted = flags[flags.index("--steps") + 1]
     flags += ["--out", name, "--quiet", "--device", device.type, "--compile" if "compiled" in name else "--no-compile"]
     wrong = finish([str(ROOT / file), *flags], folder / f"{name}.log", limit_on(device, script.limit), threads, folder)
-    lines = [] if wrong else run.read_lines(folder / name / "metrics.jsonl")
-    steps = flags[flags.index("--steps") + 1]
-    return [Finding(f"{file}{', ' * (', ' in name)}{name.partition(', ')[2]}", wrong or f"{lines[-1]['step']} steps",
-                    f"{steps} steps", not wrong and str(lines[-1]["step"]) == steps, time.perf_counter() - begun)]
+    done = "0" if wrong else str(run.read_lines(folder / name / "metrics.jsonl")[-1]["step"])
+    return [Finding(f"{file}{''.join(name.partition(', ')[1:])}", wrong or f"{done} steps", f"{wanted} steps", done == wanted,
+                    time.perf_counter() - begun)]
 
 
 def check_in_a_process(name: str, device: torch.device, folder: Path, threads: int) -> list[Finding]:
@@ -315,7 +316,8 @@ def check_in_a_process(name: str, device: torch.device, folder: Path, threads: i
 def run_checks(device: torch.device, compile: bool) -> Iterator[Finding]:
     """The findings of all checks, as they come; without what compiles if `compile` is False."""
     cores = os.cpu_count() or 1
-    workers = max(1, cores // 2)
+    at_once = max(1, cores // 2)
+    free = threading.Semaphore(at_once)
     jobs = {name: (check_script, script.needs) for name, script in SCRIPTS.items() if compile or "compiled" not in name}
     jobs |= {name: (check_in_a_process, check.needs) for name, check in CHECKS.items() if compile or not check.compiles}
     running: dict[str, Future] = {}
@@ -323,12 +325,13 @@ def run_checks(device: torch.device, compile: bool) -> Iterator[Finding]:
     def job(work: Callable, name: str, needs: tuple[str, ...]) -> list[Finding]:
         for other in needs:
             running[other].result()
-        return work(name, device, folder, max(1, cores // workers))
+        with free:
+            return work(name, device, folder, max(1, cores // at_once))
 
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(workers) as pool:
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(len(jobs)) as pool:
         folder = Path(place)
         write_data(folder)
-        for name, (work, needs) in jobs.items():        # needs come first: whoever waits does so for one that runs or is done
+        for name, (work, needs) in jobs.items():
             running[name] = pool.submit(job, work, name, needs)
         for done in as_completed(running.values()):
             yield from done.result()
