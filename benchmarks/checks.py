@@ -304,12 +304,13 @@ def check_script(name: str, device: torch.device, folder: Path, threads: int) ->
 
 
 def check_in_a_process(name: str, device: torch.device, folder: Path, threads: int) -> list[Finding]:
-    """What the process of a check has found; one more failure when it did not come to its end."""
+    """What the process of a check has found; one more failure when it did not come to its end, or found nothing."""
     log, begun = folder / f"{name}.log", time.perf_counter()
     wrong = finish(["-m", "benchmarks.checks", name, device.type, str(folder)], log, limit_on(device, CHECKS[name].limit),
                    threads, ROOT)
     lines = log.read_text(errors="replace").splitlines()
     findings = [Finding(**json.loads(line)) for line in lines if line.startswith('{"what": ')]
+    wrong = wrong or ("" if findings else "nothing")
     return findings + ([Finding(name, wrong, "an end", False, time.perf_counter() - begun)] if wrong else [])
 
 
