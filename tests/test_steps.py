@@ -691,7 +691,7 @@ PPO = {
 def test_ppo_ascends_its_objective_with_policy_and_critic(name, play):
     flags, choices = PPO[name]
     c = SimpleNamespace(**choices)
-    rollouts, lines, end = play(train_ppo, 3, f"{flags} --init policy --prompts 4 --group 2 --epochs 2 --minibatches 2 {ROWS} 3 "
+    rollouts, lines, end = play(train_ppo, 3, f"{flags} --init policy --prompts 3 --group 4 --epochs 2 --minibatches 2 {ROWS} 3 "
                                               f"--lr {c.lr} {SAMPLING} {FEW} {NO_BEST}")
     policy, reference, judge = load("policy"), load("policy"), run.scalar_model_from(run.load_checkpoint("judge"), CPU)
     critic, kl_coef = ScalarGPT(policy if c.shared else load("policy")), c.kl_coef
