@@ -116,11 +116,16 @@ def play(monkeypatch, tmp_path):
     def play(script, steps, flags, samples=True):
         rollouts, original = [], getattr(script, "collect", None)
 
-        def collect(*args, **kwargs):
+        def collect(model, tokenizer, task, **kwargs):
             if len(rollouts) == steps:
                 raise Enough
-            experience = original(*args, **kwargs)
+            experience = original(model, tokenizer, task, **kwargs)
             rollouts.append(answers(experience))
+            for a in rollouts[-1]:
+                problem = experience.problems[a.prompt]
+                assert a.ids[: a.start] == tokenizer.render(problem.prompt)
+                assert a.text == tokenizer.decode(a.response[:-1] if a.finished else a.response)
+                assert a.reward == task.grade(problem, a.text, a.finished)
             return experience
 
         monkeypatch.setattr(torch.optim, "AdamW", Descent)
@@ -263,6 +268,14 @@ def groups_of(batch):
     for answer in batch:
         groups[answer.prompt].append(answer)
     return list(groups.values())
+
+
+def row_order(step, count, epochs, parts):
+    """The rows of each update: every pass takes all of them once, in an order of its own."""
+    updates = [rows.tolist() for rows in minibatches(0, step, count, epochs, parts)]
+    passes = [sum(updates[i : i + parts], []) for i in range(0, len(updates), parts)]
+    assert all(sorted(rows) == list(range(count)) for rows in passes) and len(set(map(tuple, passes))) == epochs
+    return updates
 
 
 def drawn_from(policy, batch, temperature):
@@ -587,6 +600,7 @@ def grpo(c, policy, rollouts, lines, demonstrations=()):
             reference.load_state_dict(policy.state_dict())
         drawn_from(policy, fresh, SOME)
         described(line, fresh)
+        assert c.groups != "resample" or line["rollout/no_contrast"] == 0
         queue.append((fresh, [log_probs(policy, a, SOME) for a in fresh]))
         if len(queue) <= c.stale:
             logged(line, {})
@@ -599,9 +613,9 @@ def grpo(c, policy, rollouts, lines, demonstrations=()):
         baselines.append(mean)
 
         seen, lr, norms, nll = defaultdict(list), rate(c.lr, step, 0.05), [], []
-        updates = minibatches(0, step, len(batch), c.epochs, c.minibatches)
+        updates = row_order(step, len(batch), c.epochs, c.minibatches)
         for update, rows in enumerate(updates, start=step * c.epochs * c.minibatches):
-            kept = [b for b in rows.tolist() if A[b] is not None]
+            kept = [b for b in rows if A[b] is not None]
             counted, J = [batch[b] for b in kept], 0.0
             for b in kept:
                 if c.skip and abs(A[b]) < 1e-9:
@@ -702,8 +716,8 @@ PPO = {
 def test_ppo_ascends_its_objective_with_policy_and_critic(name, play):
     flags, choices = PPO[name]
     c = SimpleNamespace(**choices)
-    rollouts, lines, end = play(train_ppo, 2, f"{flags} --init policy --prompts 3 --group 4 --epochs 2 --minibatches 2 "
-                                              f"--lr 1 {ROWS} 3 {SAMPLING} {FEW} {NO_BEST}")
+    flags += f" --init policy --prompts 3 --group 4 --epochs 2 --minibatches 2 --lr 1 {ROWS} 3"
+    rollouts, lines, end = play(train_ppo, 3 if c.kl_target else 2, f"{flags} {SAMPLING} {FEW} {NO_BEST}")
     policy, reference, judge = load("policy"), load("policy"), run.scalar_model_from(run.load_checkpoint("judge"), CPU)
     critic, kl_coef = ScalarGPT(policy if c.shared else load("policy")), c.kl_coef
     for step, (line, batch) in enumerate(zip(lines, rollouts, strict=False)):
@@ -719,9 +733,9 @@ def test_ppo_ascends_its_objective_with_policy_and_critic(name, play):
         mean, std = fmean(flat), pstdev(flat)
 
         seen, lr, norms = defaultdict(list), rate(1.0, step, 0.05), []
-        for rows in minibatches(0, step, len(batch), 2, 2):
+        for rows in row_order(step, len(batch), 2, 2):
             J, count = 0.0, sum(len(batch[b].response) for b in rows)
-            for b in rows.tolist():
+            for b in rows:
                 now = values_of(critic, batch[b])
                 for t, (logp, log_p) in enumerate(read(policy, batch[b], SOME)):
                     A, R = credits[b][t]
