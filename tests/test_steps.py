@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from functools import partial
+from itertools import chain
 from statistics import fmean, pstdev, pvariance
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -273,7 +274,7 @@ def groups_of(batch):
 def row_order(step, count, epochs, parts):
     """The rows of each update: every pass takes all of them once, in an order of its own."""
     updates = [rows.tolist() for rows in minibatches(0, step, count, epochs, parts)]
-    passes = [sum(updates[i : i + parts], []) for i in range(0, len(updates), parts)]
+    passes = [list(chain(*updates[i : i + parts])) for i in range(0, len(updates), parts)]
     assert all(sorted(rows) == list(range(count)) for rows in passes) and len(set(map(tuple, passes))) == epochs
     return updates
 
