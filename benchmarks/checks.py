@@ -35,11 +35,11 @@ import train_grpo
 from benchmarks.measure import peak_memory
 from nanorl import run
 from nanorl.data import DATA
+from nanorl.first_step import FirstStepCheckFailed, first_step_check, tolerance
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.ops import linear_log_probs, log_softmax
-from nanorl.rollout import choose_task, collect
+from nanorl.rollout import Sampling, collect
 from nanorl.sample import Rollout, generate, token_log_probs
-from nanorl.selfcheck import SelfCheckFailed, selfcheck, tolerance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -172,7 +172,7 @@ def head(device: torch.device, compile: bool) -> Iterator[Finding]:
 
 def rollout(device: torch.device, folder: Path) -> Iterator[Finding]:
     """The check of GRPO's first step, on answers of a model of the nano preset, in bfloat16."""
-    checkpoint, task, limit = run.load_checkpoint(folder / "sft", "policy"), choose_task("addition", 0, ""), 80
+    checkpoint, task, limit = run.load_checkpoint(folder / "sft", "policy"), run.choose_task("addition"), 80
     model, tokenizer = run.model_from(checkpoint, device), run.tokenizer_from(checkpoint)
 
     def score(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,12 +180,12 @@ def rollout(device: torch.device, folder: Path) -> Iterator[Finding]:
             return token_log_probs(model, tokens, mask)
 
     with run.autocast(device, "bfloat16"):
-        experience = collect(model, tokenizer, task, prompts=16, samples=4, seed=0, max_new_tokens=limit)
+        experience = collect(model, tokenizer, task, Sampling(limit), prompts=16, samples=4, seed=0)
     tol = tolerance(device, "bfloat16")
     try:
-        found, ok = selfcheck(experience, task, tokenizer.end, score, train_grpo.objective, list(model.parameters()),
-                              "sequence_mean", limit, tol), True
-    except SelfCheckFailed as e:
+        found, ok = first_step_check(experience, task, tokenizer.end, score, train_grpo.objective, list(model.parameters()),
+                                     "sequence_mean", limit, tol), True
+    except FirstStepCheckFailed as e:
         found, ok = str(e), False
     yield Finding("sampler as scorer, bfloat16, nano", found, f"{tol:g} nats, ratios and gradients", ok)
 

@@ -33,6 +33,7 @@ from nanorl import run
 from nanorl.data import pad, random_windows, read_text, response_mask, shuffled_batch
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.rollout import minibatches
+from nanorl.run.checkpoint import FORMAT
 from nanorl.tasks import is_heldout
 from nanorl.tokenizer import Tokenizer
 
@@ -117,16 +118,16 @@ def play(monkeypatch, tmp_path):
     def play(script, steps, flags, samples=True):
         rollouts, original = [], getattr(script, "collect", None)
 
-        def collect(model, tokenizer, task, **kwargs):
+        def collect(model, tokenizer, task, sampling, **kwargs):
             if len(rollouts) == steps:
                 raise Enough
-            experience = original(model, tokenizer, task, **kwargs)
+            experience = original(model, tokenizer, task, sampling, **kwargs)
             rollouts.append(answers(experience))
             for a in rollouts[-1]:
                 problem = experience.problems[a.prompt]
                 assert a.ids[: a.start] == tokenizer.render(problem.prompt)
                 assert a.text == tokenizer.decode(a.response[:-1] if a.finished else a.response)
-                assert a.reward == task.grade(problem, a.text, a.finished)
+                assert [a.reward] == task.rewards([problem], [a.text], [a.finished])
             return experience
 
         monkeypatch.setattr(torch.optim, "AdamW", Descent)
@@ -294,7 +295,7 @@ ASKED = [f"Say {'it again, ' * (i % 3)}{i}." for i in range(60)]
 
 
 def save(folder, name, model, tokenizer):
-    torch.save({"format": run.FORMAT, "step": 1, "config": {}, "gpt": dataclasses.asdict(model.config),
+    torch.save({"format": FORMAT, "step": 1, "config": {}, "gpt": dataclasses.asdict(model.config),
                 "tokenizer": tokenizer.state_dict(), "model": model.state_dict(), "optimizer": [], "state": {}},
                folder / name)
 
@@ -303,7 +304,8 @@ def save(folder, name, model, tokenizer):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
     write_records(folder / "said.jsonl", ({"prompt": x, "response": REPLIES[i % 5]} for i, x in enumerate(ASKED)))
-    write_records(folder / "wanted.jsonl", ({"prompt": x, "answer": "x"} for x in ASKED))
+    write_records(folder / "wanted.jsonl", ({"prompt": x, "answer": "x", "response": REPLIES[i % 5]}
+                                            for i, x in enumerate(ASKED)))
     write_records(folder / "pairs.jsonl", ({"prompt": x, "chosen": REPLIES[i % 5], "rejected": REPLIES[(i * i + 1) % 5]}
                                            for i, x in enumerate(ASKED)))
     (folder / "text.txt").write_text(" ".join(ASKED + list(REPLIES)) * 3)
@@ -646,7 +648,7 @@ FAMILY = {
     "dapo": ("--algo dapo --minibatches 2 --epochs 2 --truncated mask --kl-coef 0.1",
              {"aggregate": "prompt_mean", "groups": "resample", "clip_high": 0.28, "overlong": 0.2, "minibatches": 2,
               "epochs": 2, "truncated": "mask", "kl": k3, "kl_coef": 0.1}, ("clipped_low", "clipped_high")),
-    "cispo": ("--algo cispo --stale 1 --kl-coef 0.2 --kl k1 --kl-in weighted --refresh-reference 2 --minibatches 2 "
+    "cispo": ("--algo cispo --stale 1 --kl-coef 0.2 --kl k1_weighted --refresh-reference 2 --minibatches 2 "
               "--aggregate token_mean",
               {"bound": "truncate", "aggregate": "token_mean", "stale": 1, "kl": k1, "kl_coef": 0.2, "kl_in": "weighted",
                "refresh": 2, "minibatches": 2, "lr": 3.0}, ("capped",)),
@@ -659,9 +661,9 @@ FAMILY = {
                  {"advantage": "zscore_batch", "bound": "truncate", "aggregate": "prompt_mean", "groups": "drop",
                   "truncated": "mask", "minibatches": 2}, ()),
     "raft": ("--algo raft", {"advantage": "positive", "ratio": "none", "bound": "none", "aggregate": "token_mean"}, ()),
-    "reinforce": ("--algo reinforce --baseline-decay 0.5 --kl-coef 0.1 --kl-in reward --overlong 0.5 --likelihood-coef 0.2 "
-                  "--epochs 2 --demonstrations said.jsonl",
-                  {"advantage": "reward", "ratio": "none", "bound": "none", "aggregate": "sequence_sum", "baseline_decay": 0.5,
+    "reinforce": ("--algo reinforce --advantage running_mean --kl-coef 0.1 --kl k1_reward --overlong 0.5 --likelihood-coef 0.2 "
+                  "--epochs 2",
+                  {"advantage": "reward", "ratio": "none", "bound": "none", "aggregate": "sequence_sum", "baseline_decay": 0.9,
                    "kl_coef": 0.1, "kl_in": "reward", "overlong": 0.5, "likelihood_coef": 0.2, "epochs": 2}, ()),
     "rloo": ("--algo rloo --ratio token --skip --minibatches 2",
              {"advantage": "leave_one_out", "bound": "none", "aggregate": "sequence_sum", "skip": True, "minibatches": 2}, ()),
