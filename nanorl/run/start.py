@@ -45,7 +45,7 @@ def stage_dir(stage: str, task: str) -> str:
 
 
 def find_script(name: str) -> ModuleType:
-    """The training script of this name, imported: the one beside the running script, else the checkout's."""
+    """The training script of this name, imported: from the folder of the running script, else from the checkout."""
     places = [Path(sys.argv[0]).resolve().parent, CHECKOUT]
     path = next((place / f"{name}.py" for place in places if (place / f"{name}.py").is_file()), None)
     if path is None:
