@@ -260,7 +260,7 @@ def test_a_finished_run_knows_it_and_keeps_its_files(tmp_path):
     train(open_run(tmp_path))
     files = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
     with pytest.raises(SystemExit) as exit:
-        open_run(tmp_path, resume=True)
+        run.script(lambda cfg: pytest.fail("it began again"))(Config(out=str(tmp_path / "r"), quiet=True, resume=True))
     assert exit.value.code == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == files
 

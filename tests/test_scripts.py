@@ -184,6 +184,25 @@ def test_help_prints_the_table_with_its_sources(capsys):
         assert lines[at + 1].strip() == row.note
 
 
+GROUPS = {train_pretrain: "text and model", train_sft: "demonstrations", train_reward: "pairs",
+          train_dpo: "pairs, the algorithm", train_group_dpo: "rollouts, the algorithm",
+          train_grpo: "rollouts, the algorithm, what holds the policy, updates",
+          train_ppo: "rollouts, the reward, the algorithm, updates", train_distill: "answers"}
+
+
+@pytest.mark.parametrize("script", GROUPS, ids=lambda script: script.__name__)
+def test_help_shows_the_flags_in_groups(script, capsys):
+    """What all runs share comes first; no flag but --help is in argparse's own group."""
+    with pytest.raises(SystemExit):
+        run.parse(script.Config, ["--help"])
+    text = capsys.readouterr().out
+    titles = ["options", "device and seed", "the run", *GROUPS[script].split(", ")]
+    assert re.findall(r"^(\w.*):$", text[text.index("\noptions:\n") :], re.M) == titles
+    assert re.findall(r"^  -\S+", text[text.index("\noptions:\n") : text.index("\ndevice and seed:\n")], re.M) == ["  -h,"]
+    flags = re.findall(r"^  (--[a-z-]+)", text, re.M)
+    assert len(flags) == len(set(flags)) == len(dataclasses.fields(script.Config)) <= 42
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_row_is_the_flags_it_stands_for(algo):
     """--algo NAME is --algo grpo with the axes and further flags of its row typed out, and nothing else."""
