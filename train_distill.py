@@ -30,7 +30,7 @@ import torch
 
 from nanorl import run
 from nanorl.data import render_records, response_batch, shift, shuffled_batch, training_records
-from nanorl.heldout import answer_kl, before_and_after, evaluate_policy, heldout_problems, show_answers
+from nanorl.heldout import answer_kl, before_and_after, evaluate_and_show, heldout_problems
 from nanorl.ops import (entropy_from_logits, jensen_shannon, kl_divergence, leave_one_out, selective_log_softmax, token_weights,
                         with_tail)
 from nanorl.rollout import Sampling, add_metrics, collect, describe, sample_and_grade, sum_over_ranks
@@ -157,12 +157,10 @@ def main(cfg: Config) -> None:
           "samples.")
 
     def evaluate_now() -> dict[str, float]:
+        metrics = evaluate_and_show(out, student, tokenizer, task, sampling, reference=teacher)
+        metrics["eval/reverse_kl"] = metrics.pop("eval/answer_kl")
         with run.autocast(device, cfg.dtype):
-            metrics, answers = evaluate_policy(student, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
-                                               reference=teacher, micro_batch=cfg.micro_batch)
-            metrics["eval/reverse_kl"] = metrics.pop("eval/answer_kl")
             metrics["eval/forward_kl"] = answer_kl(teacher, student, teacher_answers.rollout, 1.0, cfg.micro_batch)
-        show_answers(out, answers)
         return metrics
 
     for step in out.steps():
@@ -171,7 +169,7 @@ def main(cfg: Config) -> None:
             out.log(evaluate_now())
 
         # 3. Prefixes: demonstrations, or answers to fresh problems by the teacher or by the student as it is now.
-        started, shown = time.perf_counter(), {}
+        started = time.perf_counter()
         if cfg.on == "data":
             picks = shuffled_batch(len(records), cfg.prompts * cfg.group, step, cfg.seed)
             tokens, mask = (x.to(device) for x in response_batch(*demonstrations, picks, tokenizer.pad))
@@ -179,9 +177,8 @@ def main(cfg: Config) -> None:
             with run.autocast(device, cfg.dtype):
                 fresh = collect(student if cfg.on == "student" else teacher, tokenizer, task, sampling,
                                 prompts=cfg.prompts, samples=cfg.group, seed=run.derive(cfg.seed, "rollout", step))
-            tokens, mask, facts = fresh.rollout.tokens, fresh.rollout.mask, describe(fresh)
-            out.log({f"rollout/{name}": value for name, value in facts.items()} | {"rollout/tokens": int(mask.sum())})
-            shown = {"reward": f"{facts['reward']:.2f}"} if cfg.on == "student" else {}
+            tokens, mask = fresh.rollout.tokens, fresh.rollout.mask
+            out.log({f"rollout/{name}": value for name, value in describe(fresh).items()} | {"rollout/tokens": int(mask.sum())})
         out.log({"time/rollout_s": time.perf_counter() - started})
 
         # 4. Update: one pass of each model over the same tokens. A group stays together.
@@ -207,7 +204,7 @@ def main(cfg: Config) -> None:
         # 5. Log: sums over tokens become means.
         totals = {name: total / mask.sum() for name, total in totals.items()}
         out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr, "time/update_s": time.perf_counter() - started},
-                show={"divergence": f"{totals['train/divergence']:.4f}", **shown})
+                show=("train/divergence", "rollout/reward"))
 
     # 6. What the student has learned.
     final = evaluate_now()

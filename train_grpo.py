@@ -19,23 +19,21 @@ weigh the same. A loss says nothing about progress here and is not logged. Watch
 import functools
 import time
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 
 from nanorl import family, run
-from nanorl.data import DATA, read_text, render_records, response_batch, shuffled_batch, training_records
+from nanorl.data import DATA, read_text, render_records, training_records
 from nanorl.first_step import first_step_check, tolerance
-from nanorl.heldout import before_and_after, evaluate_policy, show_answers, text_loss
-from nanorl.ops import (AGGREGATES, clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum,
+from nanorl.heldout import before_and_after, evaluate_and_show
+from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum,
                         masked_surrogate, overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
-from nanorl.rollout import (NoContrast, Sampling, add_metrics, collect, describe, has_contrast, means_of, micro_batches,
-                            minibatches, score_rollout, sum_over_ranks)
+from nanorl.rollout import (NoContrast, Sampling, add_metrics, collect, describe, has_contrast, micro_batches, minibatches,
+                            per_token, score_rollout)
 from nanorl.run import ranks
 from nanorl.sample import Rollout, token_log_probs
 
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
-STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so that only forgetting is measured
 
 
 def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None, ratio="token", bound="clip", clip_low=0.2,
@@ -103,66 +101,16 @@ def advantages(cfg, rollout, rewards, old_logp, ref_logp, state):
     return adv.view(-1, 1).to(mask.device), mask & kept.view(-1, 1).to(mask.device)
 
 
-def demonstrate(cfg, score, demonstrations, pad_id, update, device):
-    """Add the gradient of the demonstrations' likelihood, P of them per update. Returns their loss, nats per token."""
-    picks, total = shuffled_batch(len(demonstrations[0]), cfg.prompts, update, cfg.seed), 0.0
-    tokens, mask = (x.to(device) for x in response_batch(*demonstrations, picks, pad_id))
-    weights = token_weights(mask, torch.arange(len(picks), device=device), "token_mean")
-    for t, m, w in zip(*(ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights)), strict=True):
-        nll = -masked_sum(w * score(t, m)[0], m)
-        (cfg.likelihood_coef * nll).backward()
-        total += nll.item()
-    return sum(ranks.gathered(total))
-
-
 @dataclass(frozen=True, kw_only=True)
-class Config(run.RolloutConfig):
+class Config(family.FamilyConfig):
     out: str = ""               # directory of this run (default: runs/grpo, or runs/grpo-TASK)
     steps: run.Count = 40
     lr: run.Positive = 1e-4
     eval_every: run.Count = 10
 
-    # the algorithm
-    table: ClassVar[str] = family.table()
-    algo: Literal[*family.ALGORITHMS] = "grpo"    # a row of the table above; the flags that follow override it
-    advantage: Literal[*family.ADVANTAGES] | None = None    # how an answer is compared with others
-    ratio: Literal["none", "token", "sequence"] | None = None    # of each token, or of the answer (its geometric mean)
-    bound: Literal[*family.BANDS] | None = None    # what is done about a ratio outside the band
-    aggregate: Literal[*AGGREGATES] | None = None    # how much each token counts, see nanorl/ops.py
-    groups: Literal["all", "drop", "resample"] | None = None    # those without contrast: keep, leave out, or draw anew
-    clip_low: run.Share | None = None    # the band is 1 - clip_low ...
-    clip_high: run.Positive | None = None    # ... to 1 + clip_high
-    overlong: run.Share | None = None    # the last share of max_new_tokens, in which length costs up to 1 of reward
-    truncated: Literal["train", "mask"] = "train"    # answers cut at the limit: train on them, or only count them in the mean
-
-    # what holds the policy
-    kl_coef: run.NonNegative = 0.0    # weight of the KL divergence from the initial policy, the reference
-    kl: Literal[*family.KL_TERMS] | None = None    # its estimator and where it acts (default: k3 in the loss)
-    refresh_reference: run.Count | None = None    # every so many steps the policy becomes the reference (default: never)
-    entropy_coef: run.NonNegative = 0.0    # weight of the entropy bonus
-    likelihood_coef: run.NonNegative = 0.0    # of demonstrations, against forgetting: the task's, or the "response"s of --data
-
-    # updates
-    epochs: run.Count = 1       # passes over a rollout
-    minibatches: run.Count = 1  # optimizer steps per pass
-    stale: run.Natural = 0      # train on rollouts that are this many steps old, so that ratios leave 1 on purpose
-    skip: bool = False          # leave out rows whose advantage, so gradient, is 0; train/ metrics are then of the others
-    selfcheck: bool = True      # check the first rollout, and the gradient of its loss, before training on it
-
     def __post_init__(self):
         super().__post_init__()
         self.default("out", run.stage_dir("grpo", self.task))
-        family.fill_and_check(self)
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps per rollout."""
-        return self.epochs * self.minibatches
-
-    @property
-    def on_policy(self) -> bool:
-        """One update on each rollout, by the policy that sampled it: every ratio is 1."""
-        return self.updates == 1 and not self.stale
 
 
 @run.script
@@ -183,16 +131,8 @@ def main(cfg: Config) -> None:
     kl = family.KL_TERMS[cfg.kl or "k3"]
     loss = functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                              kl_coef=cfg.kl_coef, kl=kl.estimator, kl_in=kl.place, entropy_coef=cfg.entropy_coef)
-    story_ids = torch.tensor(tokenizer.encode(stories))
     unchecked = cfg.selfcheck
     family.announce(cfg, str(task), device)
-
-    def evaluate_now() -> dict[str, float]:
-        with run.autocast(device, cfg.dtype):
-            metrics, answers = evaluate_policy(policy, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed)
-            text = text_loss(policy, story_ids, tokenizer.bos, len(stories.encode()), STORY_WINDOW)
-        show_answers(out, answers)
-        return metrics | {"eval/story_loss": text["eval/text_loss"]}
 
     def score(tokens, mask):
         with run.autocast(device, cfg.dtype):
@@ -201,7 +141,7 @@ def main(cfg: Config) -> None:
     for step in out.steps():
         # 2. Evaluate: held-out problems, answered by sampling and greedily.
         if step % cfg.eval_every == 0:
-            out.log(evaluate_now())
+            out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories))
         out.refresh(reference, cfg.refresh_reference)
 
         # 3. Collect: G answers to each of P prompts, by the policy as it is now.
@@ -209,8 +149,7 @@ def main(cfg: Config) -> None:
         with out.saved_on(NoContrast), run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample")
-        facts = describe(fresh)
-        out.log({f"rollout/{name}": value for name, value in facts.items()})
+        out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
         out.log({"rollout/tokens": int(fresh.rollout.mask.sum()) + fresh.resampled_tokens,
                  "rollout/resampled": fresh.resampled, "time/rollout_s": time.perf_counter() - started})
         if unchecked:
@@ -249,27 +188,22 @@ def main(cfg: Config) -> None:
                 micro_loss, metrics = loss(logp, old, adv[rows], m, weights[rows, : T - 1], entropy=entropy,
                                            ref_logp=ref_logp[rows, : T - 1] if reference else None)
                 micro_loss.backward()
-                metrics["train/entropy"] = masked_sum(entropy.detach(), m)
+                metrics |= {"train/entropy": masked_sum(entropy.detach(), m), "tokens": m.sum()}
                 metrics["train/mismatch_kl"] = masked_sum(kl_k3(rollout.logp[rows, : T - 1], old), m)
-                metrics["tokens"] = m.sum()
                 add_metrics(totals, metrics)
             if records:
-                demonstration_loss += demonstrate(cfg, score, demonstrations, tokenizer.pad, update, device) / cfg.updates
+                nll = family.demonstrate(cfg, score, demonstrations, tokenizer.pad, update, device)
+                demonstration_loss += nll / cfg.updates
             add_metrics(totals, {"train/grad_norm_max": optimizer.step(lr, grad_clip=1.0)})
 
         # 6. Log: sums over tokens become means over tokens.
-        totals = sum_over_ranks(totals)
-        tokens = int(totals.pop("tokens", 0))
-        out.log(means_of(totals, tokens))
-        if records:
-            out.log({"train/demonstration_loss": demonstration_loss})
+        out.log(per_token(totals))
+        out.log({"train/demonstration_loss": demonstration_loss} if records else {})
         out.log({"train/lr": lr, "time/update_s": time.perf_counter() - started},
-                show={"reward": f"{facts['reward']:.2f}", "worked": f"{facts['worked']:.2f}",
-                      "length": f"{facts['length']:.1f}",
-                      "entropy": f"{totals.get('train/entropy', 0.0) / max(tokens, 1):.3f}"})
+                show=("rollout/reward", "rollout/worked", "rollout/length", "train/entropy"))
 
     # 7. Held-out problems, before and after.
-    final = evaluate_now()
+    final = evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories)
     out.finish(final)
     print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
 

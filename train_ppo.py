@@ -29,11 +29,11 @@ from torch import nn
 
 from nanorl import run
 from nanorl.gpt import ScalarGPT
-from nanorl.heldout import before_and_after, evaluate_policy, show_answers
+from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import (clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1, masked_sum,
                         token_weights, whiten)
-from nanorl.rollout import (Sampling, add_metrics, collect, describe, learned_rewards, means_of, micro_batches, minibatches,
-                            score_rollout, sum_over_ranks)
+from nanorl.rollout import (Sampling, add_metrics, collect, describe, learned_rewards, micro_batches, minibatches, per_token,
+                            score_rollout, state_values)
 from nanorl.run import ranks
 from nanorl.sample import token_log_probs
 
@@ -84,20 +84,6 @@ def steer(kl_coef, kl, target):
     return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
-@torch.no_grad()
-def state_values(critic, rollout, micro_batch):
-    """The critic's value of the state that each token was chosen in, and of the state after the last token.
-
-    -> values [B, T-1], of which [:, t] belongs to tokens[:, t+1], 0 where nothing was sampled; last_value [B]
-    """
-    values, last_value = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp[:, 0])
-    for rows, T in micro_batches(ranks.share(torch.arange(len(values), device=values.device)), rollout.lengths, micro_batch):
-        v = critic(rollout.tokens[rows, :T]).float()                                        # [rows, T]
-        values[rows, : T - 1] = v[:, :-1]
-        last_value[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)
-    return ranks.summed(values.masked_fill(~rollout.mask, 0.0)), ranks.summed(last_value)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RolloutConfig):
     out: str = ""               # directory of this run (default: runs/ppo, or runs/ppo-TASK)
@@ -143,11 +129,6 @@ class Config(run.RolloutConfig):
         self.require(self.minibatches <= self.prompts * self.group, "minibatches",
                      f"a rollout has {self.prompts * self.group} answers; expected at most as many")
 
-    @property
-    def updates(self) -> int:
-        """Optimizer steps per rollout."""
-        return self.epochs * self.minibatches
-
 
 @run.script
 def main(cfg: Config) -> None:
@@ -168,43 +149,36 @@ def main(cfg: Config) -> None:
     loss = functools.partial(objective, clip_low=cfg.clip_low, clip_high=cfg.clip_high, value_clip=cfg.value_clip,
                              value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)
     print(f"PPO on {task}, {'a reward model' if reward_model else 'the verifier'} scores: {cfg.prompts} prompts x "
-          f"{cfg.group} answers a step, {cfg.updates} updates each, on {device.type}.")
+          f"{cfg.group} answers a step, {cfg.epochs * cfg.minibatches} updates each, on {device.type}.")
 
-    def evaluate_now() -> dict[str, float]:
+    def score(tokens, mask):
         with run.autocast(device, cfg.dtype):
-            metrics, answers = evaluate_policy(policy, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
-                                               reference=reference, reward_model=reward_model, micro_batch=cfg.micro_batch,
-                                               best_of=cfg.best_of if out.step == 0 else 0)
-        show_answers(out, answers)
-        return metrics
+            return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)
 
     for step in out.steps():
         # 2. Evaluate: held-out prompts, answered by sampling and greedily.
         if step % cfg.eval_every == 0:
-            out.log(evaluate_now())
+            out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model))
 
-        # 3. Collect: answers by the policy as it is now, and their rewards. A truncated answer may not count as ended.
+        # 3. Collect: G answers to each of P prompts, by the policy as it is now.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step))
-            rollout, mask = fresh.rollout, fresh.rollout.mask
-            rewards = fresh.rewards.flatten().to(device)
+            rollout, mask, rewards = fresh.rollout, fresh.rollout.mask, fresh.rewards.flatten().to(device)
             if reward_model:
-                rewards = learned_rewards(reward_model, rollout, cfg.micro_batch)
+                rewards = learned_rewards(reward_model, rollout, cfg.micro_batch)           # [B]
+        out.log({"rollout/learned_reward": rewards.mean()} if reward_model else {})
+        out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
+        out.log({"rollout/tokens": int(mask.sum()), "time/rollout_s": time.perf_counter() - started})
+
+        # 4. Credit: what did each token do better than the critic thought? A truncated answer may not count as ended.
+        started = time.perf_counter()
+        with run.autocast(device, cfg.dtype):
             old_logp = score_rollout(policy, rollout, cfg.temperature, cfg.micro_batch)     # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
             old_values, last_value = state_values(critic, rollout, cfg.micro_batch)
-        ended = rollout.finished | (cfg.truncated == "score")
-        facts = describe(fresh)
-        if reward_model:
-            facts["learned_reward"] = float(rewards.mean())
-        out.log({f"rollout/{name}": value for name, value in facts.items()})
-        out.log({"rollout/tokens": int(mask.sum()), "time/rollout_s": time.perf_counter() - started})
-
-        # 4. Credit: what did each token do better than the critic thought?
-        started = time.perf_counter()
-        kl_coef = out.state["kl_coef"]
+        ended, kl_coef = rollout.finished | (cfg.truncated == "score"), out.state["kl_coef"]
         adv, returns = credit(rewards, ended, old_logp, ref_logp, old_values, last_value, mask,
                               kl_coef=kl_coef, gamma=cfg.gamma, lam=cfg.lam)
         if spread := float(returns[mask].var(correction=0)):
@@ -221,8 +195,8 @@ def main(cfg: Config) -> None:
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")
             for rows, T in micro_batches(ranks.share(minibatch), rollout.lengths, cfg.micro_batch):
                 m = mask[rows, : T - 1]
+                logp, entropy = score(rollout.tokens[rows, :T], m)
                 with run.autocast(device, cfg.dtype):
-                    logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], m, temperature=cfg.temperature)
                     values = critic(rollout.tokens[rows, : T - 1]).float()
                 old, a, w, v, R = (x[rows, : T - 1] for x in (old_logp, adv, weights, old_values, returns))
                 micro_loss, metrics = loss(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy)
@@ -235,16 +209,13 @@ def main(cfg: Config) -> None:
         kl = float(masked_sum(kl_k1(old_logp, ref_logp), mask)) / len(mask)
         if cfg.kl_target:
             out.state["kl_coef"] = steer(kl_coef, kl, cfg.kl_target)
-        totals = sum_over_ranks(totals)
-        tokens = int(totals.pop("tokens", 0))
-        out.log(means_of(totals, tokens))
+        out.log(per_token(totals))
         out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef, "train/lr": lr,
                  "time/update_s": time.perf_counter() - started},
-                show={name: f"{facts[name]:.2f}" for name in ("reward", "learned_reward", "hidden_reward") if name in facts}
-                | {"length": f"{facts['length']:.1f}", "kl": f"{kl:.1f}"})
+                show=("rollout/reward", "rollout/learned_reward", "rollout/hidden_reward", "rollout/length", "train/answer_kl"))
 
     # 7. Held-out problems, before and after.
-    final = evaluate_now()
+    final = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model)
     out.finish(final)
     print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
 

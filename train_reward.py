@@ -104,8 +104,7 @@ def main(cfg: Config) -> None:
         grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 4. Log.
-        out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr},
-                show={"loss": f"{totals['train/loss']:.3f}", "accuracy": f"{totals['train/accuracy']:.2f}"})
+        out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr}, show=("train/loss", "train/accuracy"))
 
     # 5. Held-out pairs, beside the baselines and the ceiling. The pairs with their margins go to samples.jsonl.
     final = {}

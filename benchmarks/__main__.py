@@ -1,17 +1,24 @@
 """How fast is it, and against what?
 
-    python -m benchmarks                        all groups, on this machine's CPU or GPU: some minutes
+    python -m benchmarks                        all groups but checks, on this machine's CPU: some minutes
+    python -m benchmarks --device cuda          on a GPU: first the checks, then the rest, in eight minutes at most
     python -m benchmarks --only generate grpo   some of them
     python -m benchmarks --smoke                every line once, tiny: a minute, and the numbers mean nothing
     python -m benchmarks --out FILE.json        kept, with the machine, the versions and the date
 
 group        what is timed
+checks       nothing: what must hold on the device before its speed means anything (benchmarks/checks.py); exit code 1 if
+             something does not
 pretrain     a training step on next tokens
 generate     sampling answers to prompts, none of which stops early
 grpo         a step of GRPO on answers of full length, and its parts
 atoms        the log-prob and the entropy of a token, forward and backward, with their memory
 memory       the memory that each script needs at each preset, with its defaults
 learn        python train_grpo.py from nothing, and without the steps after the first whose reward is 0.9
+
+On a GPU, results are kept in benchmarks/results/cuda.json where --out names no other file. The file is written again after
+every row, so that a run that is cut short leaves what it has measured. Work that no longer fits into the eight minutes is
+left out, and so is what takes long to compile: `generate` is compiled for two batches, and `learn` runs eagerly.
 
 `plain` is the same work as it is usually written (benchmarks/plain.py), in the same run: a ratio of 2 is half its time. The
 roofline is the least time that the FLOPs or the bytes of the work need at this machine's ceilings, which are measured first.
@@ -21,6 +28,7 @@ Below a line stands what the profiler saw inside: the shares of matrix products,
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -28,16 +36,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import plain
+from benchmarks.checks import Finding, run_checks
 from benchmarks.measure import Stopwatch, ceilings, inside, machine, median_ratio, peak_memory, race
 from nanorl import run
 from nanorl.data import DATA
@@ -49,19 +60,28 @@ from train_grpo import objective as grpo_objective
 from train_pretrain import objective as pretrain_objective
 
 ROOT = Path(__file__).resolve().parent.parent
-Group = Literal["pretrain", "generate", "grpo", "atoms", "memory", "learn"]
+Group = Literal["checks", "pretrain", "generate", "grpo", "atoms", "memory", "learn"]
+MINUTES_ON_A_GPU = 8
 INSIDE = "  inside: "     # what the profiler saw in the row above
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    only: tuple[Group, ...] = ("pretrain", "generate", "grpo", "atoms", "memory", "learn")    # see the table above
+    only: tuple[Group, ...] | None = None    # see the table above (default: all, without checks where there is no cuda)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
-    seconds: run.Positive = 6.0  # for the candidates at each piece of work, after a round to warm up
+    seconds: run.Positive | None = None    # for the candidates at each work, after a round to warm up (default: 6; cuda 1)
     compile: bool = True        # also what torch.compile makes of it
     smoke: bool = False         # tiny sizes and one round: does it run?
-    out: str = ""               # JSON file for the results
+    out: str = ""               # JSON file for the results (default: none; cuda benchmarks/results/cuda.json)
     memory_of: str = ""         # (for its own use) print the memory of one candidate of `atoms`, or of all scripts at a preset
+
+
+def settled(cfg: Config, device: torch.device) -> Config:
+    """With the defaults that depend on the device."""
+    cuda, groups = device.type == "cuda", get_args(Group)
+    return replace(cfg, only=cfg.only or (groups if cuda else tuple(g for g in groups if g != "checks")),
+                   seconds=cfg.seconds or (1.0 if cuda else 6.0),
+                   out=cfg.out or (str(ROOT / "benchmarks/results/cuda.json") if cuda and not cfg.smoke else ""))
 
 
 @dataclass
@@ -100,6 +120,8 @@ class Benchmark:
     device: torch.device
     ceiling: dict[str, float]
     rows: list[Row]
+    findings: list[Finding] = field(default_factory=list)
+    end: float = math.inf       # on the clock of time.perf_counter()
 
     @property
     def dtype(self) -> str:
@@ -122,8 +144,27 @@ class Benchmark:
                 for part, share in inside(candidates[who], self.device).items():
                     self.add(Row(group, INSIDE + part, who, share=share))
 
+    def in_time(self, group: str, works: list) -> Iterator:
+        """These pieces of work, but none that begins in the last 90 seconds."""
+        for number, work in enumerate(works):
+            if time.perf_counter() > self.end - 90:
+                print(f"{group:9s} {len(works) - number} of {len(works)} left out: no time")
+                return
+            yield work
+
+    def left(self) -> float | None:
+        """Seconds until the end, if there is one."""
+        return None if self.end == math.inf else max(1.0, self.end - time.perf_counter())
+
+    def save(self) -> None:
+        if self.cfg.out:
+            kept = {"machine": machine(self.device), "ceilings": self.ceiling, "checks": [asdict(x) for x in self.findings],
+                    "rows": [asdict(row) for row in self.rows]}
+            run.write_atomically(Path(self.cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
+
     def add(self, row: Row) -> None:
         self.rows.append(row)
+        self.save()
         cells = [f"{row.group:9s}", f"{row.work:38s}", f"{row.who:16s}",
                  f"{1e3 * row.seconds:9.1f} ms" if row.seconds else " " * 12,
                  f"{row.rate:9,.0f} tok/s" if row.rate else " " * 15,
@@ -132,6 +173,13 @@ class Benchmark:
                  f"{row.memory / 2**20:8,.0f} MB" if row.memory is not None else "",
                  f"{row.tokens:9,.0f} tokens" if row.tokens is not None else ""]
         print(" ".join(cells).rstrip(), flush=True)
+
+
+def checks(bench: Benchmark) -> None:
+    for finding in run_checks(bench.device, bench.cfg.compile):
+        bench.findings.append(finding)
+        print(finding, flush=True)
+        bench.save()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +207,7 @@ def pretrain(bench: Benchmark) -> None:
     if bench.device.type == "cuda":
         large = torch.cuda.get_device_properties(bench.device).total_memory > 2**36
         shapes = [("gpt2", 32 if large else 8, 1024, 50304)]
-    for shape in [("nano", 2, 16, 256)] if bench.cfg.smoke else shapes:
+    for shape in bench.in_time("pretrain", [("nano", 2, 16, 256)] if bench.cfg.smoke else shapes):
         pretrain_at(bench, *shape)
 
 
@@ -180,8 +228,8 @@ def pretrain_at(bench: Benchmark, preset: str, batch: int, length: int, V: int) 
 def sampling(bench: Benchmark) -> None:
     shapes = [(256, 64, 32), (256, 256, 32), (256, 1, 128), (256, 64, 128), (256, 256, 128), (4096, 64, 32), (4096, 256, 32)]
     if bench.device.type == "cuda":
-        shapes = [(256, 1, 512), (256, 64, 512), (256, 256, 512), (256, 1024, 512), (4096, 256, 512)]
-    for shape in [(256, 4, 4)] if bench.cfg.smoke else shapes:
+        shapes = [(256, 1, 100), (256, 256, 100), (256, 1024, 100), (4096, 256, 100)]
+    for shape in bench.in_time("generate", [(256, 4, 4)] if bench.cfg.smoke else shapes):
         sampling_at(bench, *shape)
 
 
@@ -193,7 +241,7 @@ def sampling_at(bench: Benchmark, V: int, batch: int, new: int) -> None:
     how = dict(max_new_tokens=new, stop_ids=set())
     candidates = {"plain": lambda: plain.generate(other, prompts.to(bench.device), new),
                   "nanorl": lambda: generate(model, prompts.tolist(), **how)}
-    if bench.cfg.compile:
+    if bench.cfg.compile and (bench.device.type != "cuda" or (V == 256 and batch <= 256)):
         candidates["nanorl, compiled"] = lambda: generate(model, prompts.tolist(), compile=True, **how)
     # Each step reads every weight once, of the embedding only some rows, and every key and value that there is.
     size, weights = 2 if bench.dtype == "bfloat16" else 4, model.num_parameters() - model.embedding.weight.numel()
@@ -203,7 +251,7 @@ def sampling_at(bench: Benchmark, V: int, batch: int, new: int) -> None:
 
 
 def grpo(bench: Benchmark) -> None:
-    for V in (256,) if bench.cfg.smoke else (256, 4096):
+    for V in bench.in_time("grpo", [256] if bench.cfg.smoke else [256, 4096]):
         grpo_at(bench, V, *((2, 2, 4, 4, 2) if bench.cfg.smoke else (32, 8, 12, 32, 64)))
 
 
@@ -310,11 +358,11 @@ def atom_shapes(smoke: bool) -> list[tuple[str, int, int, int]]:
     return [(name, 8, 4, 16) for name, *_ in shapes[:3]] if smoke else shapes
 
 
-def memory_in_a_process(cfg: Config, key: str) -> Any:
+def memory_in_a_process(cfg: Config, key: str, limit: float | None = None) -> Any:
     """What --memory-of prints, in a process of its own; for an atom, one whose allocator gives back what is freed."""
     command = [sys.executable, "-m", "benchmarks", "--memory-of", key, "--device", cfg.device] + ["--smoke"] * cfg.smoke
     gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536"} if key.startswith("atoms") else {}
-    result = subprocess.run(command, env=os.environ | gives_back, capture_output=True, text=True)
+    result = subprocess.run(command, env=os.environ | gives_back, capture_output=True, text=True, timeout=limit)
     if result.returncode:
         raise RuntimeError(result.stderr)
     return json.loads(result.stdout.splitlines()[-1])
@@ -359,23 +407,35 @@ def memory_of_script(job: tuple[str, str, torch.device]) -> tuple[str, int | Non
 
 
 def atoms(bench: Benchmark) -> None:
-    for index, (name, N, d, V) in enumerate(atom_shapes(bench.cfg.smoke)):
+    for index, (name, N, d, V) in bench.in_time("atoms", list(enumerate(atom_shapes(bench.cfg.smoke)))):
         candidates = atoms_of(name, N, d, V, bench.device)
         if not bench.cfg.compile:
             candidates.pop("nanorl, compiled", None)
         before = len(bench.rows)
         bench.run("atoms", f"{name}, N={N}" + (f", d={d}" if d else "") + f", V={V}", candidates)
         for row in bench.rows[before:]:
-            row.memory = memory_in_a_process(bench.cfg, f"atoms/{index}/{row.who}")
+            if bench.device.type == "cuda":     # its allocator counts
+                row.memory = peak_memory(run.autocast(bench.device, "auto")(candidates[row.who]), bench.device)
+            else:
+                row.memory = memory_in_a_process(bench.cfg, f"atoms/{index}/{row.who}")
             if row.memory is not None:
                 print(f"{'':50s}{row.who:16s} {row.memory / 2**20:8,.0f} MB")
+        bench.save()
 
 
 def memory(bench: Benchmark) -> None:
-    presets = ["nano", "micro", "mini", "gpt2"] if bench.device.type == "cuda" else ["pico", "nano", "micro", "mini"]
-    for preset in presets[:1] if bench.cfg.smoke else presets:
-        for script, found in memory_in_a_process(bench.cfg, f"memory/{preset}").items():
-            bench.add(Row("memory", f"{script}, {preset}", "nanorl", memory=found))
+    """On a GPU, whose allocator counts for each process, all presets at once."""
+    cuda = bench.device.type == "cuda"
+    presets = ["nano", "mini", "gpt2"] if cuda else ["pico", "nano", "micro", "mini"]
+    presets = list(bench.in_time("memory", presets[:1] if bench.cfg.smoke else presets))
+
+    def measure(preset: str) -> dict[str, int | None]:
+        return memory_in_a_process(bench.cfg, f"memory/{preset}", bench.left())
+
+    with ThreadPoolExecutor(len(presets) if cuda and presets else 1) as pool:
+        for preset, scripts in zip(presets, pool.map(measure, presets), strict=True):
+            for script, found in scripts.items():
+                bench.add(Row("memory", f"{script}, {preset}", "nanorl", memory=found))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,17 +444,18 @@ def memory(bench: Benchmark) -> None:
 
 
 def learn(bench: Benchmark) -> None:
-    """The three stages with their defaults, one after the other, in an empty directory."""
+    """The three stages with their defaults, one after the other, in an empty directory; on a GPU without compiling."""
     flags = {"train_pretrain.py": "", "train_sft.py": "", "train_grpo.py": ""}
     if bench.cfg.smoke:
         flags = {"train_pretrain.py": "--steps 2 --batch 2 --preset pico",
                  "train_sft.py": "--steps 2 --batch 2 --eval-problems 2",
                  "train_grpo.py": "--steps 2 --prompts 2 --group 2 --eval-problems 2"}
+    eager = ["--no-compile"] if bench.device.type == "cuda" else []
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
         for script, more in flags.items():
-            command = [sys.executable, str(ROOT / script), "--quiet", "--device", bench.device.type, *more.split()]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+            command = [sys.executable, str(ROOT / script), "--quiet", "--device", bench.device.type, *eager, *more.split()]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=bench.left())
         seconds = time.perf_counter() - begun
         lines = read_metrics(Path(folder) / "runs/grpo")
     tokens, reward = reward_by_tokens(lines)
@@ -408,24 +469,37 @@ def learn(bench: Benchmark) -> None:
 
 
 def main(cfg: Config) -> None:
+    begun = time.perf_counter()
     with run.user_errors():
         device = run.find_device(cfg.device)
+        cfg = settled(cfg, device)
         if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
             raise ValueError(f"--out {cfg.out}: expected a file in a directory that exists")
     if cfg.memory_of:
         print_memory(cfg, device)
         return
-    ceiling = ceilings(device, 0.0 if cfg.smoke else 2.0)
-    facts = machine(device)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(", ".join(f"{name} {value:.3g}" for name, value in ceiling.items()) + "\n")
-    bench = Benchmark(cfg, device, ceiling, [])
+    print(", ".join(f"{name} {value}" for name, value in machine(device).items()), flush=True)
+    bench = Benchmark(cfg, device, {}, [], end=begun + 60 * MINUTES_ON_A_GPU if device.type == "cuda" else math.inf)
+    if "checks" in cfg.only:
+        checks(bench)
+    failed = [finding.what for finding in bench.findings if not finding.ok]
     groups = {"pretrain": pretrain, "generate": sampling, "grpo": grpo, "atoms": atoms, "memory": memory, "learn": learn}
-    for name in cfg.only:
-        groups[name](bench)
-    if cfg.out:
-        kept = {"machine": facts, "ceilings": ceiling, "rows": [asdict(row) for row in bench.rows]}
-        run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
+    timed = [name for name in cfg.only if name != "checks"]
+    if timed:
+        bench.ceiling = ceilings(device, 0.0 if cfg.smoke else 2.0)
+        print(", ".join(f"{name} {value:.3g}" for name, value in bench.ceiling.items()) + "\n", flush=True)
+    for name in timed:
+        try:
+            groups[name](bench)
+        except subprocess.TimeoutExpired:
+            print(f"{name:9s} stopped: no time")
+        except Exception:               # the other groups can still be measured
+            traceback.print_exc()
+            failed.append(name)
+    bench.save()
+    print(f"\n{time.perf_counter() - begun:.0f} seconds" + (f", FAILED: {'; '.join(failed)}" if failed else ""))
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ it continues the line. While talking, a line that begins with a slash changes a 
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,11 +81,14 @@ def probabilities(model: GPT, tokens: Tensor, start: int, cfg: Config, tokenizer
     likeliest tokens beside it. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
     logits = model(tokens[None, :-1])[0, start - 1 :]                                       # [response, V]
     logits = sampling_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p) if cfg.temperature else logits.float()
+    logp, ids = log_softmax(logits), tokens[start:]
+    best_logp, best = (x[:, :4] for x in logp.sort(descending=True, stable=True))           # the token may be one of them
+    table = (ids, logp.gather(-1, ids[:, None]).squeeze(-1), entropy_from_logits(logits), best, best_logp)
     lines = [f"{'token':>14}  probability  entropy  instead"]
-    for token, logp, entropy in zip(tokens[start:].tolist(), log_softmax(logits), entropy_from_logits(logits), strict=True):
-        best = [i for i in logp.argsort(descending=True).tolist() if i != token and logp[i] > -torch.inf][:3]
-        instead = "  ".join(f"{shown(tokenizer, i)} {float(logp[i].exp()):.3f}" for i in best)
-        numbers = f"{float(logp[token].exp()):11.3f}  {abs(float(entropy)):7.3f}"               # of a certain token, -0.0
+    for token, log_p, entropy, others, others_log_p in zip(*(x.tolist() for x in table), strict=True):
+        alternatives = [(i, x) for i, x in zip(others, others_log_p, strict=True) if i != token and x > -math.inf][:3]
+        instead = "  ".join(f"{shown(tokenizer, i)} {math.exp(x):.3f}" for i, x in alternatives)
+        numbers = f"{math.exp(log_p):11.3f}  {abs(entropy):7.3f}"                               # of a certain token, -0.0
         lines.append(f"{shown(tokenizer, token):>14}  {numbers}  {instead}".rstrip())
     return "\n".join(lines)
 

@@ -7,13 +7,16 @@
     groups      what becomes of groups without contrast: keep them, leave them out, or draw others instead
 """
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanorl.ops import center, leave_one_out, zscore, zscore_batch
-from nanorl.run import flag_of
+from nanorl.data import response_batch, shuffled_batch
+from nanorl.ops import AGGREGATES, center, leave_one_out, masked_sum, token_weights, zscore, zscore_batch
+from nanorl.run import Count, Natural, NonNegative, Positive, RolloutConfig, Share, flag_of, ranks
 
 
 class Row(NamedTuple):
@@ -79,7 +82,7 @@ KL_TERMS = {"k2": KLTerm("k2", "loss", "KL(pi || ref), each prefix held fixed"),
             "k1_reward": KLTerm("k1", "reward", "KL(pi || ref) of whole answers")}
 
 
-def table() -> str:
+def _table() -> str:
     """The algorithms, for --help."""
     lines = ["{:<11}{:<15}{:<10}{:<10}{:<15}{:<10}{}".format("--algo", *AXES, "and")]
     for name, row in ALGORITHMS.items():
@@ -88,40 +91,83 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def fill_and_check(cfg: Any) -> None:
-    """In a Config's __post_init__: fill the flags that were not given from the algorithm's row, refuse those that contradict
-    each other."""
-    row = ALGORITHMS[cfg.algo]
-    for axis in AXES:
-        cfg.default(axis, getattr(row, axis))
-    for flag, value in zip(("clip_low", "clip_high"), BANDS[cfg.bound], strict=True):
-        cfg.require(value is not None or getattr(cfg, flag) is None, f"bound {flag}", "that bound does not use it")
-        if value is not None:
-            cfg.default(flag, row.also.get(flag, value) if cfg.bound == row.bound else value)
-    cfg.default("overlong", row.also.get("overlong", 0.0))
-    if cfg.kl_coef:
-        cfg.default("kl", row.also.get("kl", "k3"))
-    for flag in ("kl", "refresh_reference"):
-        cfg.require(cfg.kl_coef or getattr(cfg, flag) is None, flag, "requires --kl-coef")
+@dataclass(frozen=True, kw_only=True)
+class FamilyConfig(RolloutConfig):
+    """The flags of the family."""
 
-    place = KL_TERMS[cfg.kl].place if cfg.kl else None
-    cfg.require(cfg.ratio != "none" or cfg.bound == "none", "ratio bound", "there is no ratio to bound; expected --bound none")
-    cfg.require(cfg.ratio != "sequence" or cfg.aggregate == "sequence_mean", "ratio aggregate",
-                "answers have one ratio each and count alike; expected --aggregate sequence_mean")
-    cfg.require(cfg.advantage != "positive" or (place != "reward" and not cfg.overlong), "advantage kl overlong",
-                "accepted answers count alike, whatever their reward; expected a --kl in the loss, --overlong 0")
-    cfg.require(place != "reward" or "zscore" not in cfg.advantage, "kl advantage",
-                "a z-score would undo --kl-coef; expected --advantage reward, running_mean, center or leave_one_out")
-    cfg.require(cfg.group > 1 or (cfg.advantage in ("reward", "running_mean", "positive") and cfg.groups == "all"),
-                "group advantage groups", "answers are compared within a group; expected a --group of at least 2")
-    cfg.require(not cfg.skip or not (cfg.entropy_coef or place in ("loss", "weighted")), "skip kl_coef entropy_coef",
-                "a row without an advantage has the gradient of its KL and its entropy; leave --skip out")
-    cfg.require(cfg.minibatches <= cfg.prompts * cfg.group, "minibatches",
-                f"a rollout has only {cfg.prompts * cfg.group} answers")
-    cfg.require(cfg.stale < cfg.steps, "stale", f"with --steps {cfg.steps}, no rollout would ever be old enough to train on")
+    # the algorithm
+    table: ClassVar[str] = _table()
+    algo: Literal[*ALGORITHMS] = "grpo"    # a row of the table above; the flags that follow override it
+    advantage: Literal[*ADVANTAGES] | None = None    # how an answer is compared with others
+    ratio: Literal["none", "token", "sequence"] | None = None    # of each token, or of the answer (its geometric mean)
+    bound: Literal[*BANDS] | None = None    # what is done about a ratio outside the band
+    aggregate: Literal[*AGGREGATES] | None = None    # how much each token counts, see nanorl/ops.py
+    groups: Literal["all", "drop", "resample"] | None = None    # those without contrast: keep, leave out, or draw anew
+    clip_low: Share | None = None    # the band is 1 - clip_low ...
+    clip_high: Positive | None = None    # ... to 1 + clip_high
+    overlong: Share | None = None    # the last share of max_new_tokens, in which length costs up to 1 of reward
+    truncated: Literal["train", "mask"] = "train"    # answers cut at the limit: train on them, or only count them in the mean
+
+    # what holds the policy
+    kl_coef: NonNegative = 0.0    # weight of the KL divergence from the initial policy, the reference
+    kl: Literal[*KL_TERMS] | None = None    # its estimator and where it acts (default: k3 in the loss)
+    refresh_reference: Count | None = None    # every so many steps the policy becomes the reference (default: never)
+    entropy_coef: NonNegative = 0.0    # weight of the entropy bonus
+    likelihood_coef: NonNegative = 0.0    # of demonstrations, against forgetting: the task's, or the "response"s of --data
+
+    # updates
+    epochs: Count = 1           # passes over a rollout
+    minibatches: Count = 1      # optimizer steps per pass
+    stale: Natural = 0          # train on rollouts that are this many steps old, so that ratios leave 1 on purpose
+    skip: bool = False          # leave out rows whose advantage, so gradient, is 0; train/ metrics are then of the others
+    selfcheck: bool = True      # check the first rollout, and the gradient of its loss, before training on it
+
+    def __post_init__(self) -> None:
+        """Fill the flags that were not given from the algorithm's row, and refuse those that contradict each other."""
+        super().__post_init__()
+        row = ALGORITHMS[self.algo]
+        for axis in AXES:
+            self.default(axis, getattr(row, axis))
+        for flag, value in zip(("clip_low", "clip_high"), BANDS[self.bound], strict=True):
+            self.require(value is not None or getattr(self, flag) is None, f"bound {flag}", "that bound does not use it")
+            if value is not None:
+                self.default(flag, row.also.get(flag, value) if self.bound == row.bound else value)
+        self.default("overlong", row.also.get("overlong", 0.0))
+        if self.kl_coef:
+            self.default("kl", row.also.get("kl", "k3"))
+        for flag in ("kl", "refresh_reference"):
+            self.require(self.kl_coef or getattr(self, flag) is None, flag, "requires --kl-coef")
+
+        place = KL_TERMS[self.kl].place if self.kl else None
+        self.require(self.ratio != "none" or self.bound == "none", "ratio bound",
+                     "there is no ratio to bound; expected --bound none")
+        self.require(self.ratio != "sequence" or self.aggregate == "sequence_mean", "ratio aggregate",
+                     "answers have one ratio each and count alike; expected --aggregate sequence_mean")
+        self.require(self.advantage != "positive" or (place != "reward" and not self.overlong), "advantage kl overlong",
+                     "accepted answers count alike, whatever their reward; expected a --kl in the loss, --overlong 0")
+        self.require(place != "reward" or "zscore" not in self.advantage, "kl advantage",
+                     "a z-score would undo --kl-coef; expected --advantage reward, running_mean, center or leave_one_out")
+        self.require(self.group > 1 or (self.advantage in ("reward", "running_mean", "positive") and self.groups == "all"),
+                     "group advantage groups", "answers are compared within a group; expected a --group of at least 2")
+        self.require(not self.skip or not (self.entropy_coef or place in ("loss", "weighted")), "skip kl_coef entropy_coef",
+                     "a row without an advantage has the gradient of its KL and its entropy; leave --skip out")
+        self.require(self.minibatches <= self.prompts * self.group, "minibatches",
+                     f"a rollout has only {self.prompts * self.group} answers")
+        self.require(self.stale < self.steps, "stale",
+                     f"with --steps {self.steps}, no rollout would ever be old enough to train on")
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per rollout."""
+        return self.epochs * self.minibatches
+
+    @property
+    def on_policy(self) -> bool:
+        """One update on each rollout, by the policy that sampled it: every ratio is 1."""
+        return self.updates == 1 and not self.stale
 
 
-def announce(cfg: Any, task: str, device: torch.device) -> None:
+def announce(cfg: FamilyConfig, task: str, device: torch.device) -> None:
     """Print which algorithm this is, with its numbers, and what that means for ratios and bounds."""
     print(f"{cfg.algo} on {task}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
     shown = (*AXES, "clip_low", "clip_high", "overlong", "lr")
@@ -147,3 +193,19 @@ def delayed(queue: list[dict[str, Any]], steps: int, entry: dict[str, Any]) -> d
     """Put an entry into the queue and take out the one that was put in `steps` steps ago; None where there is none yet."""
     queue.append(entry)
     return queue.pop(0) if len(queue) > steps else None
+
+
+def demonstrate(cfg: FamilyConfig, score: Callable, demonstrations: tuple[list, list], pad_id: int, update: int,
+                device: torch.device) -> float:
+    """Add the gradient of the demonstrations' likelihood, P of them per update. Returns their loss, nats per token.
+
+    demonstrations: token ids of prompts and responses; score(tokens, mask) -> (logp, entropy).
+    """
+    picks, total = shuffled_batch(len(demonstrations[0]), cfg.prompts, update, cfg.seed), 0.0
+    tokens, mask = (x.to(device) for x in response_batch(*demonstrations, picks, pad_id))
+    weights = token_weights(mask, torch.arange(len(picks), device=device), "token_mean")
+    for t, m, w in zip(*(ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights)), strict=True):
+        nll = -masked_sum(w * score(t, m)[0], m)
+        (cfg.likelihood_coef * nll).backward()
+        total += nll.item()
+    return sum(ranks.gathered(total))

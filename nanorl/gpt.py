@@ -316,7 +316,8 @@ class GPT(nn.Module):
 class ScalarGPT(nn.Module):
     """A GPT trunk with one number per position in place of logits: a reward or a value.       tokens [B, T] -> [B, T]
 
-    The head starts at zero, so that a fresh one says nothing.
+    The head starts at zero, so that a fresh one says nothing. It computes in float32 under autocast, too: in bfloat16, with 8
+    bits, many different rewards would be equal.
     """
 
     def __init__(self, trunk: GPT):
@@ -328,7 +329,9 @@ class ScalarGPT(nn.Module):
         nn.init.zeros_(self.scalar.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.scalar(self.trunk.hidden(tokens)).squeeze(-1)
+        hidden = self.trunk.hidden(tokens)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.scalar(hidden).squeeze(-1)
 
     def at_end(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """The number at each row's last token, whatever lies behind it.       tokens [B, T], lengths [B] -> [B]"""

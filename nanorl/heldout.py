@@ -13,11 +13,13 @@ from nanorl.data import consecutive_windows, response_mask, shift
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right
 from nanorl.rollout import Experience, Sampling, describe, learned_rewards, micro_batches, sample_and_grade
-from nanorl.run import Run, derive, ranks
+from nanorl.run import Run, autocast, derive, ranks
 from nanorl.sample import Rollout, generate, token_log_probs
 from nanorl.search import best_of_n_curve
 from nanorl.tasks import Problem, Stories, Task
 from nanorl.tokenizer import Tokenizer
+
+STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so that only forgetting is measured
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems
@@ -55,6 +57,22 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
                                 reward_model=reward_model)
         metrics["eval/best_of_n"] = curve[best_of]
     return metrics, sampled
+
+
+def evaluate_and_show(out: Run, model: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *,
+                      reference: GPT | None = None, reward_model: ScalarGPT | None = None,
+                      stories: str = "") -> dict[str, float]:
+    """`evaluate_policy` with the flags of a run, and some of its answers shown; with `stories`, also the loss on that text.
+    Best-of-n only before the first step."""
+    cfg, best_of = out.cfg, getattr(out.cfg, "best_of", 0) if out.step == 0 else 0
+    with autocast(model.head.weight.device, cfg.dtype):
+        metrics, answers = evaluate_policy(model, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
+                                           reference=reference, reward_model=reward_model, micro_batch=cfg.micro_batch,
+                                           best_of=best_of)
+        if stories:
+            metrics["eval/story_loss"] = text_loss(model, tokenizer, stories, STORY_WINDOW)["eval/text_loss"]
+    show_answers(out, answers)
+    return metrics
 
 
 @torch.no_grad()
@@ -137,12 +155,12 @@ def total_loss(model: GPT, tokens: Tensor, mask: Tensor, batch: int = 64) -> flo
     return nats
 
 
-def text_loss(model: GPT, ids: Tensor, bos: int, num_bytes: int, width: int) -> dict[str, float]:
+def text_loss(model: GPT, tokenizer: Tokenizer, text: str, width: int) -> dict[str, float]:
     """Mean loss on a text, every token predicted once: nats per token, bits per byte, perplexity."""
-    tokens, lengths = consecutive_windows(ids, bos, width)
+    tokens, lengths = consecutive_windows(torch.tensor(tokenizer.encode(text)), tokenizer.bos, width)
     mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])
     nats, count = total_loss(model, tokens, mask), int(mask.sum())
-    return {"eval/text_loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / num_bytes,
+    return {"eval/text_loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / len(text.encode()),
             "eval/perplexity": math.exp(min(nats / count, 700.0))}
 
 

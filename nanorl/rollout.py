@@ -162,11 +162,6 @@ def add_metrics(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
         totals[name] = join(totals[name], value) if name in totals else value
 
 
-def means_of(totals: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Sums over `count` tokens as means; extremes stay what they are."""
-    return {name: x if name.endswith(("_max", "_min")) else x / max(count, 1) for name, x in totals.items()}
-
-
 def sum_over_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     """The totals of all processes together. A process that had no rows has none."""
     if ranks.count() == 1:
@@ -175,6 +170,13 @@ def sum_over_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     for part in ranks.gathered({name: x.cpu() for name, x in totals.items()}):
         add_metrics(whole, part)
     return whole
+
+
+def per_token(totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The totals of all processes as means over their "tokens"; extremes stay what they are."""
+    whole = sum_over_ranks(totals)
+    tokens = max(int(whole.pop("tokens", 0)), 1)
+    return {name: x if name.endswith(("_max", "_min")) else x / tokens for name, x in whole.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +201,20 @@ def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, micro_batch: int)
     for rows, T in micro_batches(ranks.share(torch.arange(len(rewards), device=rewards.device)), rollout.lengths, micro_batch):
         rewards[rows] = reward_model.at_end(rollout.tokens[rows, :T], rollout.lengths[rows]).float()
     return ranks.summed(rewards)
+
+
+@torch.no_grad()
+def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple[Tensor, Tensor]:
+    """The critic's value of the state that each token was chosen in, and of the state after the last token.
+
+    -> values [B, T-1], of which [:, t] belongs to tokens[:, t+1], 0 where nothing was sampled; last_value [B]
+    """
+    values, last_value = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp[:, 0])
+    for rows, T in micro_batches(ranks.share(torch.arange(len(values), device=values.device)), rollout.lengths, micro_batch):
+        v = critic(rollout.tokens[rows, :T]).float()                                        # [rows, T]
+        values[rows, : T - 1] = v[:, :-1]
+        last_value[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)
+    return ranks.summed(values.masked_fill(~rollout.mask, 0.0)), ranks.summed(last_value)
 
 
 def describe(experience: Experience) -> dict[str, float]:

@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from world import ROOT
 
+import benchmarks.__main__ as command
 import nanorl.gpt
-from benchmarks import plain
-from benchmarks.__main__ import INSIDE, Benchmark, Config, forward_flops, model_of
+from benchmarks import checks, plain
+from benchmarks.__main__ import INSIDE, Benchmark, Config, Row, forward_flops, model_of, settled
 from benchmarks.measure import Stopwatch, inside, median_ratio, race
 from nanorl.ops import entropy_from_logits, selective_log_softmax
 from train_grpo import objective
@@ -132,6 +134,68 @@ def test_the_roofline_is_the_slower_of_computing_and_moving(flops, moved, least)
     plain, ours, *_ = bench.rows
     assert plain.share is None and ours.share == pytest.approx(least / ours.seconds) and ours.share < least / 0.05
     assert ours.rate == pytest.approx(7 / ours.seconds) and ours.ratio == pytest.approx(0.2, rel=0.2)
+
+
+def test_results_are_written_as_rows_come(tmp_path):
+    out = tmp_path / "results.json"
+    bench = Benchmark(Config(out=str(out)), CPU, {}, [])
+    for number in range(1, 4):
+        bench.add(Row("memory", "x", "nanorl", memory=1.0))
+        assert len(json.loads(out.read_text())["rows"]) == number
+
+
+def test_nothing_is_begun_when_there_is_no_time_left(capsys):
+    bench = Benchmark(Config(), CPU, {}, [], end=time.perf_counter() + 1000)
+    works = bench.in_time("atoms", [1, 2, 3])
+    assert next(works) == 1 and 990 < bench.left() < 1000
+    bench.end = time.perf_counter() + 80
+    assert list(works) == [] and "2 of 3 left out" in capsys.readouterr().out
+    assert Benchmark(Config(), CPU, {}, []).left() is None
+
+
+def test_a_gpu_is_checked_first_and_its_results_are_kept():
+    cuda, cpu = (settled(Config(), torch.device(kind)) for kind in ("cuda", "cpu"))
+    assert cuda.only == ("checks", *cpu.only) and cuda.seconds < cpu.seconds
+    assert cuda.out.endswith("benchmarks/results/cuda.json") and not cpu.out
+    chosen = Config(only=("grpo",), seconds=2.0, out="mine.json")
+    assert settled(chosen, torch.device("cuda")) == chosen
+
+
+def test_a_check_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
+    """Each is a line and stands in the file; the exit code is 1."""
+    findings = [checks.Finding("this", "1", "2", False), checks.Finding("that", "2", "2", True)]
+    monkeypatch.setattr(command, "run_checks", lambda device, compile: iter(findings))
+    with pytest.raises(SystemExit) as exit:
+        command.main(Config(only=("checks",), device="cpu", out=str(tmp_path / "out.json")))
+    lines = capsys.readouterr().out.splitlines()
+    assert exit.value.code == 1 and "FAILED: this" in lines[-1]
+    assert ["FAILED" in line for line in lines if line.startswith("checks")] == [True, False]
+    assert [x["ok"] for x in json.loads((tmp_path / "out.json").read_text())["checks"]] == [False, True]
+
+
+@pytest.mark.parametrize(("limit", "found"), [(60, "KeyError"), (0.01, "still at work")])
+def test_a_check_that_crashes_or_hangs_has_failed(limit, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "limit_on", lambda device, seconds: seconds)
+    monkeypatch.setitem(checks.CHECKS, "unknown", checks.Check((), None, limit))       # to its process, too
+    [finding] = checks.check_in_a_process("unknown", CPU, tmp_path, 1)
+    assert not finding.ok and found in finding.found
+
+
+def test_tokens_are_compared_up_to_the_first_that_differs():
+    def answers(*rows):
+        return SimpleNamespace(responses=lambda: [list(row) for row in rows])
+
+    assert checks.equal_tokens(answers("abcd", "xy"), answers("abcd", "xy")) == 1
+    assert checks.equal_tokens(answers("abcd", "xy"), answers("axcd", "xyz")) == 3 / 5
+
+
+@pytest.mark.slow
+def test_the_checks_hold_on_a_cpu(tmp_path):
+    """All but those that compile."""
+    command = [sys.executable, "-m", "benchmarks", "--only", "checks", "--no-compile", "--device", "cpu"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("checks")]
+    assert result.returncode == 0 and len(lines) == 13 and all(" ok " in line for line in lines), result.stdout
 
 
 @pytest.mark.slow

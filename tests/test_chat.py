@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanorl import chat, run
-from nanorl.sample import generate, token_log_probs
+from nanorl.sample import generate, sampling_logits, token_log_probs
 
 
 @pytest.fixture
@@ -72,6 +72,22 @@ def test_probabilities_and_entropies_are_the_scorers(flags, temperature, talk):
         assert float(numbers[0]) == pytest.approx(math.exp(log_p), abs=6e-4)
         assert float(numbers[1]) == pytest.approx(H, abs=6e-4)
         assert name not in line.strip()[len(name) :]
+
+
+@pytest.mark.parametrize("flags", ["", "--top-k 3", "--top-p 0.9"])
+def test_the_alternatives_are_the_likeliest_other_tokens(flags, talk):
+    """Of those that can be drawn, at most three, the likeliest first."""
+    how = {flags[2:7].replace("-", "_"): float(flags.split()[1])} if flags else {}
+    how |= {"top_k": int(how["top_k"])} if "top_k" in how else {}
+    tokenizer, model, [said] = sampled("grpo", ["Say 7."], [0], **how)
+    start, ids = int(said.prompt_lengths[0]), said.tokens[0].tolist()
+    with torch.no_grad():
+        logp = sampling_logits(model(said.tokens[:, :-1])[0, start - 1 :], 1.0, **how).log_softmax(-1)
+    _, *lines = talk(f"grpo --show probs {flags}", "Say 7.").out.splitlines()
+    for line, token, row in zip(lines, ids[start:], logp.tolist(), strict=True):
+        others = sorted((i for i in range(len(row)) if i != token and row[i] > -math.inf), key=lambda i: -row[i])[:3]
+        expected = "  ".join(f"{tokenizer.decode([i])!r} {math.exp(row[i]):.3f}" for i in others)
+        assert line.endswith(expected)
 
 
 def test_what_is_cut_off_is_no_alternative(talk):

@@ -597,3 +597,14 @@ def test_a_sequence_beyond_the_context_is_refused_in_one_sentence(positions):
     with pytest.raises(ValueError) as error:
         model.hidden(ids(1, 1, seed=9), cache)
     assert_one_sentence(error, 9, 8)
+
+
+def test_a_reward_is_float32_under_autocast():
+    """In bfloat16, whose steps near 1 are 1/128, many of these would be equal."""
+    model, tokens = ScalarGPT(tiny().float()), ids(64, 9, seed=7)
+    with torch.no_grad():
+        model.scalar.weight.normal_(generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, rewards = model.trunk.hidden(tokens), model.at_end(tokens, torch.full((64,), 9))
+        assert rewards.dtype == torch.float32 and torch.equal(rewards, model.scalar(hidden)[:, -1, 0])
+    assert len(rewards.unique()) > len(rewards.bfloat16().unique())

@@ -336,3 +336,20 @@ def test_a_checkpoint_read_twice_gives_two_models_that_share_nothing(tmp_path):
     a, b = (run.model_from(checkpoint, torch.device("cpu")) for _ in "ab")
     for x, y, saved in zip(a.parameters(), b.parameters(), checkpoint["model"].values(), strict=True):
         assert len({x.data_ptr(), y.data_ptr(), saved.data_ptr()}) == 3
+
+
+def test_on_cuda_deterministic_is_strict_and_attention_is_never_cudnns(monkeypatch):
+    """Strict: an operator that has no deterministic kernel is an error, and attention's backward pass takes its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for asked in (True, False):
+            run.pick_device(Config(device="cuda", deterministic=asked))
+            assert torch.are_deterministic_algorithms_enabled() == asked
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)

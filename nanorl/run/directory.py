@@ -238,13 +238,16 @@ class Run:
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
         print("\nFinishing this step, then saving. Once more to stop at once.", file=sys.stderr)
 
-    def log(self, metrics: dict[str, Any], show: dict[str, str] | None = None) -> None:
-        """Add to this step's line of metrics.jsonl; `show` goes to the progress bar. FloatingPointError at nan or inf."""
+    def log(self, metrics: dict[str, Any], show: tuple[str, ...] = ()) -> None:
+        """Add to this step's line of metrics.jsonl; those of it named in `show` go to the progress bar. FloatingPointError at
+        nan or inf."""
         line = {name: float(value) for name, value in metrics.items()}
         check_finite(line)
         self._line |= line
         if show:
-            self._bar.set_postfix_str("  ".join(f"{name} {value}" for name, value in show.items()))
+            shown = {name.split("/")[1]: self._line[name] for name in show if name in self._line}
+            self._bar.set_postfix_str("  ".join(f"{name} {x:,.0f}" if abs(x) >= 1000 else f"{name} {x:.3g}"
+                                                for name, x in shown.items()))
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """The final line: the last evaluation. Its step is cfg.steps."""
