@@ -13,7 +13,8 @@ from world import write_records
 
 from nanorl import evaluate, run
 from nanorl.evaluate import interval, vote
-from nanorl.rollout import answer, choose_task, heldout_problems
+from nanorl.heldout import heldout_problems
+from nanorl.rollout import Sampling, sample_and_grade
 from nanorl.search import Answers, majority_vote
 from nanorl.tasks import is_heldout
 
@@ -140,10 +141,10 @@ def test_the_rows_fit_together(result):
 
 
 def test_greedy_is_what_the_scripts_call_greedy(result):
-    task, checkpoint = choose_task("addition", "wanted.jsonl"), run.load_checkpoint("grpo")
+    task, checkpoint = run.choose_task("addition", "wanted.jsonl"), run.load_checkpoint("grpo")
     problems = list(dict.fromkeys(heldout_problems(task, 6, 0)))
-    plain = answer(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), task, problems,
-                   max_new_tokens=12, temperature=0.0)
+    plain = sample_and_grade(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), task, problems,
+                             Sampling(12, temperature=0.0))
     assert result["grpo", "greedy", 1]["value"] == pytest.approx(float(plain.rewards.mean()))
 
 
