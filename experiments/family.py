@@ -56,9 +56,11 @@ def tokens_to(curve: dict[str, list[float]], accuracy: float) -> float:
 
 
 def bound_of(flags: str) -> str:
-    """The bound of a row, with its numbers."""
+    """The bound of a row: a clip with its flags, others with the edges of their band."""
     cfg = run.parse(train_grpo.Config, flags.split())
-    return " ".join([cfg.bound, *(f"{x:g}" for x in (cfg.clip_low, cfg.clip_high) if x is not None)])
+    numbers = [x if cfg.bound == "clip" else 1 + sign * x for sign, x in ((-1, cfg.clip_low), (1, cfg.clip_high))
+               if x is not None]
+    return " ".join([cfg.bound, *(f"{x:g}" for x in numbers)])
 
 
 def table(curves: dict[str, list[dict]]) -> str:

@@ -1,4 +1,4 @@
-"""Theorems about the objectives at the top of train_grpo.py and train_pretrain.py (which train_sft.py shares)."""
+"""Theorems about the objectives at the top of train_grpo.py, train_pretrain.py and train_sft.py."""
 
 import functools
 import math
@@ -386,9 +386,9 @@ def likelihood_batches(draw):
     return -randn(g, *mask.shape).abs(), mask, token_weights(mask, prompt_index, "token_mean").double()
 
 
-def cross_entropy(logp, mask, weights):
+def cross_entropy(logp, mask, weights, objective=train_pretrain.objective):
     logp = leaf(logp)
-    loss, metrics = train_pretrain.objective(logp, mask, weights)
+    loss, metrics = objective(logp, mask, weights)
     return loss.detach(), metrics, torch.autograd.grad(loss, logp)[0]
 
 
@@ -436,17 +436,31 @@ def test_many_copies_of_a_document_are_as_one(mask, copies, generator):
     assert_close(results[0], results[1], 1e-6)
 
 
+def assert_same_bits(ours, theirs):
+    """Of two losses, their metrics and their gradients."""
+    for x, y in zip(ours, theirs, strict=True):
+        assert x == y if isinstance(x, dict) else torch.equal(x, y)
+
+
+@given(likelihood_batches(), poisons)
+def test_fine_tuning_has_the_objective_of_pretraining(case, poison):
+    """Loss, metric and gradient are the same bits on any batch, whatever is masked: so what is said above holds for both."""
+    logp, mask, weights = case
+    logp = logp.masked_fill(~mask, poison)
+    fine_tuned = cross_entropy(logp, mask, weights, train_sft.objective)
+    assert_same_bits(fine_tuned, cross_entropy(logp, mask, weights))
+    assert not fine_tuned[1]["train/loss"].requires_grad
+
+
 @given(st.integers(1, 6), st.integers(2, 12), generators)
 def test_fine_tuning_on_everything_is_pretraining(B, width, generator):
     """When a BOS is all of the prompt, SFT's mask is all True; weights, loss and gradient are pretraining's bits."""
-    assert train_sft.objective is train_pretrain.objective
     every = torch.ones(B, width - 1, dtype=torch.bool)
     mask = response_mask(torch.ones(B, dtype=torch.int64), torch.full((B,), width), width)
     weights = [token_weights(m, torch.arange(B), "token_mean") for m in (mask, every)]
     assert torch.equal(mask, every) and torch.equal(*weights)
     logp = -randn(generator, B, width - 1).abs()
-    for ours, theirs in zip(cross_entropy(logp, mask, weights[0]), cross_entropy(logp, every, weights[1]), strict=True):
-        assert ours == theirs if isinstance(ours, dict) else torch.equal(ours, theirs)
+    assert_same_bits(cross_entropy(logp, mask, weights[0], train_sft.objective), cross_entropy(logp, every, weights[1]))
 
 
 @given(likelihood_batches(), st.integers(2, 5), generators)
