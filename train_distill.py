@@ -30,7 +30,7 @@ import torch
 
 from nanorl import run
 from nanorl.data import render_records, response_batch, shift, shuffled_batch, training_records
-from nanorl.heldout import answer_kl, before_and_after, evaluate_policy, heldout_problems, show_answers
+from nanorl.heldout import answer_kl, before_and_after, evaluate_and_show, heldout_problems
 from nanorl.ops import (entropy_from_logits, jensen_shannon, kl_divergence, leave_one_out, selective_log_softmax, token_weights,
                         with_tail)
 from nanorl.rollout import Sampling, add_metrics, collect, describe, sample_and_grade, sum_over_ranks
@@ -157,12 +157,10 @@ def main(cfg: Config) -> None:
           "samples.")
 
     def evaluate_now() -> dict[str, float]:
+        metrics = evaluate_and_show(out, student, tokenizer, task, sampling, reference=teacher)
+        metrics["eval/reverse_kl"] = metrics.pop("eval/answer_kl")
         with run.autocast(device, cfg.dtype):
-            metrics, answers = evaluate_policy(student, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
-                                               reference=teacher, micro_batch=cfg.micro_batch)
-            metrics["eval/reverse_kl"] = metrics.pop("eval/answer_kl")
             metrics["eval/forward_kl"] = answer_kl(teacher, student, teacher_answers.rollout, 1.0, cfg.micro_batch)
-        show_answers(out, answers)
         return metrics
 
     for step in out.steps():

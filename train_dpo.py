@@ -34,7 +34,7 @@ import torch
 
 from nanorl import run
 from nanorl.data import pair_batch, read_pairs, render_pairs, response_mask, shuffled_batch
-from nanorl.heldout import before_and_after, evaluate_policy, show_answers, show_responses
+from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
 from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import Sampling, add_metrics, collect, describe, learned_rewards, sum_over_ranks
 from nanorl.run import ranks
@@ -211,10 +211,7 @@ def main(cfg: Config) -> None:
                 shown = [records[i]["prompt"] for i in (heldout or training)[:4]]
                 show_responses(out, policy, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
             else:
-                metrics, answers = evaluate_policy(policy, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
-                                                   reference=start, reward_model=reward_model, micro_batch=cfg.micro_batch,
-                                                   best_of=cfg.best_of if out.step == 0 else 0)
-                show_answers(out, answers)
+                metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=start, reward_model=reward_model)
         with torch.no_grad():
             for batch, part in from_file(heldout):
                 add_metrics(totals, pair_loss(*batch, *reference_cache[part].unbind(1), len(heldout))[1])

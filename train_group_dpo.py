@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 from nanorl import run
-from nanorl.heldout import before_and_after, evaluate_policy, show_answers
+from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
 from nanorl.rollout import Sampling, add_metrics, collect, describe, score_rollout, sum_over_ranks
 from nanorl.run import ranks
@@ -97,18 +97,10 @@ def main(cfg: Config) -> None:
     loss = functools.partial(objective, loss=cfg.loss, margin=cfg.margin)
     print(f"{cfg.loss} over groups on {task}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
 
-    def evaluate_now() -> dict[str, float]:
-        with run.autocast(device, cfg.dtype):
-            metrics, answers = evaluate_policy(policy, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
-                                               reference=reference, micro_batch=cfg.micro_batch,
-                                               best_of=cfg.best_of if out.step == 0 else 0)
-        show_answers(out, answers)
-        return metrics
-
     for step in out.steps():
         # 2. Evaluate: held-out problems, answered by sampling and greedily.
         if step % cfg.eval_every == 0:
-            out.log(evaluate_now())
+            out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference))
 
         # 3. Collect: G answers to each of P prompts, by the policy as it is now. A right one wins, a wrong one loses.
         started = time.perf_counter()
@@ -151,7 +143,7 @@ def main(cfg: Config) -> None:
                       "margin": f"{totals['train/margin']:.2f}"})
 
     # 6. Held-out problems, before and after.
-    final = evaluate_now()
+    final = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference)
     out.finish(final)
     print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
 

@@ -26,7 +26,7 @@ import torch
 from nanorl import family, run
 from nanorl.data import DATA, read_text, render_records, response_batch, shuffled_batch, training_records
 from nanorl.first_step import first_step_check, tolerance
-from nanorl.heldout import before_and_after, evaluate_policy, show_answers, text_loss
+from nanorl.heldout import before_and_after, evaluate_and_show, text_loss
 from nanorl.ops import (AGGREGATES, clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum,
                         masked_surrogate, overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import (NoContrast, Sampling, add_metrics, collect, describe, has_contrast, means_of, micro_batches,
@@ -189,10 +189,8 @@ def main(cfg: Config) -> None:
 
     def evaluate_now() -> dict[str, float]:
         with run.autocast(device, cfg.dtype):
-            metrics, answers = evaluate_policy(policy, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed)
             text = text_loss(policy, story_ids, tokenizer.bos, len(stories.encode()), STORY_WINDOW)
-        show_answers(out, answers)
-        return metrics | {"eval/story_loss": text["eval/text_loss"]}
+        return evaluate_and_show(out, policy, tokenizer, task, sampling) | {"eval/story_loss": text["eval/text_loss"]}
 
     def score(tokens, mask):
         with run.autocast(device, cfg.dtype):

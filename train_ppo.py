@@ -29,7 +29,7 @@ from torch import nn
 
 from nanorl import run
 from nanorl.gpt import ScalarGPT
-from nanorl.heldout import before_and_after, evaluate_policy, show_answers
+from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import (clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1, masked_sum,
                         token_weights, whiten)
 from nanorl.rollout import (Sampling, add_metrics, collect, describe, learned_rewards, means_of, micro_batches, minibatches,
@@ -170,18 +170,10 @@ def main(cfg: Config) -> None:
     print(f"PPO on {task}, {'a reward model' if reward_model else 'the verifier'} scores: {cfg.prompts} prompts x "
           f"{cfg.group} answers a step, {cfg.updates} updates each, on {device.type}.")
 
-    def evaluate_now() -> dict[str, float]:
-        with run.autocast(device, cfg.dtype):
-            metrics, answers = evaluate_policy(policy, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
-                                               reference=reference, reward_model=reward_model, micro_batch=cfg.micro_batch,
-                                               best_of=cfg.best_of if out.step == 0 else 0)
-        show_answers(out, answers)
-        return metrics
-
     for step in out.steps():
         # 2. Evaluate: held-out prompts, answered by sampling and greedily.
         if step % cfg.eval_every == 0:
-            out.log(evaluate_now())
+            out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model))
 
         # 3. Collect: answers by the policy as it is now, and their rewards. A truncated answer may not count as ended.
         started = time.perf_counter()
@@ -244,7 +236,7 @@ def main(cfg: Config) -> None:
                 | {"length": f"{facts['length']:.1f}", "kl": f"{kl:.1f}"})
 
     # 7. Held-out problems, before and after.
-    final = evaluate_now()
+    final = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model)
     out.finish(final)
     print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
 

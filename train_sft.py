@@ -13,7 +13,7 @@ import torch
 
 from nanorl import run
 from nanorl.data import read_records, render_records, response_batch, shuffled_batch, split_records
-from nanorl.heldout import evaluate_policy, show_answers, show_responses, total_loss
+from nanorl.heldout import evaluate_and_show, show_responses, total_loss
 from nanorl.ops import masked_sum, token_weights
 from nanorl.rollout import Sampling
 from nanorl.run import ranks
@@ -73,11 +73,9 @@ def main(cfg: Config) -> None:
 
     def evaluate_now() -> dict[str, float]:
         """Answers to held-out problems; with --data, responses to held-out records and the loss on them."""
+        if task:
+            return evaluate_and_show(out, model, tokenizer, task, sampling)
         with run.autocast(device, cfg.dtype):
-            if task:
-                metrics, answers = evaluate_policy(model, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed)
-                show_answers(out, answers)
-                return metrics
             shown = [records[i]["prompt"] for i in (heldout or training)[:4]]
             show_responses(out, model, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
             if not heldout:

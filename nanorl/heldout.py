@@ -13,7 +13,7 @@ from nanorl.data import consecutive_windows, response_mask, shift
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right
 from nanorl.rollout import Experience, Sampling, describe, learned_rewards, micro_batches, sample_and_grade
-from nanorl.run import Run, derive, ranks
+from nanorl.run import Run, autocast, derive, ranks
 from nanorl.sample import Rollout, generate, token_log_probs
 from nanorl.search import best_of_n_curve
 from nanorl.tasks import Problem, Stories, Task
@@ -55,6 +55,18 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
                                 reward_model=reward_model)
         metrics["eval/best_of_n"] = curve[best_of]
     return metrics, sampled
+
+
+def evaluate_and_show(out: Run, model: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *,
+                      reference: GPT | None = None, reward_model: ScalarGPT | None = None) -> dict[str, float]:
+    """`evaluate_policy` with the flags of a run, and some of its answers shown. Best-of-n only before the first step."""
+    cfg, best_of = out.cfg, getattr(out.cfg, "best_of", 0) if out.step == 0 else 0
+    with autocast(model.head.weight.device, cfg.dtype):
+        metrics, answers = evaluate_policy(model, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
+                                           reference=reference, reward_model=reward_model, micro_batch=cfg.micro_batch,
+                                           best_of=best_of)
+    show_answers(out, answers)
+    return metrics
 
 
 @torch.no_grad()
