@@ -208,7 +208,7 @@ def test_the_figure_has_a_line_for_each_method(inside, tmp_path, monkeypatch):
     ("sft --task addition --scorer reward --reward-model sft", "reward model"), ("sft --data nothing.jsonl", "nothing.jsonl"),
     ("sft --data wanted.jsonl --method worked", "wanted.jsonl"), ("sft --temperature nan", "--temperature nan"),
     ("grpo", "say what to ask"), ("sft --task addition --temperature 1e-60 --max-new-tokens 9", "nan or inf"),
-    ("sft --task addition --method low_temperature --alpha 1e-320 --max-new-tokens 9", "temperature=inf")])
+    ("sft --task addition --method low_temperature --alpha 1e-320 --max-new-tokens 9", "--alpha 1e-320")])
 def test_bad_input_is_one_sentence(flags, named, inside, capsys):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
