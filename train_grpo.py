@@ -119,12 +119,12 @@ def main(cfg: Config) -> None:
     task = run.choose_task(cfg.task, cfg.data)
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
     stories = read_text(DATA / "stories_heldout.txt")
-    device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
+    device, checkpoint, tokenizer, policy, reference, _ = run.begin(
+        cfg, "sft", task=task, reference=cfg.kl_coef > 0, refreshed=True)
     demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task))
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=reference)
-    out.restore(reference)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, reference=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)

@@ -2,12 +2,12 @@
 
     J = sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]      loss = -J
 
-VL is the clipped value loss. The critic V says what a state is worth, and A_t, by generalised advantage estimation, how much
-better a token did than that.
+VL is the clipped value loss. The critic V estimates the return from a state, and A_t, by generalised advantage estimation,
+how much better a token did than that.
 Reward arrives per token: r_t = -kl_coef k1(pi || ref), and at the last token the score of the whole answer. So the leash to
 the reference is part of what is maximised, E[score] - kl_coef KL(pi || ref), and not a term of the loss.
 
-    python train_ppo.py                                     the verifier's reward on sums, from nothing
+    python train_ppo.py                                     a verifier's reward on addition, from nothing
     python train_ppo.py --reward model                      stories, by the taste that runs/reward has learned
     python train_ppo.py --reward model --kl-coef 0 --out runs/hacked        ... without a KL penalty: over-optimised
 

@@ -106,7 +106,7 @@ def main(cfg: Config) -> None:
         # 4. Log.
         out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr}, show=("train/loss", "train/accuracy"))
 
-    # 5. Held-out pairs, beside the baselines and the ceiling. The pairs with their margins go to samples.jsonl.
+    # 5. Held-out pairs, with the baselines and the ceiling. The pairs with their margins go to samples.jsonl.
     final = {}
     if heldout:
         margin = margins(heldout)

@@ -17,6 +17,7 @@ power               one answer from p(y)^alpha / Z, for each --alpha, by Metropo
 
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -66,8 +67,10 @@ class Config(run.DeviceConfig):
         """Fill what was left open, and refuse what no method looks at."""
         for flag, (value, methods) in ONLY_SOME.items():
             self.require(getattr(self, flag) is None or methods & set(self.method), f"method {flag}",
-                        f"no method here looks at it; expected {' or '.join(sorted(methods))}")
+                         f"no method here looks at it; expected {' or '.join(sorted(methods))}")
             self.default(flag, value)
+        self.require(all(1 / alpha < math.inf for alpha in self.alpha), "alpha",
+                     "the temperature 1/alpha is not finite; expected numbers above 1e-300")
 
 
 @dataclass
