@@ -4,43 +4,26 @@
     python -m nanorl.plot --fit runs/grpo       reward against tokens, the sigmoid that fits it, and where that leads
 """
 
-import argparse
 import itertools
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nanorl.errors import UserError, user_errors_as_sentences
-from nanorl.run import read_lines
+from nanorl.run import parse, read_lines
 from nanorl.scaling import Fit, fit
 
-# A panel: what its y axis shows, and the metrics drawn in it. One in which all is 0, or nothing is logged, is left out.
-PANELS = [
-    ("accuracy", {"rollout/reward": "training, sampled", "eval/accuracy_sampled": "held out, sampled",
-                  "eval/accuracy_greedy": "held out, greedy"}),
-    ("tokens per answer", {"rollout/length": "training", "eval/length": "held out"}),
-    ("share of answers worked out", {"rollout/worked": "training", "eval/worked": "held out"}),
-    ("entropy, nats per token", {"train/entropy": "policy"}),
-    ("loss, nats per token", {"train/loss": "training"}),
-    ("held-out text, nats per token", {"eval/text_loss": "text", "eval/story_loss": "stories"}),
-    ("groups without contrast", {"rollout/no_contrast": "share"}),
-    ("share of tokens that the bound holds", {"train/clipped_low": "clipped, A < 0", "train/clipped_high": "clipped, A > 0",
-                                              "train/capped": "capped", "train/masked": "masked"}),
-    ("KL to the reference, nats per token", {"train/kl": "k3"}),
-    ("reward of stories", {"eval/hidden_reward": "hidden", "eval/learned_reward": "learned"}),
-    ("KL to the start, nats per answer", {"eval/answer_kl": "exact per token"}),
-    ("divergence from the teacher, nats per token", {"train/divergence": "training"}),
-    ("KL between teacher and student, nats per answer", {"eval/forward_kl": "KL(teacher ‖ student)",
-                                                         "eval/reverse_kl": "KL(student ‖ teacher)"}),
-    ("pairs ranked right", {"train/accuracy": "training", "eval/pair_accuracy": "held out",
-                            "eval/agreement_model_labels": "held out"}),
-    ("margin of chosen over rejected", {"train/margin": "training", "eval/margin": "held out"}),
-    ("log-prob of whole responses, nats", {"train/chosen_logp": "chosen", "train/rejected_logp": "rejected"}),
-    ("groups below the margin", {"train/active": "share"}),
-    ("returns explained by the critic", {"train/explained_variance": "share of variance"}),
-    ("gradient norm", {"train/grad_norm": "before clipping", "train/grad_norm_max": "largest of a step"}),
-]
+PANELS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))    # {title: {metric: label}}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")    # Okabe and Ito: safe for all eyes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    runs: tuple[str, ...]    # directories of runs
+    fit: bool = False        # the sigmoid of reward against tokens instead of all curves
+    out: str = ""            # the PNG to write (default: curves.png, or fit.png, in the first run)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -72,7 +55,7 @@ def save(figure, out: Path) -> None:
 def draw(runs: list[Path], out: Path) -> None:
     logs = {str(run): read_metrics(run) for run in runs}
     every_line = [line for lines in logs.values() for line in lines]
-    panels = [(title, metrics) for title, metrics in PANELS if any(line.get(name) for name in metrics for line in every_line)]
+    panels = [panel for panel in PANELS.items() if any(line.get(name) for name in panel[1] for line in every_line)]
     if not panels:
         raise UserError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
 
@@ -169,15 +152,11 @@ def draw_fit(runs: list[Path], out: Path) -> None:
 
 @user_errors_as_sentences
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
-    parser.add_argument("--fit", action="store_true", help="the sigmoid of reward against tokens instead of all curves")
-    parser.add_argument("--out", type=Path, help="the PNG to write (default: curves.png, or fit.png, in the first run)")
-    args = parser.parse_args(argv)
-    out = args.out or args.runs[0] / ("fit.png" if args.fit else "curves.png")
+    cfg = parse(Config, argv)
+    runs = [Path(run) for run in cfg.runs]
+    out = Path(cfg.out) if cfg.out else runs[0] / ("fit.png" if cfg.fit else "curves.png")
     try:
-        (draw_fit if args.fit else draw)(args.runs, out)
+        (draw_fit if cfg.fit else draw)(runs, out)
     except OSError as e:
         raise UserError(str(e)) from None
     print(f"Drew {out}.")

@@ -101,9 +101,8 @@ class Fit:
         half = ((self.most - self.squares[:, None]).clamp(min=0) * (1 / len(self.reward) + away.square() / spread)).sqrt()
         low, high = float((value - half).min()), float((value + half).max())
         if (self.open_below and compute == 0) or (self.open_above and compute == torch.inf):
-            rises, falls = bool((slope > 0).any()), bool((slope < 0).any())
-            up, down = (rises, falls) if compute else (falls, rises)
-            low, high = -torch.inf if down else low, torch.inf if up else high
+            outward = slope if compute else -slope
+            low, high = -torch.inf if (outward < 0).any() else low, torch.inf if (outward > 0).any() else high
         return float(value[self.squares.argmin()]), low, high
 
     @property
