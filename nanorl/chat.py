@@ -10,11 +10,11 @@ it continues the line. While talking, a line that begins with a slash changes a 
     /temperature 0.5    /top_k 10    /top_p 0.9    /max_new_tokens 50    /show probs    /quit
 """
 
-import dataclasses
+import contextlib
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -54,7 +54,7 @@ def changed(cfg: Config, command: str) -> Config:
         parsed = run.parse(Config, [cfg.checkpoint, f"--{name.replace('_', '-')}={value.strip()}"])
     except SystemExit:
         return cfg
-    return dataclasses.replace(cfg, **{name: getattr(parsed, name)})
+    return replace(cfg, **{name: getattr(parsed, name)})
 
 
 def at_the_keyboard() -> bool:
@@ -65,14 +65,12 @@ def prompts() -> Iterator[str]:
     """Lines from the keyboard or from a pipe, whatever bytes they hold."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
-    if not at_the_keyboard():
+    if at_the_keyboard():
+        with contextlib.suppress(EOFError):
+            while True:
+                yield input("> ")
+    else:
         yield from (line.rstrip("\n") for line in sys.stdin or ())
-        return
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            return
 
 
 @torch.no_grad()

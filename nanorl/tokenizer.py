@@ -46,10 +46,8 @@ def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
         raise UserError(f"vocab_size is {vocab_size}, expected at least 256: one rank for each byte")
     ranks = {bytes([byte]): byte for byte in range(256)}
 
-    words, times = [], []
-    for word, n in Counter(re.findall(PATTERN, text)).items():
-        words.append([bytes([byte]) for byte in word.encode()])
-        times.append(n)
+    occurrences = Counter(re.findall(PATTERN, text))
+    words, times = [[bytes([byte]) for byte in word.encode()] for word in occurrences], list(occurrences.values())
     count, words_with = Counter(), defaultdict(set)
     for index, word in enumerate(words):
         for pair in pairwise(word):
@@ -126,13 +124,11 @@ class Tokenizer:
         self.pad, self.bos, self.user, self.assistant, self.end = range(first, self.vocab_size)
         special |= zip(SPECIAL_TOKENS, range(first, self.vocab_size), strict=True)
         # tiktoken's own vocabularies have holes, and an untrained model samples these as well: every id must decode
-        for hole in set(range(first)).difference(ranks.values(), special.values()):
-            special[f"<|unused_{hole}|>"] = hole
+        holes = set(range(first)).difference(ranks.values(), special.values())
+        special |= {f"<|unused_{hole}|>": hole for hole in holes}
         self.encoding = tiktoken.Encoding(f"nanorl-{name or 'bpe'}", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special)
-        self.byte_lengths = [0] * self.vocab_size                       # special tokens stay 0
-        for token, rank in ranks.items():
-            self.byte_lengths[rank] = len(token)
+        self.byte_lengths = {rank: len(token) for token, rank in ranks.items()}
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "Tokenizer":
@@ -196,7 +192,7 @@ class Tokenizer:
 
     def num_bytes(self, ids: list[int]) -> int:
         """UTF-8 bytes that the ordinary tokens stand for, the denominator of bits per byte; special tokens count 0."""
-        return sum(self.byte_lengths[i] for i in ids)
+        return sum(self.byte_lengths.get(i, 0) for i in ids)
 
     def render(self, prompt: str) -> list[int]:
         """The context in which a response is sampled:  <|bos|> <|user|> prompt <|assistant|>

@@ -14,7 +14,7 @@ from nanorl.gpt import GPT, ScalarGPT
 from nanorl.run.checkpoint import load_checkpoint, load_reward_model, model_from, tokenizer_from
 from nanorl.run.device import pick_device
 from nanorl.run.directory import Run
-from nanorl.run.flags import RunConfig, parse, read_config
+from nanorl.run.flags import RunConfig, flag_of, parse, read_config
 from nanorl.tasks import FileTask, Task, make_task
 from nanorl.tokenizer import Tokenizer
 
@@ -66,7 +66,9 @@ def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
     """
     script = find_script(f"train_{stage}")
     wanted = script.Config(**{name: getattr(cfg, name) for name in INHERITED}, **flags)
-    out, command = Path(wanted.out), f"python {script.__name__}.py --out {wanted.out}"
+    out, defaults = Path(wanted.out), script.Config()
+    typed = {"out": wanted.out} | {flag: value for flag, value in flags.items() if value != getattr(defaults, flag)}
+    command = f"python {script.__name__}.py " + " ".join(f"{flag_of(flag)} {value}" for flag, value in typed.items())
     made = read_config(out) if (out / "config.json").exists() else {}
     for flag in ("task", "data", "init"):
         if made and made.get(flag) != getattr(wanted, flag, None):

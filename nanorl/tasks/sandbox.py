@@ -64,10 +64,6 @@ def seccomp_filter(machine: str) -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
-
-
 def _prctl(*arguments: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(*map(ctypes.c_ulong, arguments)):
@@ -83,13 +79,13 @@ def confine(pipe: int) -> None:
     os.closerange(0, pipe)
     os.closerange(pipe + 1, 1 << 16)
     sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None    # print() says nothing
-    for kind, bound in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CPU, 1 + int(CPU_SECONDS)),
-                        (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 0),
-                        (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(kind, (bound, bound))
+    limits = {"AS": MEMORY_BYTES, "CPU": 1 + int(CPU_SECONDS), "FSIZE": 0, "NPROC": 0, "NOFILE": 0, "CORE": 0}
+    for kind, bound in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (bound, bound))
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)       # its signal kills, and no handler can be installed any more
-    instructions = ctypes.create_string_buffer(seccomp_filter(platform.machine()))
-    program = _Program((len(instructions) - 1) // 8, ctypes.addressof(instructions))
+    instructions = seccomp_filter(platform.machine())
+    kept = ctypes.create_string_buffer(instructions)
+    program = ctypes.create_string_buffer(struct.pack("HP", len(instructions) // 8, ctypes.addressof(kept)))   # a sock_fprog
     _prctl(set_no_new_privs, 1, 0, 0, 0)
     _prctl(set_seccomp, filter_mode, ctypes.addressof(program), 0, 0)
 
