@@ -98,7 +98,10 @@ def doublings(most: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Literal["direct", "worked"]) -> list[int]:
+Style = Literal["direct", "worked"]
+
+
+def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Style) -> list[int]:
     """The first token ids of a response in this style: up to the first in which a direct and a worked demonstration differ.
     A model that goes on from there has begun in that style, and is told no more of the solution than that token.
 
@@ -127,32 +130,30 @@ class Answers:
 
 
 def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
-                   seed: int, purpose: str, style: Literal["direct", "worked"] | None = None,
-                   reward_model: ScalarGPT | None = None, quiet: bool = True) -> Answers:
+                   seed: int, purpose: str, style: Style | None = None, reward_model: ScalarGPT | None = None,
+                   quiet: bool = True) -> Answers:
     """Sample N = `samples` answers to each problem, as many problems at a time as fit into memory.
 
     With a `style`, the answers are made to begin in it. `purpose` chooses the random stream and names the progress bar.
     """
-    parts, size = [], max(1, ROWS // samples)
+    size, shape = max(1, ROWS // samples), (len(problems), samples)
+    rewards, tokens, logp, ballots, learned = [], [], [], [], []
     for i in tqdm(range(0, len(problems), size), desc=purpose, disable=quiet, leave=False):
         asked = problems[i : i + size]
         begun = [opening(task, tokenizer, problem, style) if style else [] for problem in asked]
         found = sample_and_grade(model, tokenizer, task, asked, sampling, samples=samples, openings=begun,
                                  seed=derive(seed, purpose, i))
-        said, shape = found.rollout, found.rewards.shape
-        ballots = [task.ballot(text) if done else None
-                   for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
-        parts.append(Answers(
-            rewards=found.rewards,
-            tokens=(said.lengths - said.prompt_lengths).cpu().view(shape) + torch.tensor([[len(ids)] for ids in begun]),
-            logp=said.logp.sum(-1).cpu().view(shape),
-            ballots=[ballots[p * samples : (p + 1) * samples] for p in range(len(asked))],
-            learned=learned_rewards(reward_model, said, MICRO_BATCH).cpu().view(shape) if reward_model else None))
-    return Answers(rewards=torch.cat([part.rewards for part in parts]),
-                   tokens=torch.cat([part.tokens for part in parts]),
-                   logp=torch.cat([part.logp for part in parts]),
-                   ballots=[ballots for part in parts for ballots in part.ballots],
-                   learned=torch.cat([part.learned for part in parts]) if reward_model else None)
+        said, forced = found.rollout, torch.tensor([len(ids) for ids in begun]).repeat_interleave(samples)
+        rewards.append(found.rewards)
+        tokens.append((said.lengths - said.prompt_lengths).cpu() + forced)
+        logp.append(said.logp.sum(-1).cpu())
+        ballots += [task.ballot(text) if done else None
+                    for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
+        if reward_model:
+            learned.append(learned_rewards(reward_model, said, MICRO_BATCH).cpu())
+    return Answers(torch.cat(rewards), torch.cat(tokens).view(shape), torch.cat(logp).view(shape),
+                   [ballots[row : row + samples] for row in range(0, len(ballots), samples)],
+                   torch.cat(learned).view(shape) if reward_model else None)
 
 
 def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
