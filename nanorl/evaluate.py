@@ -217,8 +217,7 @@ class Evaluation:
 def table(rows: list[Row], measured: str) -> str:
     """Markdown, and aligned for the eye."""
     cells = [["run", "method", "n", measured, "95 % interval", "tokens per problem"]]
-    cells += [[r.run, r.method, str(r.n), f"{r.value:.3f}", f"{r.low:.3f} to {r.high:.3f}", f"{r.tokens:,.0f}"]
-              for r in rows]
+    cells += [[r.run, r.method, str(r.n), f"{r.value:.3f}", f"{r.low:.3f} to {r.high:.3f}", f"{r.tokens:,.0f}"] for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
@@ -260,26 +259,23 @@ def load_runs(cfg: Config) -> list[Evaluation]:
 
 @run.user_errors_as_sentences
 def main(cfg: Config) -> None:
-    evaluations = load_runs(cfg)
-    task, device = evaluations[0].task, evaluations[0].model.head.weight.device
-    for evaluation in evaluations:
-        with run.autocast(device, cfg.dtype):
-            try:
-                evaluation.measure()
-            except FloatingPointError as e:
-                raise UserError(str(e)) from None
-    rows = [row for evaluation in evaluations for row in evaluation.rows]
-    notes = [note for evaluation in evaluations for note in evaluation.notes]
-    measured = "accuracy" if task.verifiable else "hidden reward"
-    print(f"{len(evaluations[0].problems)} held-out problems of {task}, on {device.type}.\n\n{table(rows, measured)}")
-    print("".join(f"\n{note}." for note in notes))
     try:
+        evaluations = load_runs(cfg)
+        task, device = evaluations[0].task, evaluations[0].model.head.weight.device
+        for evaluation in evaluations:
+            with run.autocast(device, cfg.dtype):
+                evaluation.measure()
+        rows = [row for evaluation in evaluations for row in evaluation.rows]
+        notes = [note for evaluation in evaluations for note in evaluation.notes]
+        measured = "accuracy" if task.verifiable else "hidden reward"
+        print(f"{len(evaluations[0].problems)} held-out problems of {task}, on {device.type}.\n\n{table(rows, measured)}")
+        print("".join(f"\n{note}." for note in notes))
         if cfg.out:
             kept = {"settings": asdict(cfg), "task": str(task), "rows": [asdict(row) for row in rows], "chains": notes}
             run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
         if cfg.plot:
             draw_search([asdict(row) for row in rows], measured, Path(cfg.plot))
-    except OSError as e:
+    except (FloatingPointError, OSError) as e:
         raise UserError(str(e)) from None
 
 

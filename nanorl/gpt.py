@@ -37,8 +37,7 @@ class GPTConfig:
             object.__setattr__(self, "kv_heads", self.heads)
         if self.mlp_width is None:
             object.__setattr__(self, "mlp_width", -(-self.width * 8 // (3 * 32)) * 32)
-        sizes = ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_width")
-        for name in sizes:
+        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if self.width % self.heads or self.heads % self.kv_heads:

@@ -147,8 +147,7 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[
         rewards.append(found.rewards)
         tokens.append((said.lengths - said.prompt_lengths).cpu() + forced)
         logp.append(said.logp.sum(-1).cpu())
-        ballots += [task.ballot(text) if done else None
-                    for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
+        ballots += [task.ballot(text) if done else None for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
         if reward_model:
             learned.append(learned_rewards(reward_model, said, MICRO_BATCH).cpu())
     return Answers(torch.cat(rewards), torch.cat(tokens).view(shape), torch.cat(logp).view(shape),
@@ -252,16 +251,14 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
             sampled[rows] += new.lengths - new.prompt_lengths
 
             kept = torch.arange(T - 1, device=logp.device) < ends[:, None] - 1                         # [R, T-1]
-            new_logp, new_logq = torch.where(kept, logp[rows], new_logp), torch.where(kept, y.logp[rows], new.logp)
+            new_logp, new.logp = torch.where(kept, logp[rows], new_logp), torch.where(kept, y.logp[rows], new.logp)
             delta_p, delta_q = ((after - before[rows]).cpu().double().sum(-1)
-                                for before, after in ((logp, new_logp), (y.logp, new_logq)))
+                                for before, after in ((logp, new_logp), (y.logp, new.logp)))
             moves = (u[rows.cpu()].log() < power_log_accept(alpha, delta_p, delta_q)).to(rows.device)
             to = rows[moves]
             accepted[to] = True
-            y = replace(y, tokens=y.tokens.index_copy(0, to, new.tokens[moves]),
-                        lengths=y.lengths.index_copy(0, to, new.lengths[moves]),
-                        finished=y.finished.index_copy(0, to, new.finished[moves]),
-                        logp=y.logp.index_copy(0, to, new_logq[moves]))
+            y = replace(y, **{name: getattr(y, name).index_copy(0, to, getattr(new, name)[moves])
+                              for name in ("tokens", "lengths", "finished", "logp")})
             logp = logp.index_copy(0, to, new_logp[moves])
         yield Chains(y, logp.sum(-1), proposed, accepted, sampled)
 

@@ -134,8 +134,8 @@ def micro_batches(f: Callable, batch: Batch, generator: torch.Generator) -> None
         values = torch.stack(values)
         return values.max() if name.endswith("_max") else values.min() if name.endswith("_min") else values.sum()
 
-    parts, whole = partition(generator, len(batch.mask)), differentiate(f, batch)
-    results = [differentiate(f, batch.rows(rows)) for rows in parts]
+    parts = partition(generator, len(batch.mask))
+    results, whole = [differentiate(f, batch.rows(rows)) for rows in parts], differentiate(f, batch)
     together = {name: merged(name, [result[name] for result in results]) for name in whole}
     expect_same(together, change_gradients(whole, lambda g: g[torch.cat(parts)]),
                 f"splitting into micro-batches of {', '.join(str(len(rows)) for rows in parts)} ({describe(batch)})")
@@ -233,8 +233,7 @@ def same_rewards(advantage: Callable, r: Tensor, generator: torch.Generator) -> 
 def shifted_rewards(advantage: Callable, r: Tensor, generator: torch.Generator) -> None:
     """adding a constant to a group's rewards changes nothing"""
     a, shifted = advantage(r), advantage(r + 3.0)
-    expect(close(shifted, a, 1e-4),
-           f"rewards {numbers(r[0])} get {numbers(a[0])}, and with 3 added {numbers(shifted[0])}")
+    expect(close(shifted, a, 1e-4), f"rewards {numbers(r[0])} get {numbers(a[0])}, and with 3 added {numbers(shifted[0])}")
 
 
 def scaled_rewards(advantage: Callable, r: Tensor, generator: torch.Generator) -> None:
