@@ -133,17 +133,12 @@ class KVCache:
     token. Rows are left-aligned and may differ in length: what lies at or beyond a row's length is never looked at.
     """
 
-    def __init__(self, config: GPTConfig, rows: int, capacity: int, device=None, dtype=None, static: bool = False):
+    def __init__(self, config: GPTConfig, rows: int, capacity: int, device=None, dtype=None):
         shape = (rows, config.kv_heads, capacity, config.head_dim)
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
                                   for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.visible = capacity if static else 0    # attention reads so many positions; counted here unless `static`
-        self.static = static
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
-        self.visible += 0 if self.static else tokens
+        self.visible = 0        # attention reads so many positions, whatever the rows' lengths
 
     def addresses(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """These positions of all rows and heads, as indices of a layer's memory.
@@ -276,7 +271,8 @@ class GPT(nn.Module):
         if cache is not None:
             positions = cache.length[:, None] + positions                                   # [B, T]
             addresses = cache.addresses(positions)
-            cache.advance(T)
+            cache.length += T
+            cache.visible += T
             longest = cache.visible
             unseen = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]   # [B, 1, T, visible]
             mask = x.new_zeros(unseen.shape).masked_fill(unseen, -torch.inf)                # added to the scores

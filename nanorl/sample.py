@@ -124,7 +124,7 @@ def _compiled_step(model: GPT, rows: int, capacity: int, device: torch.device, d
     else:
         if len(steps) == KEPT:
             del steps[next(iter(steps))]
-        static = KVCache(model.config, *kind, static=True)
+        static = KVCache(model.config, *kind)
         for x in (*static.keys, *static.values, static.length):
             torch._dynamo.mark_static_address(x)
         # Each kind of cache is compiled for each stretch that attention reads of it. Beyond its limit, 8 in all, the compiler
@@ -238,7 +238,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
                     cache.keep(running.nonzero().squeeze(-1))
                     rows, ids = rows[running], ids[running]
         cache.length.clamp_(max=capacity - 1)           # rows that are done go on, over their last place if need be
-        cache.visible = min(capacity, max(64, 1 << seen.bit_length())) if compile else min(seen, capacity - 1)
+        # A step reads one position more than these; compiled, few different numbers of them.
+        cache.visible = (min(capacity, max(64, 1 << seen.bit_length())) if compile else min(seen + 1, capacity)) - 1
         logits = step(model, ids, cache)
         seen += 1
 

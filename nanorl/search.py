@@ -1,6 +1,5 @@
 """Test-time compute: what a policy can do when it may answer more than once. Nothing here trains anything."""
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -202,20 +201,6 @@ class Chains:
     sampled: Tensor     # [B] tokens that each chain has sampled so far
 
 
-def _finish(model: GPT, starts: list[list[int]], limits: list[int], *, T: int, temperature: float,
-            **how) -> tuple[Rollout, Tensor]:
-    """Ends for these starts, as rows of T tokens, and log p of the sampled tokens, 0 elsewhere.       -> [R, T-1]
-
-    In float32: the acceptance compares p with q, and in half precision their rounding would decide.
-    """
-    with in_float32(model.head.weight.device):
-        y = generate(model, starts, max_new_tokens=limits, temperature=temperature, **how)
-        logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, MICRO_BATCH)
-    missing = T - y.tokens.shape[1]
-    return replace(y, tokens=pad(y.tokens, (0, missing)), logp=pad(y.logp, (0, missing))), pad(logp, (0, missing))
-
-
-@torch.no_grad()
 def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: int, temperature: float = 1.0, chains: int = 1,
                  max_new_tokens: int, stop_ids: set[int], seed: int = 0) -> Iterator[Chains]:
     """Metropolis-Hastings chains whose stationary distribution is p(y)^alpha / Z over whole responses.
@@ -232,10 +217,21 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
         raise ValueError(f"power_sample: alpha={alpha}, temperature={temperature}; expected finite numbers above 0")
     starts = [prompt for prompt in prompts for _ in range(chains)]
     B, T = len(starts), max(map(len, starts)) + max_new_tokens
-    finish = functools.partial(_finish, model, T=T, temperature=temperature, stop_ids=stop_ids)
     rng, weights = generator(seed, "power"), position_weights(max_new_tokens)
 
-    y, logp = finish(starts, [max_new_tokens] * B, seed=derive(seed, "power", 0))
+    def finish(starts: list[list[int]], limits: list[int], step: int) -> tuple[Rollout, Tensor]:
+        """Ends for these starts, as rows of T tokens, and log p of the sampled tokens, 0 elsewhere.       -> [R, T-1]
+
+        In float32: the acceptance compares p with q, and in half precision their rounding would decide.
+        """
+        with in_float32(model.head.weight.device):
+            y = generate(model, starts, max_new_tokens=limits, temperature=temperature, stop_ids=stop_ids,
+                         seed=derive(seed, "power", step))
+            logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, MICRO_BATCH)
+        missing = T - y.tokens.shape[1]
+        return replace(y, tokens=pad(y.tokens, (0, missing)), logp=pad(y.logp, (0, missing))), pad(logp, (0, missing))
+
+    y, logp = finish(starts, [max_new_tokens] * B, 0)
     y.prompt_index = y.prompt_index // chains
     sampled, nowhere = y.lengths - y.prompt_lengths, torch.zeros_like(y.finished)
     yield Chains(y, logp.sum(-1), nowhere, nowhere, sampled)
@@ -247,7 +243,7 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
         if len(rows):
             ends = (y.prompt_lengths + m)[rows]
             starts = [row[:end] for row, end in zip(y.tokens[rows].tolist(), ends.tolist(), strict=True)]
-            new, new_logp = finish(starts, (max_new_tokens - m[rows]).tolist(), seed=derive(seed, "power", step))
+            new, new_logp = finish(starts, (max_new_tokens - m[rows]).tolist(), step)
             sampled[rows] += new.lengths - new.prompt_lengths
 
             kept = torch.arange(T - 1, device=logp.device) < ends[:, None] - 1                         # [R, T-1]
