@@ -70,6 +70,7 @@ class Config(run.DeviceConfig):
             self.require(getattr(self, flag) is None or methods & set(self.method), f"method {flag}",
                         f"no method here looks at it; expected {' or '.join(sorted(methods))}")
             self.default(flag, value)
+        self.require(("reward" in self.scorer) == bool(self.reward_model), "scorer reward_model", "the one needs the other")
 
 
 @dataclass
@@ -240,8 +241,6 @@ def load_runs(cfg: Config) -> list[Evaluation]:
     comparing = {"majority", "weighted", "direct", "worked"}.intersection(cfg.method)
     if comparing and not task.verifiable:
         raise UserError(f"--method {min(comparing)}: no answer to {task} is right or wrong; expected another method")
-    if ("reward" in cfg.scorer) != bool(cfg.reward_model):
-        raise UserError(f"--scorer {' '.join(cfg.scorer)} --reward-model {cfg.reward_model}: the one needs the other")
     problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed)))      # others would count as independent
     sampling = Sampling(cfg.max_new_tokens or default_max_new_tokens(name), compile=run.wants_compile(cfg, device))
     evaluations = []
