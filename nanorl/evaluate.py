@@ -136,7 +136,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)      # on how the chains have moved
 
     def add(self, method: str, n: int, values: Tensor, tokens: Tensor) -> None:
-        """A row, from one value and one count of tokens for each problem, or from several, whose mean counts."""
+        """A row, from values and counts of tokens: one for each problem, or several, of which the mean is taken."""
         values, tokens = (x.double().view(len(self.problems), -1).mean(-1) for x in (values, tokens))
         low, high = interval(values, self.task.verifiable)
         self.rows.append(Row(self.name, method, n, float(values.mean()), low, high, float(tokens.mean())))
@@ -152,11 +152,11 @@ class Evaluation:
         return self.answers("sample", self.cfg.n, self.cfg.temperature)
 
     def alone(self, method: str, found: Answers) -> None:
-        """A row for one answer, averaged over those found."""
+        """A row for one answer: the mean over all that were sampled."""
         self.add(method, 1, found.rewards, found.tokens)
 
-    def chosen(self, method: str, values: Callable[[int], Tensor]) -> None:
-        """Rows for what comes of 1, 2, 4, ... of the sampled answers: values(n) [P]."""
+    def choose(self, method: str, values: Callable[[int], Tensor]) -> None:
+        """Rows for 1, 2, 4, ... of the sampled answers: values(n) [P] is what the vote or the scorer makes of n."""
         for n in doublings(self.cfg.n):
             self.add(method, n, values(n), n * self.sampled.tokens.double().mean(-1))
 
@@ -204,12 +204,12 @@ class Evaluation:
                 case "direct" | "worked":
                     self.alone(method, self.answers(method, cfg.n, cfg.temperature, style=method))
                 case "majority" | "weighted":
-                    self.chosen(method, functools.partial(vote, self.sampled, weighted=method == "weighted"))
+                    self.choose(method, functools.partial(vote, self.sampled, weighted=method == "weighted"))
                 case "best_of_n":
                     found = self.sampled
                     scores = {"verifier": found.rewards, "logprob": found.logp, "reward": found.learned}
                     for scorer in cfg.scorer:
-                        self.chosen(f"best by {scorer}", functools.partial(best_of_n, scores[scorer], found.rewards))
+                        self.choose(f"best by {scorer}", functools.partial(best_of_n, scores[scorer], found.rewards))
                 case "power":
                     for alpha, proposal in itertools.product(cfg.alpha, cfg.proposal):
                         self.walk(alpha, proposal)

@@ -40,6 +40,7 @@ def differentiate(f: Callable, batch: Batch) -> dict[str, Tensor]:
 
 
 def change_gradients(results: dict[str, Tensor], change: Callable) -> dict[str, Tensor]:
+    """The results of `differentiate` with another order, shape or content of the gradients."""
     return {name: change(x) if name.startswith("dL/") else x for name, x in results.items()}
 
 
