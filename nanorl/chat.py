@@ -111,14 +111,11 @@ def main(cfg: Config) -> None:
             cfg = changed(cfg, line)
         elif line.strip():
             ids = [tokenizer.bos, *tokenizer.encode(line)] if pretrained else tokenizer.render(line)
-            space = model.config.context - len(ids)
-            if space < 1:
-                print(f"{len(ids)} tokens: expected fewer than the model's context of {model.config.context}", file=sys.stderr)
-                continue
+            limit = max(1, min(cfg.max_new_tokens, model.config.context - len(ids)))
             try:
-                said = generate(model, [ids], max_new_tokens=min(cfg.max_new_tokens, space), temperature=cfg.temperature,
-                                top_k=cfg.top_k, top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
-            except FloatingPointError as e:
+                said = generate(model, [ids], max_new_tokens=limit, temperature=cfg.temperature, top_k=cfg.top_k,
+                                top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
+            except (ValueError, FloatingPointError) as e:       # the line does not fit the context; logits that are not finite
                 print(e, file=sys.stderr)
                 continue
             if cfg.show == "probs":
