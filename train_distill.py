@@ -81,12 +81,12 @@ def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1
 class Config(run.RunConfig):
     out: str = ""               # directory of this run (default: runs/distill, or runs/distill-TASK)
     init: str = ""              # the student to begin with (default: a small one, pretrained and fine-tuned first)
-    teacher: str = ""           # run to learn from (default: runs/grpo, or runs/grpo-TASK, made first)
     steps: run.Count = 60
     lr: run.Positive = 1e-3
     eval_every: run.Count = 20
 
-    # answers
+    # teacher and answers
+    teacher: str = ""           # run to learn from (default: runs/grpo, or runs/grpo-TASK, made first)
     task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
     data: str = ""              # --on data: JSONL records {"prompt", "response"} instead of the task's demonstrations
     on: Literal["data", "teacher", "student"] = "teacher"    # whose answers: see the table above
@@ -125,7 +125,7 @@ def make_student(cfg: Config) -> str:
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     device, checkpoint = run.pick_device(cfg), run.Run.check(cfg)
     task = run.choose_task(cfg.task)
     records = training_records(cfg.data, task) if cfg.on == "data" else []

@@ -54,7 +54,7 @@ class Config(run.RunConfig):
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     device, checkpoint = run.pick_device(cfg), run.Run.check(cfg)
     records, training, heldout, identical = read_pairs(cfg.data)
     start = checkpoint or run.load_checkpoint(cfg.init or run.ensure_stage(cfg, "sft", task="stories"), "policy")
@@ -106,7 +106,7 @@ def main(cfg: Config) -> None:
         # 4. Log.
         out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr}, show=("train/loss", "train/accuracy"))
 
-    # 5. Held-out pairs, beside the baselines and the ceiling. The pairs with their margins go to samples.jsonl.
+    # 5. Held-out pairs, with the baselines and the ceiling. The pairs with their margins go to samples.jsonl.
     final = {}
     if heldout:
         margin = margins(heldout)

@@ -16,7 +16,8 @@ from types import ModuleType
 from experiments import figures
 from experiments.findings import Finding, conclude, kept, title
 from experiments.runs import ROOT
-from nanorl.run import user_errors, write_atomically
+from nanorl.errors import UserError, user_errors_as_sentences
+from nanorl.run import write_atomically
 
 FILES = ("variance", "clipping", "exploration", "leash", "kl", "modes", "dpo", "groups", "power", "voting", "scaling",
          "staleness", "foundations")
@@ -54,6 +55,7 @@ def page() -> str:
     return "".join(parts).rstrip() + "\n"
 
 
+@user_errors_as_sentences
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,17 +63,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="everything once and tiny; nothing is kept")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     args = parser.parse_args(argv)
-    with user_errors():
-        for name in args.files:
-            if name not in FILES:
-                raise ValueError(f"{name!r} is no file of claims; expected some of {', '.join(FILES)}")
-        for name, module in modules().items():
-            if name in args.files or not args.files:
-                conclude(module, args.smoke, args.draw)
-        if not args.smoke:
-            if not args.files:
-                figures.draw_all()
-            write_atomically(ROOT / "experiments/README.md", lambda f: f.write(page().encode()))
+    for name in args.files:
+        if name not in FILES:
+            raise UserError(f"{name!r} is no file of claims; expected some of {', '.join(FILES)}")
+    for name, module in modules().items():
+        if name in args.files or not args.files:
+            conclude(module, args.smoke, args.draw)
+    if not args.smoke:
+        if not args.files:
+            figures.draw_all()
+        write_atomically(ROOT / "experiments/README.md", lambda f: f.write(page().encode()))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ C6   Outside the band the gradient is zero. Against it stands the derivative:
 C4 and C5 are bandits of ten arms that pay 1 with probability .8, .7 and eight times .5, with 16 answers to a batch, z-scores as
 advantages and plain gradient steps. C6 is autograd on a grid of ratios.
 
-Change `UPDATES = 8` to `UPDATES = 1`: C4 is refuted. Change `bound=bound, mask_low` to `bound="none", mask_low`: C6 is refuted.
+Change `UPDATES = 8` to `UPDATES = 1`: C4 is refuted. Change `high - 1, bound=bound` to `high - 1, bound="none"`: C6 is refuted.
 """
 
 import math
@@ -133,8 +133,8 @@ CASES = {"clip .2/.2": ("clip", 0.8, 1.2), "clip .2/.28": ("clip", 0.8, 1.28), "
 def slope(rho, A, bound, low, high):
     """dJ / dlog pi(a), by autograd, with a band from `low` to `high`.       ratios [n], A a number -> [n]"""
     logp, one = leaf(rho.log()[:, None]), torch.ones(len(rho), 1).double()
-    loss, _ = train_grpo.objective(logp, torch.zeros_like(one), A * one, one.bool(), one, clip_low=1 - low, clip_high=high - 1,
-                                   bound=bound, mask_low=low, mask_high=high)
+    loss, _ = train_grpo.objective(logp, torch.zeros_like(one), A * one, one.bool(), one, clip_low=1 - low,
+                                   clip_high=high - 1, bound=bound)
     return 0 - torch.autograd.grad(loss, logp)[0].squeeze(-1)
 
 

@@ -20,13 +20,13 @@ from nanorl.plot import PALETTE, pyplot, read_metrics
 COMMON = "--minibatches 4 --lr 1e-4 --steps 20 --eval-every 1 --eval-problems 250"
 # Label: the flags. Rows of one block are the same algorithm where all ratios are 1 (and no group is left out).
 BLOCKS = [
-    {"reinforce": "--algo reinforce", "reinforce, running mean off": "--algo reinforce --baseline-decay 0.9"},
+    {"reinforce": "--algo reinforce", "reinforce, running mean off": "--algo reinforce --advantage running_mean"},
     {"rloo": "--algo rloo"},
     {"grpo": "--algo grpo", "gspo": "--algo gspo", "gspo, clip .01/.01": "--algo gspo --clip-low 0.01 --clip-high 0.01"},
     {"dr_grpo": "--algo dr_grpo"},
-    {"masked_is": "--algo masked_is", "masked_is [.8, 1.25]": "--algo masked_is --mask-low 0.8 --mask-high 1.25"},
-    {"dapo": "--algo dapo", "cispo": "--algo cispo", "cispo, cap 1.2": "--algo cispo --cap 1.2"},
-    {"scale_rl": "--algo scale_rl", "scale_rl, cap 1.2": "--algo scale_rl --cap 1.2"},
+    {"masked_is": "--algo masked_is", "masked_is [.8, 1.25]": "--algo masked_is --clip-low 0.2 --clip-high 0.25"},
+    {"dapo": "--algo dapo", "cispo": "--algo cispo", "cispo, cap 1.2": "--algo cispo --clip-high 0.2"},
+    {"scale_rl": "--algo scale_rl", "scale_rl, cap 1.2": "--algo scale_rl --clip-high 0.2"},
     {"raft": "--algo raft"},
 ]
 BOUNDED = ("train/clipped_low", "train/clipped_high", "train/capped", "train/masked")
@@ -56,10 +56,11 @@ def tokens_to(curve: dict[str, list[float]], accuracy: float) -> float:
 
 
 def bound_of(flags: str) -> str:
-    """The bound of a row, with its numbers."""
+    """The bound of a row: a clip with its flags, others with the edges of their band."""
     cfg = run.parse(train_grpo.Config, flags.split())
-    numbers = {"clip": (cfg.clip_low, cfg.clip_high), "truncate": (cfg.cap,), "mask": (cfg.mask_low, cfg.mask_high)}
-    return " ".join([cfg.bound, *(f"{x:g}" for x in numbers.get(cfg.bound, ()))])
+    numbers = [x if cfg.bound == "clip" else 1 + sign * x for sign, x in ((-1, cfg.clip_low), (1, cfg.clip_high))
+               if x is not None]
+    return " ".join([cfg.bound, *(f"{x:g}" for x in numbers)])
 
 
 def table(curves: dict[str, list[dict]]) -> str:

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import train_grpo
-import train_pretrain
 import train_sft
 from experiments.runs import ROOT
 from nanorl import run
 from nanorl.data import DATA, read_text
+from nanorl.errors import user_errors_as_sentences
 from nanorl.evaluate import interval
 from nanorl.gpt import GPT
 from nanorl.ops import log_softmax
@@ -104,15 +103,14 @@ def scratch() -> tempfile.TemporaryDirectory:
 @functools.cache
 def stage(name: str, smoke: bool) -> str:
     """The directory of a finished run with the default flags, `sft` or `grpo`; in a smoke test, fine-tuned for two steps."""
-    script = {"sft": train_sft, "grpo": train_grpo}[name]
     if not smoke:
-        return run.ensure_stage(script, quiet=True)
+        return run.ensure_stage(train_sft.Config(quiet=True), name)
     folder = Path(scratch().name)
     (folder / "text.txt").write_text(read_text(DATA / "text.txt")[:20_000])
-    tiny = {"device": "cpu", "quiet": True}
-    base = run.ensure_stage(train_pretrain, out=str(folder / "pretrain"), preset="pico", steps=2, batch=2, length=32,
-                            text=str(folder / "text.txt"), **tiny)
-    return run.ensure_stage(train_sft, out=str(folder / "sft"), init=base, steps=2, batch=4, eval_problems=2, **tiny)
+    cfg = train_sft.Config(device="cpu", quiet=True)
+    base = run.ensure_stage(cfg, "pretrain", out=str(folder / "pretrain"), preset="pico", steps=2, batch=2, length=32,
+                            text=str(folder / "text.txt"))
+    return run.ensure_stage(cfg, "sft", out=str(folder / "sft"), init=base, steps=2, batch=4, eval_problems=2)
 
 
 def load(folder: str) -> tuple[GPT, Tokenizer]:
@@ -185,14 +183,14 @@ def kept(module: ModuleType) -> dict[str, Finding]:
     return {finding.claim: finding for finding in findings}
 
 
+@user_errors_as_sentences
 def main(module: ModuleType, argv: list[str] | None = None) -> None:
     """One file of claims: `--smoke` keeps nothing, `--draw` measures nothing."""
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="everything once and tiny, to see that it runs; nothing is kept")
     parser.add_argument("--draw", action="store_true", help="only the figure, from the findings that are kept")
     args = parser.parse_args(argv)
-    with run.user_errors():
-        conclude(module, args.smoke, args.draw)
+    conclude(module, args.smoke, args.draw)
 
 
 def conclude(module: ModuleType, smoke: bool, draw: bool) -> None:

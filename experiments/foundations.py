@@ -32,14 +32,15 @@ import torch
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save
 from nanorl import gpt
-from nanorl.data import DATA, random_windows, read_text
+from nanorl.data import DATA, random_windows, read_text, split_text
 from nanorl.gpt import GPT, GPTConfig, attention
+from nanorl.heldout import total_loss
 from nanorl.ops import entropy_from_logits, log_softmax, selective_log_softmax, token_weights
 from nanorl.plot import PALETTE
 from nanorl.run import Optimizers, generator, schedule
 from nanorl.sample import token_log_probs
 from nanorl.tabular import leaf, randn
-from train_pretrain import objective, split, total_loss
+from train_pretrain import objective
 
 KEYS = 32                       # keys that a query looks at
 TARGET = 0.9                    # the probability of the right answer at which it counts as learned
@@ -73,7 +74,7 @@ def look(attend, q, k):
 @functools.cache
 def text_bytes():
     """What to train on, and what is held out, a token for each byte."""
-    parts = split(read_text(DATA / "text.txt"))
+    parts = split_text(read_text(DATA / "text.txt"))
     return [torch.frombuffer(bytearray(part, "utf-8"), dtype=torch.uint8).long() for part in parts]
 
 

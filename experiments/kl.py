@@ -32,13 +32,16 @@ import torch
 import train_grpo
 from experiments.findings import Finding, load, main, mean_and_interval, panels, save, stage
 from nanorl.data import shift
+from nanorl.family import BANDS
+from nanorl.first_step import tolerance
+from nanorl.heldout import heldout_problems
 from nanorl.ops import importance_ratio, kl_divergence, kl_k1, kl_k2, kl_k3, logsumexp, selective_log_softmax
 from nanorl.plot import PALETTE
-from nanorl.rollout import Room, answer, choose_task, collect, heldout_problems, score_rollout
+from nanorl.rollout import Sampling, collect, score_rollout
 from nanorl.run import derive, generator
-from nanorl.sample import top_p_filter
-from nanorl.selfcheck import tolerance
+from nanorl.sample import generate, top_p_filter
 from nanorl.tabular import expectation, fixed_prefix_kl, leaf, log_probs, num_prefixes, randn, sequence_kl, sequence_probs
+from nanorl.tasks import make_task
 
 V = 3           # tokens of the tables
 PLACES = {"reward": "in the reward", "loss": "in the loss", "weighted": "times the ratio",
@@ -135,11 +138,12 @@ def correlation(x, y):
 def along_a_run(smoke):
     """k3 against the full KL to the fine-tuned model: rows for steps of GRPO, and both means of every rollout."""
     reference, tokenizer = load(stage("sft", smoke))
-    task, rows, means = choose_task("addition", ""), [], []
-    rollouts, size = (2, dict(prompts=2, samples=2, max_new_tokens=20)) if smoke else (
-        8, dict(prompts=32, samples=8, max_new_tokens=80))
+    task, rows, means = make_task("addition"), [], []
+    rollouts, size, sampling = (2, dict(prompts=2, samples=2), Sampling(20)) if smoke else (
+        8, dict(prompts=32, samples=8), Sampling(80))
     for step, policy in grpo_run((1, 2) if smoke else (2, 5, 10, 15, 20, 30, 40), smoke):
-        drawn = [collect(policy, tokenizer, task, seed=derive(step, "C12", i), **size).rollout for i in range(rollouts)]
+        drawn = [collect(policy, tokenizer, task, sampling, seed=derive(step, "C12", i), **size).rollout
+                 for i in range(rollouts)]
         found = [exact_and_sampled(policy, reference, rollout) for rollout in drawn]
         means += [(float(exact.mean()), float(kl_k3(*logp).mean())) for exact, *logp in found]
         exact, logp, ref_logp = map(torch.cat, zip(*found, strict=True))
@@ -207,17 +211,18 @@ def c12(smoke):
 
 def c33(smoke):
     policy, tokenizer = load(stage("sft", smoke))
-    task, count, cool = choose_task("addition", ""), 4 if smoke else 256, 0.7
-    problems, rounded = heldout_problems(task, count, 0), copy.deepcopy(policy).bfloat16()
-    bands = (0.8, 1.2), (train_grpo.NUMBERS["mask_low"][2], train_grpo.NUMBERS["mask_high"][2])
+    task, count, cool = make_task("addition"), 4 if smoke else 256, 0.7
+    prompts = [tokenizer.render(problem.prompt) for problem in heldout_problems(task, count, 0)]
+    rounded, (clip_low, clip_high) = copy.deepcopy(policy).bfloat16(), BANDS["mask"]
+    bands = (0.8, 1.2), (1 - clip_low, 1 + clip_high)
 
     def sampled(model=policy, half=False, **how):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return answer(model, tokenizer, task, problems, max_new_tokens=20 if smoke else 80, seed=0, **how).rollout
+            return generate(model, prompts, max_new_tokens=20 if smoke else 80, stop_ids={tokenizer.end}, seed=0, **how)
 
     def scored(rollout, half=False, temperature=1.0):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return score_rollout(policy, rollout, temperature, Room())
+            return score_rollout(policy, rollout, temperature, 64)
 
     same, cold, nucleus, halves = sampled(), sampled(temperature=cool), sampled(top_p=0.9), sampled(half=True)
     coarse = sampled(rounded)

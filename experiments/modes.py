@@ -35,7 +35,8 @@ import train_pretrain
 import train_sft
 from experiments.distill import WAYS, exact_loss, learn, shared, two_modes
 from experiments.findings import Finding, load, main, mean_and_interval, panels, save, stage
-from nanorl.data import DATA, random_windows, read_text, shuffled_batch
+from nanorl.data import DATA, random_windows, read_text, render_records, response_batch, shuffled_batch
+from nanorl.heldout import total_loss
 from nanorl.ops import entropy_from_logits, kl_divergence, log_softmax, logsumexp, token_weights
 from nanorl.plot import PALETTE
 from nanorl.run import Optimizers, generator, read_config, schedule
@@ -201,11 +202,11 @@ def same_loss(init, smoke):
     ids = torch.tensor(tokenizer.encode(read_text(DATA / "text.txt")[:20_000]))
     windows = random_windows(ids, tokenizer.bos, 4 if smoke else 16, 32, generator(0, "C15"))
     rows = range(len(windows))
-    tokens, mask = train_sft.batch_of(windows[:, :1].tolist(), windows[:, 1:].tolist(), rows, tokenizer.pad)
+    tokens, mask = response_batch(windows[:, :1].tolist(), windows[:, 1:].tolist(), rows, tokenizer.pad)
     pairs = zip(loss_and_gradient(model, train_pretrain.objective, windows),
                 loss_and_gradient(model, train_sft.objective, tokens, mask), strict=True)
     identical = all(torch.equal(a, b) for a, b in pairs)
-    tokens, mask = train_sft.batch_of(windows[:, :16].tolist(), windows[:, 16:].tolist(), rows, tokenizer.pad)
+    tokens, mask = response_batch(windows[:, :16].tolist(), windows[:, 16:].tolist(), rows, tokenizer.pad)
     everything, responses, prompts = (loss_and_gradient(model.double(), train_sft.objective, tokens, m)
                                       for m in (torch.ones_like(mask), mask, ~mask))
     share = mask.double().mean()
@@ -216,17 +217,17 @@ def same_loss(init, smoke):
 
 def fine_tune(init, records, heldout, seed, steps, batch, every):
     """The loss on held-out responses every few steps of train_sft.py's loop, nats per token."""
-    cfg, (model, tokenizer) = train_sft.Config(), load(init)
-    optimizer, path = Optimizers(model, "adamw", cfg.lr, cfg.weight_decay), []
+    lr, (model, tokenizer) = train_sft.Config().lr, load(init)
+    optimizer, path = Optimizers(model, "adamw", lr), []
     for step in range(steps + 1):
         if step % every == 0:
-            path.append(train_pretrain.total_loss(model, *heldout) / int(heldout[1].sum()))
+            path.append(total_loss(model, *heldout) / int(heldout[1].sum()))
         if step < steps:
             picks = shuffled_batch(len(records[0]), batch, step, seed)
-            tokens, mask = train_sft.batch_of(*records, picks, tokenizer.pad)
+            tokens, mask = response_batch(*records, picks, tokenizer.pad)
             weights = token_weights(mask, torch.arange(batch), "token_mean")
             train_sft.objective(token_log_probs(model, tokens, mask)[0], mask, weights)[0].backward()
-            optimizer.step(cfg.lr * schedule(step, steps, cfg.warmup, cfg.decay), cfg.grad_clip)
+            optimizer.step(lr * schedule(step, steps, warmup=0.1, decay=0.5), grad_clip=1.0)
     return path
 
 
@@ -240,9 +241,9 @@ def c15(smoke):
     for problem in [task.problem(rng, "heldout") for _ in range(count)]:
         respond = task.work if rng.random() < task.worked_share else task.direct
         unseen.append({"prompt": problem.prompt, "response": respond(problem, rng)})
-    (x, y), new = (train_sft.render(records, tokenizer, model.config.context, task.name)
+    (x, y), new = (render_records(records, tokenizer, model.config.context, task.name)
                    for records in (task.demonstrations(batch * steps), unseen))
-    heldout = train_sft.batch_of(*new, range(count), tokenizer.pad)
+    heldout = response_batch(*new, range(count), tokenizer.pad)
     masks = {"responses": (x, y), "everything": ([a[:1] for a in x], [a[1:] + b for a, b in zip(x, y, strict=True)])}
     paths = {name: torch.tensor([fine_tune(init, records, heldout, seed, steps, batch, every) for seed in range(seeds)])
              for name, records in masks.items()}

@@ -26,7 +26,7 @@ import sys
 import torch
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save, stage
-from nanorl.evaluate import Config, prepare
+from nanorl.evaluate import Config, load_runs
 from nanorl.ops import log_softmax
 from nanorl.plot import PALETTE
 from nanorl.run import generator
@@ -202,7 +202,7 @@ def c26(smoke):
     for digits, settings in ((3, dict(method=("greedy", "sample", "low_temperature", "majority", "power"), n=n) | chain),
                              (3, dict(method=("majority",), n=2 * n, temperature=0.25)),
                              (4, dict(method=("sample", "power"), n=n) | chain)):
-        evaluation = prepare(Config(**shared, **settings, task=f"addition-{digits}"))[0]
+        evaluation = load_runs(Config(**shared, **settings, task=f"addition-{digits}"))[0]
         evaluation.measure()
         cold = " at temperature 1/4" if "temperature" in settings else ""
         rows += [{"digits": digits, "method": row.method.removesuffix(", base") + cold, "n": row.n, "tokens": row.tokens,

@@ -17,11 +17,11 @@ import torch
 
 from experiments.runs import ROOT, cell, directory, train_all
 from nanorl import run
+from nanorl.heldout import RANKERS, heldout_problems
 from nanorl.plot import PALETTE, pyplot, read_metrics
-from nanorl.rollout import load_reward_model
+from nanorl.rollout import Sampling
 from nanorl.search import best_of_n_curve, best_of_n_kl
 from nanorl.tasks import Stories
-from train_reward import RANKERS
 
 # Label: the script and its flags. {reward} is the reward model of the same seed, {stories} and {addition} the initial models.
 REWARD = {"reward model": "train_reward.py --init {stories}"}
@@ -60,9 +60,9 @@ def search(args: argparse.Namespace, seed: int) -> dict[int, float]:
     if not path.exists():
         device, start = torch.device("cpu"), run.load_checkpoint(args.stories, "policy")
         tokenizer = run.tokenizer_from(start)
-        reward_model = load_reward_model(str(directory(args.out, "reward model", seed)), tokenizer, device)
-        best = best_of_n_curve(run.model_from(start, device), tokenizer, Stories(), samples=N, problems=200, seed=seed,
-                               reward_model=reward_model, max_new_tokens=Stories.max_answer_tokens)
+        reward_model = run.load_reward_model(str(directory(args.out, "reward model", seed)), tokenizer, device)
+        best = best_of_n_curve(run.model_from(start, device), tokenizer, Stories(), heldout_problems(Stories(), 200, seed),
+                               Sampling(Stories.max_answer_tokens), samples=N, seed=seed, reward_model=reward_model)
         path.write_text(json.dumps(best))
     return {int(n): value for n, value in json.loads(path.read_text()).items()}
 

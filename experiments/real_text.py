@@ -20,7 +20,7 @@ import numpy as np
 
 import train_pretrain
 from nanorl import run
-from nanorl.data import read_text
+from nanorl.data import read_text, split_text
 from nanorl.plot import read_metrics
 
 MEGABYTES = 4
@@ -64,7 +64,7 @@ def bigram_bits(train: np.ndarray, test: np.ndarray, V: int, k: float) -> float:
 
 def tuned(bits, train: np.ndarray, test: np.ndarray, V: int) -> tuple[float, float]:
     """The smoothing that is best on the last twentieth of the training tokens, and the bits of the test with it."""
-    first, last = train_pretrain.split(train)
+    first, last = split_text(train)
     k = min(SMOOTHING, key=lambda k: bits(first, last, V, k))
     return k, bits(train, test, V, k)
 
@@ -85,7 +85,7 @@ def main() -> None:
     if "eval/bits_per_byte" not in last:
         raise SystemExit(f"{folder} is not finished; continue it with python train_pretrain.py --out {folder} --resume")
     tokenizer = run.tokenizer_from(run.load_checkpoint(folder))
-    train, test = (np.array(tokenizer.encode(part)) for part in train_pretrain.split(read_text(text)))
+    train, test = (np.array(tokenizer.encode(part)) for part in split_text(read_text(text)))
     size, V = tokenizer.num_bytes(test.tolist()), tokenizer.vocab_size
     print(f"\n{len(train):,} tokens to train on, {len(test):,} held out, {size / len(test):.2f} bytes each\n")
     print("| held-out text | bits per byte |\n|---|---|")

@@ -28,6 +28,7 @@ import torch
 
 import train_grpo
 from experiments.findings import Finding, main, mean_and_interval, panels, save, stage
+from nanorl.family import BANDS
 from nanorl.ops import center, log_softmax
 from nanorl.plot import PALETTE, read_metrics
 from nanorl.run import generator
@@ -35,8 +36,9 @@ from nanorl.tabular import leaf, randn, reward_gradient
 
 AGES = (8, 32)          # of the samples, in updates; those of the GPT have the first
 V, SAMPLES, TARGET, MARGIN = 10, 64, 0.95, 0.05
-BOUNDS = {"no ratio": {"ratio": "none", "bound": "none"}, "ratio": {"bound": "none"}, "truncate": {"bound": "truncate"},
-          "mask": {"bound": "mask"}, "clip": {"bound": "clip"}}
+BOUNDS = {"no ratio": {"ratio": "none", "bound": "none"}, "ratio": {"bound": "none"},
+          **{bound: {"bound": bound} | {flag: edge for flag, edge in zip(("clip_low", "clip_high"), BANDS[bound], strict=True)
+                                        if edge is not None} for bound in ("truncate", "mask", "clip")}}
 HELD = ("train/clipped_low", "train/clipped_high", "train/capped", "train/masked")
 
 

@@ -22,8 +22,8 @@ import sys
 
 import torch
 
-import train_grpo
 from experiments.findings import Finding, main, mean_and_interval, panels, save, scores
+from nanorl.family import ADVANTAGES
 from nanorl.ops import center, leave_one_out, log_softmax, zscore
 from nanorl.plot import PALETTE
 from nanorl.run import generator
@@ -122,7 +122,7 @@ def c3(smoke):
                          "p^G + (1-p)^G": law})
     all_right, all_wrong = torch.ones(1, 8), torch.zeros(1, 8)
     silent = {name: all(bool((advantage(group) == 0).all()) for group in (all_right, all_wrong))
-              for name, advantage in train_grpo.ADVANTAGES.items()}
+              for name, advantage in ADVANTAGES.items()}
     return Finding("C3", "Groups that are all right or all wrong carry no signal.",
                    {f"the advantage is {' or '.join(names)}": max(gaps) < 4 and all(silent[name] for name in names)
                     for names in (("center", "leave_one_out", "zscore", "zscore_batch"), ("reward", "positive"))},

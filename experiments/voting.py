@@ -26,10 +26,11 @@ import torch
 
 from experiments.findings import Finding, load, main, mean_and_interval, panels, save, stage
 from nanorl.evaluate import vote
+from nanorl.heldout import heldout_problems
 from nanorl.plot import PALETTE
-from nanorl.rollout import heldout_problems
+from nanorl.rollout import Sampling
 from nanorl.run import generator
-from nanorl.search import ask, doublings, majority_vote, pass_at_k, vote_value
+from nanorl.search import doublings, majority_vote, pass_at_k, sample_answers, vote_value
 from nanorl.tabular import num_prefixes, randn, sequence_probs
 from nanorl.tasks import default_max_new_tokens, make_task
 
@@ -72,8 +73,8 @@ def asked(name, temperature, problems, samples, purpose, smoke):
     model, tokenizer = load(stage(name, smoke))
     task = make_task("addition")
     sums = list(dict.fromkeys(heldout_problems(task, problems, 0)))
-    return ask(model, tokenizer, task, sums, samples, seed=0, purpose=purpose, temperature=temperature,
-               max_new_tokens=4 if smoke else default_max_new_tokens(task.name))
+    sampling = Sampling(4 if smoke else default_max_new_tokens(task.name), temperature)
+    return sample_answers(model, tokenizer, task, sums, sampling, samples=samples, seed=0, purpose=purpose)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ it continues the line. While talking, a line that begins with a slash changes a 
     /temperature 0.5    /top_k 10    /top_p 0.9    /max_new_tokens 50    /show probs    /quit
 """
 
-import dataclasses
+import contextlib
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -54,7 +54,7 @@ def changed(cfg: Config, command: str) -> Config:
         parsed = run.parse(Config, [cfg.checkpoint, f"--{name.replace('_', '-')}={value.strip()}"])
     except SystemExit:
         return cfg
-    return dataclasses.replace(cfg, **{name: getattr(parsed, name)})
+    return replace(cfg, **{name: getattr(parsed, name)})
 
 
 def at_the_keyboard() -> bool:
@@ -65,14 +65,12 @@ def prompts() -> Iterator[str]:
     """Lines from the keyboard or from a pipe, whatever bytes they hold."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
-    if not at_the_keyboard():
+    if at_the_keyboard():
+        with contextlib.suppress(EOFError):
+            while True:
+                yield input("> ")
+    else:
         yield from (line.rstrip("\n") for line in sys.stdin or ())
-        return
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            return
 
 
 @torch.no_grad()
@@ -113,14 +111,11 @@ def main(cfg: Config) -> None:
             cfg = changed(cfg, line)
         elif line.strip():
             ids = [tokenizer.bos, *tokenizer.encode(line)] if pretrained else tokenizer.render(line)
-            space = model.config.context - len(ids)
-            if space < 1:
-                print(f"{len(ids)} tokens: expected fewer than the model's context of {model.config.context}", file=sys.stderr)
-                continue
+            limit = max(1, min(cfg.max_new_tokens, model.config.context - len(ids)))
             try:
-                said = generate(model, [ids], max_new_tokens=min(cfg.max_new_tokens, space), temperature=cfg.temperature,
-                                top_k=cfg.top_k, top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
-            except FloatingPointError as e:
+                said = generate(model, [ids], max_new_tokens=limit, temperature=cfg.temperature, top_k=cfg.top_k,
+                                top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
+            except (ValueError, FloatingPointError) as e:       # the line does not fit the context; logits that are not finite
                 print(e, file=sys.stderr)
                 continue
             if cfg.show == "probs":

@@ -132,7 +132,7 @@ def read_pairs(path: str) -> tuple[list[dict[str, str]], list[int], list[int], i
 
 def render_records(records: list[dict], tokenizer: Tokenizer, context: int, source: str,
                    key: str = "response") -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of each record's prompt and of its response, which stands under `key`.
+    """Token ids of each record's prompt and of its response, the value of `key`.
 
     UserError names a record that does not fit the model's context.
     """
@@ -201,19 +201,19 @@ def pair_batch(prompts: list[list[int]], chosen: list[list[int]], rejected: list
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches. Each is a function of (seed, step), so a resumed run needs no cursor beside its step.
+# Batches. Each is a function of (seed, step), so a resumed run needs no cursor but its step.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def random_windows(ids: Tensor, bos: int, batch: int, width: int, generator: torch.Generator) -> Tensor:
-    """`batch` random stretches of a long text, each behind a BOS.       ids [N] -> [batch, width]"""
+    """`batch` random stretches of a long text, each after a BOS.       ids [N] -> [batch, width]"""
     starts = torch.randint(len(ids) - width + 2, (batch, 1), generator=generator)
     windows = ids[starts + torch.arange(width - 1)]
     return torch.cat((torch.full((batch, 1), bos), windows), dim=1)
 
 
 def consecutive_windows(ids: Tensor, bos: int, width: int) -> tuple[Tensor, Tensor]:
-    """A text cut into stretches, each behind a BOS, so that every token is predicted once.       ids [N] -> [B, width], [B]"""
+    """A text cut into stretches, each after a BOS, so that every token is predicted once.       ids [N] -> [B, width], [B]"""
     return pad([[bos, *chunk.tolist()] for chunk in ids.split(width - 1)])
 
 

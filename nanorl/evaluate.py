@@ -18,6 +18,7 @@ power               one answer from p(y)^alpha / Z, for each --alpha, by Metropo
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -68,9 +69,11 @@ class Config(run.DeviceConfig):
         """Fill what was left open, and refuse what no method looks at."""
         for flag, (value, methods) in ONLY_SOME.items():
             self.require(getattr(self, flag) is None or methods & set(self.method), f"method {flag}",
-                        f"no method here looks at it; expected {' or '.join(sorted(methods))}")
+                         f"no method here looks at it; expected {' or '.join(sorted(methods))}")
             self.default(flag, value)
         self.require(("reward" in self.scorer) == bool(self.reward_model), "scorer reward_model", "the one needs the other")
+        self.require(all(1 / alpha < math.inf for alpha in self.alpha), "alpha",
+                     "the temperature 1/alpha is not finite; expected numbers above 1e-300")
 
 
 @dataclass

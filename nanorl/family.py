@@ -102,7 +102,7 @@ class FamilyConfig(RolloutConfig):
     ratio: Literal["none", "token", "sequence"] | None = None    # of each token, or of the answer (its geometric mean)
     bound: Literal[*BANDS] | None = None    # what is done about a ratio outside the band
     aggregate: Literal[*AGGREGATES] | None = None    # how much each token counts, see nanorl/ops.py
-    groups: Literal["all", "drop", "resample"] | None = None    # those without contrast: keep, leave out, or draw anew
+    groups: Literal["all", "drop", "resample"] | None = None    # those without contrast: keep, leave out, or draw others
     clip_low: Share | None = None    # the band is 1 - clip_low ...
     clip_high: Positive | None = None    # ... to 1 + clip_high
     overlong: Share | None = None    # the last share of max_new_tokens, in which length costs up to 1 of reward

@@ -1,4 +1,4 @@
-"""What held-out problems, texts and pairs say about a model: evaluations, their tables, and samples to look at."""
+"""What held-out problems, texts and pairs say about a model: evaluations, their tables, and answers to read."""
 
 import math
 import re

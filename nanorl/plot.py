@@ -4,43 +4,26 @@
     python -m nanorl.plot --fit runs/grpo       reward against tokens, the sigmoid that fits it, and where that leads
 """
 
-import argparse
 import itertools
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nanorl.errors import UserError, user_errors_as_sentences
-from nanorl.run import read_lines
+from nanorl.run import parse, read_lines
 from nanorl.scaling import Fit, fit
 
-# A panel: what its y axis shows, and the metrics drawn in it. One in which all is 0, or nothing is logged, is left out.
-PANELS = [
-    ("accuracy", {"rollout/reward": "training, sampled", "eval/accuracy_sampled": "held out, sampled",
-                  "eval/accuracy_greedy": "held out, greedy"}),
-    ("tokens per answer", {"rollout/length": "training", "eval/length": "held out"}),
-    ("share of answers worked out", {"rollout/worked": "training", "eval/worked": "held out"}),
-    ("entropy, nats per token", {"train/entropy": "policy"}),
-    ("loss, nats per token", {"train/loss": "training"}),
-    ("held-out text, nats per token", {"eval/text_loss": "text", "eval/story_loss": "stories"}),
-    ("groups without contrast", {"rollout/no_contrast": "share"}),
-    ("share of tokens that the bound holds", {"train/clipped_low": "clipped, A < 0", "train/clipped_high": "clipped, A > 0",
-                                              "train/capped": "capped", "train/masked": "masked"}),
-    ("KL to the reference, nats per token", {"train/kl": "k3"}),
-    ("reward of stories", {"eval/hidden_reward": "hidden", "eval/learned_reward": "learned"}),
-    ("KL to the start, nats per answer", {"eval/answer_kl": "exact per token"}),
-    ("divergence from the teacher, nats per token", {"train/divergence": "training"}),
-    ("KL between teacher and student, nats per answer", {"eval/forward_kl": "KL(teacher ‖ student)",
-                                                         "eval/reverse_kl": "KL(student ‖ teacher)"}),
-    ("pairs ranked right", {"train/accuracy": "training", "eval/pair_accuracy": "held out",
-                            "eval/agreement_model_labels": "held out"}),
-    ("margin of chosen over rejected", {"train/margin": "training", "eval/margin": "held out"}),
-    ("log-prob of whole responses, nats", {"train/chosen_logp": "chosen", "train/rejected_logp": "rejected"}),
-    ("groups below the margin", {"train/active": "share"}),
-    ("returns explained by the critic", {"train/explained_variance": "share of variance"}),
-    ("gradient norm", {"train/grad_norm": "before clipping", "train/grad_norm_max": "largest of a step"}),
-]
+PANELS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))    # {title: {metric: label}}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")    # Okabe and Ito: safe for all eyes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    runs: tuple[str, ...]    # directories of runs
+    fit: bool = False        # the sigmoid of reward against tokens instead of all curves
+    out: str = ""            # the PNG to write (default: curves.png, or fit.png, in the first run)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -61,19 +44,25 @@ def pyplot():
     return plt
 
 
+def save(figure, out: Path) -> None:
+    """Write the PNG; no panel has a line above it or to its right."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=150)
+    pyplot().close(figure)
+
+
 def draw(runs: list[Path], out: Path) -> None:
-    plt = pyplot()
     logs = {str(run): read_metrics(run) for run in runs}
-    every_line = [line for lines in logs.values() for line in lines]
-    logged = {name for line in every_line for name in line}
-    panels = [(title, {name: label for name, label in metrics.items() if name in logged}) for title, metrics in PANELS]
-    panels = [panel for panel in panels if any(line.get(name) for name in panel[1] for line in every_line)]
+    nonzero = {name for lines in logs.values() for line in lines for name, value in line.items() if value}
+    panels = [(title, metrics) for title, metrics in PANELS.items() if not nonzero.isdisjoint(metrics)]
     if not panels:
         raise UserError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
 
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), squeeze=False, layout="constrained")
+    size = (3.6 * columns, 3.0 * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (title, metrics) in zip(axes.flat, panels, strict=False):
         colours = iter(PALETTE * len(logs))
         for run, lines in logs.items():
@@ -88,39 +77,33 @@ def draw(runs: list[Path], out: Path) -> None:
         axis.set(title=title, xlabel="step")
         low, high = min(axis.dataLim.y0, 0), max(axis.dataLim.y1, 0)
         axis.set_ylim(1.05 * low, 1.05 * high if low < high else 1)
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(metrics) * len(logs) > 1:
+        if len(logs) > 1 or len(axis.lines) > 1:
             axis.legend(frameon=False, fontsize=8)
     for axis in list(axes.flat)[len(panels):]:
         axis.set_visible(False)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
+    save(figure, out)
 
 
 def draw_search(rows: list[dict], measured: str, out: Path) -> None:
     """What test-time compute buys: `measured` against tokens per problem, a line for each method, its points joined."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(7.2, 4.6), layout="constrained")
     runs, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "method"))
     styles = dict(zip(runs, itertools.cycle(("-", "--", ":", "-.")), strict=False))
     looks = dict(zip(methods, itertools.product("os^Dv", PALETTE), strict=False))
     for name, method in itertools.product(runs, methods):
         points = [row for row in rows if (row["run"], row["method"]) == (name, method)]
         if points:
-            y = [row["value"] for row in points]
-            error = [[max(0.0, row["value"] - row["low"]) for row in points],
-                     [max(0.0, row["high"] - row["value"]) for row in points]]
+            x, y, low, high = torch.tensor([[row[key] for row in points] for key in ("tokens", "value", "low", "high")])
             marker, colour = looks[method]
-            axis.errorbar([row["tokens"] for row in points], y, error, label=method if len(runs) == 1 else f"{name}: {method}",
-                          color=colour, marker=marker, linestyle=styles[name], markersize=4, linewidth=1.2, elinewidth=0.6)
+            axis.errorbar(x, y, torch.stack((y - low, high - y)).clamp(min=0), color=colour, marker=marker,
+                          label=method if len(runs) == 1 else f"{name}: {method}", linestyle=styles[name], markersize=4,
+                          linewidth=1.2, elinewidth=0.6)
     axis.set(xscale="log", xlabel="tokens sampled per problem", ylabel=f"{measured}, held out")
     axis.xaxis.set_major_formatter("{x:g}")
     if measured == "accuracy":
         axis.set_ylim(-0.02, 1.02)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
+    save(figure, out)
 
 
 def reward_by_tokens(lines: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,11 +128,9 @@ def describe_fit(fitted: Fit) -> str:
 
 def draw_fit(runs: list[Path], out: Path) -> None:
     """Reward against tokens, the sigmoid with its 95 % interval, and dashed what it says about ten times the tokens."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    highest = 0.0
-    for run, colour in zip(runs, itertools.cycle(PALETTE), strict=False):
-        tokens, reward = reward_by_tokens(read_metrics(run))
+    figure, axis = pyplot().subplots(figsize=(7.2, 4.6), layout="constrained")
+    rewards = {run: reward_by_tokens(read_metrics(run)) for run in runs}
+    for (run, (tokens, reward)), colour in zip(rewards.items(), itertools.cycle(PALETTE), strict=False):
         try:
             fitted = fit(tokens, reward)
         except ValueError as e:
@@ -162,26 +143,20 @@ def draw_fit(runs: list[Path], out: Path) -> None:
             value, low, high = zip(*(fitted.predict(1000 * float(c)) for c in x), strict=True)
             axis.plot(x, value, style, color=colour, linewidth=1.4)
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        highest = max(highest, float(reward.max()))
+    highest = max(float(reward.max()) for _, reward in rewards.values())
     axis.set(xscale="log", xlabel="thousand answer tokens sampled", ylabel="reward in training", ylim=(0, 1.25 * highest))
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="upper left")
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
+    save(figure, out)
 
 
 @user_errors_as_sentences
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
-    parser.add_argument("--fit", action="store_true", help="the sigmoid of reward against tokens instead of all curves")
-    parser.add_argument("--out", type=Path, help="the PNG to write (default: curves.png, or fit.png, in the first run)")
-    args = parser.parse_args(argv)
-    out = args.out or args.runs[0] / ("fit.png" if args.fit else "curves.png")
+    cfg = parse(Config, argv)
+    runs = [Path(run) for run in cfg.runs]
+    out = Path(cfg.out) if cfg.out else runs[0] / ("fit.png" if cfg.fit else "curves.png")
     try:
-        (draw_fit if args.fit else draw)(args.runs, out)
+        (draw_fit if cfg.fit else draw)(runs, out)
     except OSError as e:
         raise UserError(str(e)) from None
     print(f"Drew {out}.")

@@ -196,7 +196,7 @@ def score_rollout(model: GPT, rollout: Rollout, temperature: float, micro_batch:
 
 @torch.no_grad()
 def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, micro_batch: int) -> Tensor:
-    """What a reward model says of each answer, read at its last token.       -> [B]"""
+    """The learned reward of each answer, read at its last token.       -> [B]"""
     rewards = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
     for rows, T in micro_batches(ranks.share(torch.arange(len(rewards), device=rewards.device)), rollout.lengths, micro_batch):
         rewards[rows] = reward_model.at_end(rollout.tokens[rows, :T], rollout.lengths[rows]).float()

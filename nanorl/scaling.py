@@ -20,7 +20,7 @@ from torch import Tensor
 
 STEEP = (0.2, 20.0)     # the B that are considered
 BEYOND = 100.0          # C_mid is sought from a hundredth of the first point's compute to a hundred times the last one's
-GRID = 17               # B at a time
+GRID = torch.linspace(0, 1, 17, dtype=torch.float64)    # where B is tried between two bounds
 
 
 def saturation(compute: Tensor, midpoint: Tensor, steepness: Tensor) -> Tensor:
@@ -45,11 +45,10 @@ def squares_left(compute: Tensor, reward: Tensor, midpoint: Tensor, steepness: T
 def best_steepness(compute: Tensor, reward: Tensor, midpoint: Tensor) -> Tensor:
     """For each C_mid the B with the smallest S, on ever finer grids.       [n], [n], [M] -> [M]"""
     low, high = (torch.full_like(midpoint, b).log() for b in STEEP)
-    steps = torch.linspace(0, 1, GRID, dtype=torch.float64)
     for _ in range(7):
-        grid = low[:, None] + (high - low)[:, None] * steps                                 # [M, GRID]
+        grid = low[:, None] + (high - low)[:, None] * GRID                                  # [M, len(GRID)]
         at = squares_left(compute, reward, midpoint[:, None].expand_as(grid), grid.exp()).argmin(-1, keepdim=True)
-        low, high = (grid.gather(-1, (at + i).clamp(0, GRID - 1)).squeeze(-1) for i in (-1, 1))
+        low, high = (grid.gather(-1, (at + i).clamp(0, len(GRID) - 1)).squeeze(-1) for i in (-1, 1))
     return ((low + high) / 2).exp()
 
 
@@ -102,9 +101,8 @@ class Fit:
         half = ((self.most - self.squares[:, None]).clamp(min=0) * (1 / len(self.reward) + away.square() / spread)).sqrt()
         low, high = float((value - half).min()), float((value + half).max())
         if (self.open_below and compute == 0) or (self.open_above and compute == torch.inf):
-            rises, falls = bool((slope > 0).any()), bool((slope < 0).any())
-            up, down = (rises, falls) if compute else (falls, rises)
-            low, high = -torch.inf if down else low, torch.inf if up else high
+            outward = slope if compute else -slope
+            low, high = -torch.inf if (outward < 0).any() else low, torch.inf if (outward > 0).any() else high
         return float(value[self.squares.argmin()]), low, high
 
     @property
@@ -137,8 +135,7 @@ def fit(compute: Tensor, reward: Tensor) -> Fit:
             break
     midpoint, steepness = midpoint[squares <= most], steepness[squares <= most]
     low, high = (edge(compute, reward, midpoint, steepness, limit, most) for limit in STEEP)
-    steps = torch.linspace(0, 1, GRID, dtype=torch.float64)
-    grid = torch.cat((low[:, None] * (high / low)[:, None] ** steps, steepness[:, None]), dim=1)            # [M, GRID + 1]
+    grid = torch.cat((low[:, None] * (high / low)[:, None] ** GRID, steepness[:, None]), dim=1)     # [M, len(GRID) + 1]
     midpoint, steepness = midpoint[:, None].expand_as(grid).flatten(), grid.flatten()
     flat = bool(steepness.min() <= 1.001 * STEEP[0])
     return Fit(compute, reward, midpoint, steepness, squares_left(compute, reward, midpoint, steepness), most,

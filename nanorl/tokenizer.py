@@ -46,10 +46,8 @@ def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
         raise UserError(f"vocab_size is {vocab_size}, expected at least 256: one rank for each byte")
     ranks = {bytes([byte]): byte for byte in range(256)}
 
-    words, times = [], []
-    for word, n in Counter(re.findall(PATTERN, text)).items():
-        words.append([bytes([byte]) for byte in word.encode()])
-        times.append(n)
+    occurrences = Counter(re.findall(PATTERN, text))
+    words, times = [[bytes([byte]) for byte in word.encode()] for word in occurrences], list(occurrences.values())
     count, words_with = Counter(), defaultdict(set)
     for index, word in enumerate(words):
         for pair in pairwise(word):
@@ -81,14 +79,12 @@ def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
 
 def merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
     """Replace every occurrence of the pair by its concatenation, from the left: a a a becomes aa a."""
-    merged, i = [], 0
-    while i < len(word):
-        if tuple(word[i:i + 2]) == pair:
-            merged.append(pair[0] + pair[1])
-            i += 2
+    merged = []
+    for token in word:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
         else:
-            merged.append(word[i])
-            i += 1
+            merged.append(token)
     return merged
 
 
@@ -126,13 +122,11 @@ class Tokenizer:
         self.pad, self.bos, self.user, self.assistant, self.end = range(first, self.vocab_size)
         special |= zip(SPECIAL_TOKENS, range(first, self.vocab_size), strict=True)
         # tiktoken's own vocabularies have holes, and an untrained model samples these as well: every id must decode
-        for hole in set(range(first)).difference(ranks.values(), special.values()):
-            special[f"<|unused_{hole}|>"] = hole
+        holes = set(range(first)).difference(ranks.values(), special.values())
+        special |= {f"<|unused_{hole}|>": hole for hole in holes}
         self.encoding = tiktoken.Encoding(f"nanorl-{name or 'bpe'}", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special)
-        self.byte_lengths = [0] * self.vocab_size                       # special tokens stay 0
-        for token, rank in ranks.items():
-            self.byte_lengths[rank] = len(token)
+        self.byte_lengths = {rank: len(token) for token, rank in ranks.items()}
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "Tokenizer":
@@ -179,11 +173,10 @@ class Tokenizer:
     @classmethod
     def from_state(cls, state: dict[str, str]) -> "Tokenizer":
         """The inverse of `state_dict`."""
-        match state:
-            case {"name": name}:
-                return cls.named(name)
-            case {"ranks": text}:
-                return cls(parse_ranks(text, "the checkpoint's tokenizer"))
+        if "name" in state:
+            return cls.named(state["name"])
+        if "ranks" in state:
+            return cls(parse_ranks(state["ranks"], "the checkpoint's tokenizer"))
         raise UserError(f"the checkpoint's tokenizer has {sorted(state)}, expected 'name' or 'ranks'")
 
     def encode(self, text: str) -> list[int]:
@@ -196,7 +189,7 @@ class Tokenizer:
 
     def num_bytes(self, ids: list[int]) -> int:
         """UTF-8 bytes that the ordinary tokens stand for, the denominator of bits per byte; special tokens count 0."""
-        return sum(self.byte_lengths[i] for i in ids)
+        return sum(self.byte_lengths.get(i, 0) for i in ids)
 
     def render(self, prompt: str) -> list[int]:
         """The context in which a response is sampled:  <|bos|> <|user|> prompt <|assistant|>

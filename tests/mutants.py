@@ -33,6 +33,7 @@ OPS, GRPO, PRETRAIN, DATA = "nanorl/ops.py", "train_grpo.py", "train_pretrain.py
 REWARD, DPO, GROUPS, PPO, DISTILL = ("train_reward.py", "train_dpo.py", "train_group_dpo.py", "train_ppo.py",
                                      "train_distill.py")
 SEARCH, EVALUATE, TABULAR = "nanorl/search.py", "nanorl/evaluate.py", "nanorl/tabular.py"
+FAMILY, HELDOUT, SFT = "nanorl/family.py", "nanorl/heldout.py", "train_sft.py"
 DETACHED = 'assert not adv.requires_grad, "advantages are constants: detach them"\n    '
 OLD_DETACHED = 'assert not old_logp.requires_grad, "old log-probs are constants: detach them"\n    '
 
@@ -126,6 +127,8 @@ MUTANTS = [
     Mutant("GRPO divides by the weights of its micro-batch", GRPO,
            "-(weights * surrogate).sum()", "-(weights * surrogate).sum() / weights.sum().clamp(min=1e-9)"),
     Mutant("cross-entropy forgets the weights", PRETRAIN, "masked_sum(weights * logp, mask)", "masked_sum(logp, mask)"),
+    Mutant("fine-tuning's cross-entropy forgets the weights", SFT,
+           "masked_sum(weights * logp, mask)", "masked_sum(logp, mask)"),
     Mutant("token_mean counts padding", OPS, "count = length.sum()", "count = length.new_tensor(mask.numel())"),
     Mutant("sequence_mean counts empty rows", OPS, "count = rows * length", "count = len(mask) * length"),
     Mutant("sequence_mean forgets the length", OPS, "count = rows * length", "count = rows * torch.ones_like(length)"),
@@ -219,15 +222,17 @@ MUTANTS = [
     Mutant("the mask leaves A < 0 alone", OPS,
            "(ratio < low) | (ratio > high)", "((ratio < low) | (ratio > high)) & (adv > 0)"),
     Mutant("--bound truncate clips at its cap", GRPO,
-           "truncated_surrogate(new, old, adv, cap)", "clipped_surrogate(new, old, adv, 1.0, cap - 1)"),
-    Mutant("--bound truncate does not look at its cap", GRPO,
-           "truncated_surrogate(new, old, adv, cap)", "truncated_surrogate(new, old, adv, 5.0)"),
+           "truncated_surrogate(new, old, adv, cap=1 + clip_high)", "clipped_surrogate(new, old, adv, 1.0, clip_high)"),
+    Mutant("--bound truncate ignores --clip-high", GRPO,
+           "truncated_surrogate(new, old, adv, cap=1 + clip_high)", "truncated_surrogate(new, old, adv, cap=5.0)"),
+    Mutant("--bound truncate takes --clip-high for the cap", GRPO,
+           "truncated_surrogate(new, old, adv, cap=1 + clip_high)", "truncated_surrogate(new, old, adv, cap=clip_high)"),
     Mutant("--bound mask clips at the ends of its band", GRPO,
-           "masked_surrogate(new, old, adv, mask_low, mask_high)",
-           "clipped_surrogate(new, old, adv, 1 - mask_low, mask_high - 1)"),
-    Mutant("--bound mask looks at the flags of clip", GRPO,
-           "masked_surrogate(new, old, adv, mask_low, mask_high)",
-           "masked_surrogate(new, old, adv, 1 - clip_low, 1 + clip_high)"),
+           "masked_surrogate(new, old, adv, 1 - clip_low, 1 + clip_high)",
+           "clipped_surrogate(new, old, adv, clip_low, clip_high)"),
+    Mutant("--bound mask exchanges the ends of its band", GRPO,
+           "masked_surrogate(new, old, adv, 1 - clip_low, 1 + clip_high)",
+           "masked_surrogate(new, old, adv, 1 - clip_high, 1 + clip_low)"),
     Mutant("--ratio none has a ratio", GRPO,
            'logp if ratio == "none" else importance_ratio(new, old)', "importance_ratio(new, old)"),
     Mutant("--ratio token without a bound has no ratio", GRPO,
@@ -260,8 +265,9 @@ MUTANTS = [
            "sequence_ratio(logp, old_logp, mask)", "sequence_ratio(logp.detach(), old_logp, mask)"),
 
     # ---- What answers are compared by, and which are left out ----
-    Mutant("--groups drop keeps groups without contrast", GRPO, "kept & contrast(rewards)[:, None]", "kept"),
-    Mutant("--groups drop leaves out groups with contrast", GRPO, "kept & contrast(rewards)", "kept & ~contrast(rewards)"),
+    Mutant("--groups drop keeps groups without contrast", GRPO, "kept & has_contrast(rewards)[:, None]", "kept"),
+    Mutant("--groups drop leaves out groups with contrast", GRPO,
+           "kept & has_contrast(rewards)", "kept & ~has_contrast(rewards)"),
     Mutant("finished answers are left out instead of truncated ones", GRPO,
            "kept & rollout.finished.cpu()", "kept & ~rollout.finished.cpu()"),
     Mutant("answers without a reward count as accepted", GRPO, "kept & (rewards > 0)", "kept & (rewards >= 0)"),
@@ -276,8 +282,13 @@ MUTANTS = [
            "kl_k1(old_logp, ref_logp).masked_fill(~mask, 0.0)", "kl_k1(old_logp, ref_logp)"),
     Mutant("the KL in the reward is a mean over tokens", GRPO, "masked_fill(~mask, 0.0).sum(-1).cpu()",
            "masked_fill(~mask, 0.0).mean(-1).cpu()"),
-    Mutant("the baseline is added to the reward", GRPO, "(R - baseline)", "(R + baseline)"),
-    Mutant("the running mean is of what the task pays", GRPO, "float(R.mean())", "float(rewards.mean())"),
+    Mutant("the running mean is added to the reward", FAMILY, "rewards - (total / weight if", "rewards + (total / weight if"),
+    Mutant("the running mean is of what the task pays", GRPO,
+           "less_running_mean(R, state)", "less_running_mean(rewards, state) + R - rewards"),
+    Mutant("the running mean begins at zero", FAMILY, "(total / weight if weight else 0.0)", "total"),
+    Mutant("this step's rewards enter the mean that is taken off", FAMILY,
+           "(total / weight if weight else 0.0)", "state[\"running_mean\"][0] / state[\"running_mean\"][1]"),
+    Mutant("the running mean keeps only the last step", FAMILY, "(decay * total + (1 - decay)", "((1 - decay)"),
 
     # ---- Temperature ----
     Mutant("temperature forgotten in the scorer's forward pass", OPS, "scores(hidden[rows], weight, ids[rows], temperature,",
@@ -366,9 +377,10 @@ MUTANTS = [
     Mutant("what clipping lets through counts as clipped", OPS,
            "(ratio < 1 - clip_low) & (adv < 0)", "(ratio < 1 - clip_low)"),
     Mutant("clipped_high counts at clip_low", OPS, "(ratio > 1 + clip_high) & (adv > 0)", "(ratio > 1 + clip_low) & (adv > 0)"),
-    Mutant("tokens below the cap count as capped", GRPO, "(rho > cap)", "(rho < cap)"),
+    Mutant("tokens below the cap count as capped", GRPO,
+           "masked_sum((rho > 1 + clip_high)", "masked_sum((rho < 1 + clip_high)"),
     Mutant("tokens above the band do not count as masked", GRPO,
-           "((rho < mask_low) | (rho > mask_high)).float()", "(rho < mask_low).float()"),
+           "((rho < 1 - clip_low) | (rho > 1 + clip_high)).float()", "(rho < 1 - clip_low).float()"),
 
     # ---- Generalised advantage estimation ----
     Mutant("gae runs forward in time", OPS, "for t in reversed(range(values.shape[1])):", "for t in range(values.shape[1]):"),
@@ -404,11 +416,11 @@ MUTANTS = [
            "margin = chosen - rejected\n", "margin = rejected - chosen\n"),
     Mutant("the reward model's loss forgets its weights", REWARD,
            "loss = (weights * bradley_terry(margin)).sum()", "loss = bradley_terry(margin).mean()"),
-    Mutant("confidence is the probability of the chosen response", REWARD,
+    Mutant("confidence is the probability of the chosen response", HELDOUT,
            "confidence, right = margin.abs().sigmoid()", "confidence, right = margin.sigmoid()"),
-    Mutant("agreement with the hidden reward is judged by the label", REWARD,
+    Mutant("agreement with the hidden reward is judged by the label", HELDOUT,
            "right = ranked_right(margin * hidden)", "right = ranked_right(margin)"),
-    Mutant("clear cases include ties with the temperature", REWARD, "hidden.abs() > Stories", "hidden.abs() >= Stories"),
+    Mutant("clear cases include ties with the temperature", HELDOUT, "hidden.abs() > Stories", "hidden.abs() >= Stories"),
     Mutant("dpo forgets its reference", DPO, "return beta * (logp - ref_logp)", "return beta * logp"),
     Mutant("dpo adds its reference", DPO, "return beta * (logp - ref_logp)", "return beta * (logp + ref_logp)"),
     Mutant("dpo's beta is missing", DPO, "return beta * (logp - ref_logp)", "return logp - ref_logp"),
@@ -572,7 +584,8 @@ TITLE = ["# Faults that the tests notice", "",
 # The likeliest killer of a fault runs first.
 FIRST = {OPS: "test_ops.py", GRPO: "test_objectives.py", PRETRAIN: "test_objectives.py", DATA: "test_objectives.py",
          REWARD: "test_preferences.py", DPO: "test_preferences.py", GROUPS: "test_preferences.py", PPO: "test_ppo.py",
-         SEARCH: "test_search.py", DISTILL: "test_distill.py", EVALUATE: "test_evaluate.py", TABULAR: "test_ops.py"}
+         SEARCH: "test_search.py", DISTILL: "test_distill.py", EVALUATE: "test_evaluate.py", TABULAR: "test_ops.py",
+         FAMILY: "test_objectives.py", HELDOUT: "test_preferences.py", SFT: "test_objectives.py"}
 
 
 def line_of(mutant: Mutant) -> int:

@@ -25,6 +25,7 @@ import train_reward
 import train_sft
 from nanorl import run
 from nanorl.data import read_records, read_text
+from nanorl.run.checkpoint import CHECKPOINT_FIELDS
 from nanorl.tasks import is_heldout
 from nanorl.tokenizer import Tokenizer
 
@@ -80,22 +81,23 @@ BAD = [
     (train_grpo, "--device tpu", "--device"), (train_grpo, "--out sft", "sft"),
     (train_grpo, "--out nowhere --resume", "nowhere"), (train_grpo, "--stale 40 --init sft", "--stale 40"),
     *((train_grpo, flags, named) for flags, named in [
-        ("--bound mask --clip-low 0.1", "--clip-low 0.1"), ("--algo cispo --clip-high 0.3", "--clip-high 0.3"),
-        ("--cap 5", "--cap 5.0"), ("--baseline-decay 0.9", "--baseline-decay 0.9"), ("--kl k2", "--kl-coef"),
-        ("--kl-in reward", "--kl-coef"), ("--refresh-reference 5", "--kl-coef"),
-        ("--kl-coef 0.1 --kl k1", "--kl k1 --kl-in loss"), ("--kl-coef 0.1 --kl k3 --kl-in reward", "follows no divergence"),
+        ("--algo cispo --clip-low 0.1", "--bound truncate --clip-low 0.1"),
+        ("--algo reinforce --clip-high 0.3", "--bound none --clip-high 0.3"),
+        ("--cap 5", "--cap 5"), ("--kl k2", "--kl k2: requires --kl-coef"),
+        ("--refresh-reference 5", "--refresh-reference 5: requires --kl-coef"), ("--kl-coef 0.1 --kl k1", "'k1'"),
+        ("--kl-coef 0.1 --kl k3_reward", "'k3_reward'"),
         ("--ratio none", "--ratio none --bound clip"), ("--ratio sequence --aggregate token_mean", "--aggregate token_mean"),
-        ("--bound mask --mask-low 9", "--mask-low 9.0"), ("--bound mask --mask-high 0.5", "--mask-high 0.5"),
-        ("--bound truncate --cap 0.5", "--cap 0.5"), ("--algo reinforce --baseline-decay 1", "--baseline-decay 1.0"),
-        ("--algo raft --overlong 0.2", "--overlong 0.2"), ("--kl-coef 0.1 --kl-in reward", "--advantage zscore"),
-        ("--init sft --likelihood-coef 0.1 --demonstrations heldout.jsonl", "heldout.jsonl"),
-        ("--mask-high inf --bound mask", "--mask-high inf"),
-        ("--advantage positive --kl-coef 0.1 --kl k1 --kl-in reward", "--advantage positive"),
-        ("--algo raft --group 1 --groups drop", "--group 1"), ("--demonstrations letters.jsonl", "--likelihood-coef"),
+        ("--bound mask --clip-low 9", "--clip-low 9.0"), ("--bound mask --clip-high -0.5", "--clip-high -0.5"),
+        ("--bound truncate --clip-high 0", "--clip-high 0.0"),
+        ("--algo raft --overlong 0.2", "--overlong 0.2"), ("--kl-coef 0.1 --kl k1_reward", "--advantage zscore"),
+        ("--init sft --likelihood-coef 0.1 --data heldout.jsonl", "heldout.jsonl: the train split is empty"),
+        ("--clip-high inf --bound mask", "--clip-high inf"),
+        ("--advantage positive --kl-coef 0.1 --kl k1_reward", "--advantage positive"),
+        ("--algo raft --group 1 --groups drop", "--group 1"),
         ("--task stories", "no verifier"), ("--overlong 2", "--overlong 2.0"),
         ("--skip --kl-coef 0.1", "--skip True --kl-coef"), ("--skip --entropy-coef 0.1", "--entropy-coef 0.1"),
-        ("--init sft --likelihood-coef 0.1 --data wanted.jsonl", "no demonstrations"),
-        ("--init sft --likelihood-coef 0.1 --demonstrations long.jsonl", "long.jsonl, record 1")]),
+        ("--init sft --likelihood-coef 0.1 --data answers.jsonl", "answers.jsonl, line 1: no 'response'"),
+        ("--init sft --likelihood-coef 0.1 --data longanswers.jsonl", "longanswers.jsonl, record 1")]),
     *((train_reward, flags, named) for flags, named in [
         ("--data missing.jsonl", "missing.jsonl"), ("--data bad.jsonl", "bad.jsonl, line 1"),
         ("--init sft --data longpairs.jsonl", "longpairs.jsonl, record 1"), ("--data same.jsonl", "same.jsonl"),
@@ -146,7 +148,10 @@ def bad_files(world):
         Path("binary.txt").write_bytes(b"\xff\xfe")
         Path("bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
         heldout = [f"Say {i}." for i in range(99) if is_heldout(f"Say {i}.")]
-        write_records(Path("heldout.jsonl"), ({"prompt": prompt, "response": "x"} for prompt in heldout))
+        write_records(Path("heldout.jsonl"), ({"prompt": prompt, "answer": "x", "response": "x"} for prompt in heldout))
+        asked = [{"prompt": f"Say {i}.", "answer": "x"} for i in range(99)]
+        write_records(Path("answers.jsonl"), asked)
+        write_records(Path("longanswers.jsonl"), (record | {"response": "b " * 500} for record in asked))
         Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
         Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
         write_records(Path("same.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "b"}])
@@ -317,7 +322,7 @@ CHECKPOINTS = {
     "an older version": (lambda c: c | {"format": 0}, "found 0"),
     "a future version": (lambda c: c | {"format": 2}, "found 2"),
     "no version": (without("format"), "found None"),
-    **{f"no {key}": (without(key), f"'{key}'") for key in run.PARTS},
+    **{f"no {key}": (without(key), f"'{key}'") for key in CHECKPOINT_FIELDS},
     "a step of words": (lambda c: c | {"step": "3"}, "'step'"),
     "weights in a list": (lambda c: c | {"model": [1]}, "'model'"),
     "a nan weight": (with_weight(lambda x: x.fill_(torch.nan)), "nan"),

@@ -13,8 +13,9 @@ import torch
 from nanorl.checks import BrokenObjective, advantage_bias, check_objective, length_bias
 from nanorl.checks.__main__ import main
 from nanorl.checks.invariants import ADVANTAGE_INVARIANTS, OBJECTIVE_INVARIANTS
+from nanorl.family import ADVANTAGES, ALGORITHMS
 from nanorl.ops import center, clipped_surrogate, kl_k1, kl_k2, leave_one_out, masked_sum, zscore
-from train_grpo import ADVANTAGES, ALGORITHMS, Config, loss_of
+from train_grpo import Config, objective
 
 pytestmark = pytest.mark.math
 
@@ -26,6 +27,11 @@ def sound(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None):
     logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
     surrogate = clipped_surrogate(logp, old_logp, adv, 0.2, 0.2)
     return -(weights * surrogate).sum(), {"surrogate": masked_sum(surrogate.detach(), mask)}
+
+
+def loss_of(cfg):
+    """The objective of train_grpo.py with the choices of a row."""
+    return functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -44,10 +44,11 @@ def crash_at(moment, patch, when=lambda path: True, crash=Crash):
             return real(path, write)
         with pytest.MonkeyPatch.context() as inner:
             if moment != "write":
-                inner.setattr(run.os, {"sync": "fsync", "rename": "replace"}[moment], fail)
+                inner.setattr(os, {"sync": "fsync", "rename": "replace"}[moment], fail)
             return real(path, half if moment == "write" else write)
 
-    patch.setattr(run, "write_atomically", write_atomically)
+    for module in (run, run.checkpoint, run.directory):
+        patch.setattr(module, "write_atomically", write_atomically)
 
 
 # ---- one file ----
@@ -268,7 +269,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
 
 # Children of a process that has imported everything and computed nothing: a kill costs a second or two.
 DRIVER = """
-import os, random, signal, sys
+import os, random, signal, sys, torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import train_distill, train_dpo, train_group_dpo, train_grpo, train_ppo, train_pretrain, train_reward, train_sft, world
 from nanorl import run
@@ -287,14 +288,14 @@ def arm(rng):
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.01, 2.5))
     elif how == "write":
-        save, count = run.torch.save, iter(range(100))
+        save, count = torch.save, iter(range(100))
         def half(checkpoint, f):
             save(checkpoint, f)
             if next(count) == n % 3:
                 f.flush()
                 f.truncate(f.tell() // 2)
                 kill()
-        run.torch.save = half
+        torch.save = half
     else:
         real, count = getattr(os, how), iter(range(1000))
         setattr(os, how, lambda *a: (next(count) == n and kill(), real(*a)))

@@ -13,7 +13,8 @@ from world import write_records
 
 from nanorl import evaluate, run
 from nanorl.evaluate import interval, vote
-from nanorl.rollout import answer, choose_task, heldout_problems
+from nanorl.heldout import heldout_problems
+from nanorl.rollout import Sampling, sample_and_grade
 from nanorl.search import Answers, majority_vote
 from nanorl.tasks import is_heldout
 
@@ -140,10 +141,10 @@ def test_the_rows_fit_together(result):
 
 
 def test_greedy_is_what_the_scripts_call_greedy(result):
-    task, checkpoint = choose_task("addition", "wanted.jsonl"), run.load_checkpoint("grpo")
+    task, checkpoint = run.choose_task("addition", "wanted.jsonl"), run.load_checkpoint("grpo")
     problems = list(dict.fromkeys(heldout_problems(task, 6, 0)))
-    plain = answer(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), task, problems,
-                   max_new_tokens=12, temperature=0.0)
+    plain = sample_and_grade(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), task, problems,
+                             Sampling(12, temperature=0.0))
     assert result["grpo", "greedy", 1]["value"] == pytest.approx(float(plain.rewards.mean()))
 
 
@@ -207,7 +208,7 @@ def test_the_figure_has_a_line_for_each_method(inside, tmp_path, monkeypatch):
     ("sft --task addition --scorer reward --reward-model sft", "reward model"), ("sft --data nothing.jsonl", "nothing.jsonl"),
     ("sft --data wanted.jsonl --method worked", "wanted.jsonl"), ("sft --temperature nan", "--temperature nan"),
     ("grpo", "say what to ask"), ("sft --task addition --temperature 1e-60 --max-new-tokens 9", "nan or inf"),
-    ("sft --task addition --method low_temperature --alpha 1e-320 --max-new-tokens 9", "temperature=inf")])
+    ("sft --task addition --method low_temperature --alpha 1e-320 --max-new-tokens 9", "--alpha 1e-320")])
 def test_bad_input_is_one_sentence(flags, named, inside, capsys):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

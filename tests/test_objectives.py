@@ -1,4 +1,4 @@
-"""Theorems about the objectives at the top of train_grpo.py and train_pretrain.py (which train_sft.py shares)."""
+"""Theorems about the objectives at the top of train_grpo.py, train_pretrain.py and train_sft.py."""
 
 import functools
 import math
@@ -13,21 +13,22 @@ from torch import Tensor
 import train_grpo
 import train_pretrain
 import train_sft
+from nanorl import run
 from nanorl.checks import Broken, divergence, invariants
 from nanorl.checks.cases import Batch, aggregates, batches, generators, masked_prompts, masks, partition, rewards
 from nanorl.data import response_mask
+from nanorl.family import ADVANTAGES, KL_TERMS
 from nanorl.ops import entropy_from_logits, kl_k1, leave_one_out, log_softmax, selective_log_softmax, token_weights
 from nanorl.sample import Rollout
 from nanorl.tabular import expectation, leaf, log_probs, randn, reward_gradient, sequence_kl, sequences
-from train_grpo import ADVANTAGES, KL_FOLLOWS
 
 pytestmark = pytest.mark.math
 
 GROUPWISE = ("center", "leave_one_out", "zscore", "zscore_batch")        # advantages that compare within a group
 BOUNDS = [{"bound": "none"}, {"bound": "clip", "clip_low": 0.1, "clip_high": 0.28},
-          {"bound": "clip", "clip_low": 0.2, "clip_high": 3.0}, {"bound": "truncate", "cap": 1.2},
-          {"bound": "mask", "mask_low": 0.7, "mask_high": 1.5}]
-LEASHES = [{}, *({"kl_coef": 0.3, "kl": kl, "kl_in": place} for kl, place in KL_FOLLOWS)]
+          {"bound": "clip", "clip_low": 0.2, "clip_high": 3.0}, {"bound": "truncate", "clip_high": 0.2},
+          {"bound": "mask", "clip_low": 0.3, "clip_high": 0.5}]
+LEASHES = [{}, *({"kl_coef": 0.3, "kl": term.estimator, "kl_in": term.place} for term in KL_TERMS.values())]
 POLICY_TERMS = [{"ratio": "none", "bound": "none"}, *({"ratio": r} | bound for r in ("token", "sequence") for bound in BOUNDS)]
 policy_terms = st.sampled_from(POLICY_TERMS)
 options = st.builds(lambda terms, leash, entropy: terms | leash | {"entropy_coef": entropy}, policy_terms,
@@ -67,9 +68,9 @@ def by_hand(batch: Batch, o: dict) -> tuple[float, Tensor]:
             J = min(rho * A, min(max(rho, low), high) * A)
             slope = 0.0 if (A > 0 and rho > high) or (A < 0 and rho < low) else rho * A
         elif o["bound"] == "truncate":
-            J, slope = min(rho, o["cap"]) * A * moved, min(rho, o["cap"]) * A
+            J, slope = min(rho, 1 + o["clip_high"]) * A * moved, min(rho, 1 + o["clip_high"]) * A
         elif o["bound"] == "mask":
-            J = slope = rho * A if o["mask_low"] <= rho <= o["mask_high"] else 0.0
+            J = slope = rho * A if 1 - o["clip_low"] <= rho <= 1 + o["clip_high"] else 0.0
         else:
             J = slope = rho * A
         if o.get("kl_in") in ("loss", "weighted"):
@@ -119,11 +120,9 @@ def test_metrics_are_detached_sums_over_the_tokens_that_count(terms, batch, leas
     if options.get("kl_coef"):
         r = (batch.ref_logp - batch.logp)[mask]
         assert_close(metrics.pop("train/kl"), (torch.expm1(r) - r).sum())
-    held = {"none": {},
-            "clip": {"clipped_low": (rho < 1 - options.get("clip_low", 0)) & negative,
-                     "clipped_high": (rho > 1 + options.get("clip_high", 0)) & positive},
-            "truncate": {"capped": rho > options.get("cap", 0)},
-            "mask": {"masked": (rho < options.get("mask_low", 0)) | (rho > options.get("mask_high", 0))}}[options["bound"]]
+    below, above = rho < 1 - options.get("clip_low", 0), rho > 1 + options.get("clip_high", 0)
+    held = {"none": {}, "clip": {"clipped_low": below & negative, "clipped_high": above & positive},
+            "truncate": {"capped": above}, "mask": {"masked": below | above}}[options["bound"]]
     assert metrics == {f"train/{name}": (held & mask).sum() for name, held in held.items()}
 
 
@@ -170,11 +169,12 @@ def test_whatever_its_bound(invariant, batch, terms, generator):
     invariant(functools.partial(train_grpo.objective, **terms), batch, generator)
 
 
-@pytest.mark.parametrize("pair", [pair for pair in KL_FOLLOWS if pair[1] != "reward"], ids=" in ".join)
-def test_a_kl_term_follows_the_divergence_that_the_table_names(pair):
+@pytest.mark.parametrize("name", [name for name, term in KL_TERMS.items() if term.place != "reward"])
+def test_a_kl_term_follows_the_divergence_that_the_table_names(name):
     """By enumeration over two tokens, where a fixed prefix and a whole answer are different things."""
-    terms = {"kl_coef": 0.3, "kl": pair[0], "kl_in": pair[1]}
-    assert divergence(functools.partial(train_grpo.objective, **terms)).endswith(f"0.3 times that of {KL_FOLLOWS[pair]}")
+    term = KL_TERMS[name]
+    terms = {"kl_coef": 0.3, "kl": term.estimator, "kl_in": term.place}
+    assert divergence(functools.partial(train_grpo.objective, **terms)).endswith(f"0.3 times that of {term.follows}")
 
 
 @st.composite
@@ -190,15 +190,18 @@ def rollouts(draw):
 
 
 @given(rollouts(), st.sampled_from(["all", "drop"]), st.sampled_from(["train", "mask"]), st.sampled_from([*ADVANTAGES]),
-       st.sampled_from([0.0, 0.5]), st.sampled_from([0.0, 0.3]))
-def test_answers_are_compared_by_what_is_left_of_their_reward(case, groups, truncated, advantage, overlong, baseline):
-    """A of r + overlong penalty - kl_coef sum k1; left out: groups without contrast, cut answers, rejected answers."""
+       st.sampled_from([0.0, 0.5]), st.sampled_from([(0.0, 0.0), (0.03, 0.1), (0.2, 0.4)]))
+def test_answers_are_compared_by_what_is_left_of_their_reward(case, groups, truncated, advantage, overlong, earlier):
+    """A of r + overlong penalty - kl_coef sum k1; left out: groups without contrast, cut answers, rejected answers. Of the
+    running mean only `running_mean` knows: it takes off that of earlier steps, and then this one enters it."""
     rollout, r, logp, ref_logp = case
     overlong = 0.0 if advantage == "positive" else overlong
-    leash = {} if "zscore" in advantage or advantage == "positive" else {"kl_coef": 0.3, "kl_in": "reward"}
+    leash = {} if "zscore" in advantage or advantage == "positive" else {"kl_coef": 0.3, "kl": "k1_reward"}
     cfg = train_grpo.Config(groups=groups, truncated=truncated, advantage=advantage, overlong=overlong, max_new_tokens=4,
                             **leash)
-    adv, mask, mean = train_grpo.compare(cfg, rollout, r, logp, ref_logp, baseline)
+    state = {"running_mean": earlier} if earlier[1] else {}
+    baseline = earlier[0] / earlier[1] if earlier[1] else 0.0
+    adv, mask = train_grpo.advantages(cfg, rollout, r, logp, ref_logp, state)
     P, G = r.shape
     R, kept = r.clone(), torch.zeros(P, G, dtype=torch.bool)
     for p in range(P):
@@ -212,11 +215,16 @@ def test_answers_are_compared_by_what_is_left_of_their_reward(case, groups, trun
             kept[p, i] = ((groups == "all" or contrast) and (truncated == "train" or bool(rollout.finished[b]))
                           and (advantage != "positive" or bool(r[p, i] > 0)))
     assert torch.equal(mask, rollout.mask & kept.view(-1, 1))
-    assert mean == pytest.approx(R.mean().item(), abs=1e-6)
+    if advantage == "running_mean":
+        expected = (0.9 * earlier[0] + 0.1 * R.mean().item(), 0.9 * earlier[1] + 0.1)
+        assert state == {"running_mean": pytest.approx(expected, abs=1e-6)}
+    else:
+        assert state == ({"running_mean": earlier} if earlier[1] else {})
     others = (R.sum(-1, keepdim=True) - R) / (G - 1)
     centred = R - R.mean(-1, keepdim=True)
     std = centred[kept].square().mean().sqrt() if kept.any() else 0.0
-    expected = {"reward": R - baseline, "center": centred, "leave_one_out": R - others, "positive": torch.ones_like(R),
+    expected = {"reward": R, "running_mean": R - baseline, "center": centred, "leave_one_out": R - others,
+                "positive": torch.ones_like(R),
                 "zscore": centred / (centred.square().mean(-1, keepdim=True).sqrt() + 1e-6),
                 "zscore_batch": centred / (std + 1e-6)}[advantage]
     assert_close(adv, expected.view(-1, 1), 1e-5)
@@ -233,14 +241,17 @@ def test_a_kl_in_the_reward_follows_the_divergence_of_whole_answers(pair, beta, 
     assert_close(ours, exact, 1e-9)
 
 
-@pytest.mark.parametrize("pair", [("k1", "loss"), ("k2", "weighted"), ("k2", "reward"), ("k3", "reward")], ids=" in ".join)
-def test_a_kl_term_that_follows_no_divergence_is_refused(pair, capsys):
+@pytest.mark.parametrize("name", ["k1", "k2_weighted", "k2_reward", "k3_reward"])
+def test_a_kl_term_that_follows_no_divergence_is_refused(name, capsys):
     """In one sentence that names those that follow one."""
-    with pytest.raises(ValueError, match="follows no divergence; expected k2 in loss"):
-        train_grpo.Config(kl_coef=0.1, kl=pair[0], kl_in=pair[1])
-    if pair[1] != "reward":
+    with pytest.raises(SystemExit):
+        run.parse(train_grpo.Config, ["--kl-coef", "0.1", "--kl", name])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--kl: invalid choice: {name!r}" in error and all(choice in error for choice in KL_TERMS)
+    estimator, _, place = name.partition("_")
+    if place != "reward":
         with pytest.raises(Broken, match="no KL divergence"):
-            divergence(functools.partial(train_grpo.objective, kl_coef=0.3, kl=pair[0], kl_in=pair[1]))
+            divergence(functools.partial(train_grpo.objective, kl_coef=0.3, kl=estimator, kl_in=place or "loss"))
 
 
 def assert_pure(f, *constants, **variables):
@@ -375,9 +386,9 @@ def likelihood_batches(draw):
     return -randn(g, *mask.shape).abs(), mask, token_weights(mask, prompt_index, "token_mean").double()
 
 
-def cross_entropy(logp, mask, weights):
+def cross_entropy(logp, mask, weights, objective=train_pretrain.objective):
     logp = leaf(logp)
-    loss, metrics = train_pretrain.objective(logp, mask, weights)
+    loss, metrics = objective(logp, mask, weights)
     return loss.detach(), metrics, torch.autograd.grad(loss, logp)[0]
 
 
@@ -425,17 +436,31 @@ def test_many_copies_of_a_document_are_as_one(mask, copies, generator):
     assert_close(results[0], results[1], 1e-6)
 
 
+def assert_same_bits(ours, theirs):
+    """Of two losses, their metrics and their gradients."""
+    for x, y in zip(ours, theirs, strict=True):
+        assert x == y if isinstance(x, dict) else torch.equal(x, y)
+
+
+@given(likelihood_batches(), poisons)
+def test_fine_tuning_has_the_objective_of_pretraining(case, poison):
+    """Loss, metric and gradient are the same bits on any batch, whatever is masked: so what is said above holds for both."""
+    logp, mask, weights = case
+    logp = logp.masked_fill(~mask, poison)
+    fine_tuned = cross_entropy(logp, mask, weights, train_sft.objective)
+    assert_same_bits(fine_tuned, cross_entropy(logp, mask, weights))
+    assert not fine_tuned[1]["train/loss"].requires_grad
+
+
 @given(st.integers(1, 6), st.integers(2, 12), generators)
 def test_fine_tuning_on_everything_is_pretraining(B, width, generator):
     """When a BOS is all of the prompt, SFT's mask is all True; weights, loss and gradient are pretraining's bits."""
-    assert train_sft.objective is train_pretrain.objective
     every = torch.ones(B, width - 1, dtype=torch.bool)
     mask = response_mask(torch.ones(B, dtype=torch.int64), torch.full((B,), width), width)
     weights = [token_weights(m, torch.arange(B), "token_mean") for m in (mask, every)]
     assert torch.equal(mask, every) and torch.equal(*weights)
     logp = -randn(generator, B, width - 1).abs()
-    for ours, theirs in zip(cross_entropy(logp, mask, weights[0]), cross_entropy(logp, every, weights[1]), strict=True):
-        assert ours == theirs if isinstance(ours, dict) else torch.equal(ours, theirs)
+    assert_same_bits(cross_entropy(logp, mask, weights[0], train_sft.objective), cross_entropy(logp, every, weights[1]))
 
 
 @given(likelihood_batches(), st.integers(2, 5), generators)

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import poisons, policies
-from test_rollout import HOW, MODEL, TOKENIZER, Parity, scorer
+from test_rollout import MODEL, SAMPLING, TOKENIZER, Parity, scorer
 
 import train_grpo
 import train_ppo
 from nanorl.checks.cases import Batch, batches, generators, masks, partition
 from nanorl.ops import clipped_value_loss, gae
-from nanorl.rollout import Room, collect
+from nanorl.rollout import collect
 from nanorl.tabular import expectation, leaf, log_probs, randn, sequence_kl
 
 pytestmark = pytest.mark.math
@@ -105,8 +105,8 @@ def test_rewards_to_go_with_their_divergence_follow_the_leashed_objective(pair, 
 def test_a_value_is_the_critics_at_the_state_that_the_token_was_chosen_in(size):
     """values[b, t] of each row alone, read at position t, before tokens[:, t+1]; the last value behind the last token."""
     critic = scorer()
-    rollout = collect(MODEL, TOKENIZER, Parity(), prompts=5, samples=2, seed=1, **HOW).rollout
-    values, last_value = train_ppo.state_values(critic, rollout, Room(size))
+    rollout = collect(MODEL, TOKENIZER, Parity(), SAMPLING, prompts=5, samples=2, seed=1).rollout
+    values, last_value = train_ppo.state_values(critic, rollout, size)
     assert not values.requires_grad and len(values[rollout.mask].unique()) > 5 and (values[~rollout.mask] == 0).all()
     for row, (start, end) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)):
         alone = critic(rollout.tokens[row : row + 1, :end])[0].float()                      # [end]
@@ -205,7 +205,7 @@ def test_where_the_policy_has_not_moved_the_gradient_is_reinforces(batch, seed):
 
 @given(st.floats(1e-3, 1e3), st.floats(0, 1e3), st.floats(0.1, 100))
 def test_the_coefficient_rises_above_the_target_and_falls_below_it_by_at_most_two_percent(c, kl, target):
-    after = train_ppo.steer(c, kl, target)
+    after = train_ppo.adapt_kl_coef(c, kl, target)
     assert 0.98 * c - 1e-12 <= after <= 1.02 * c + 1e-12
     assert math.copysign(1, after - c) == math.copysign(1, kl - target) or math.isclose(after, c)
-    assert math.isclose(train_ppo.steer(c, target, target), c)
+    assert math.isclose(train_ppo.adapt_kl_coef(c, target, target), c)

@@ -18,6 +18,7 @@ import train_dpo
 import train_group_dpo
 import train_reward
 from nanorl.checks.cases import generators, partition
+from nanorl.heldout import agreement, calibration_error, length_margins, word_margins
 from nanorl.ops import bradley_terry, log_softmax, ranked_right
 from nanorl.tabular import leaf, randn
 
@@ -96,29 +97,29 @@ def test_agreement_is_counted_against_labels_against_the_hidden_reward_and_again
     """Where labels err (a negative hidden margin), agreeing with them is disagreeing with the hidden reward; its ties are left
     out, and what differs by a label temperature or less is not clear."""
     margin, hidden = torch.tensor([1.0, -1.0, -1.0, 2.0, -2.0]), torch.tensor([1.0, -1.0, 3.0, 0.0, -2.0])
-    assert train_reward.agreement("x", margin, hidden) == {
+    assert agreement("x", margin, hidden) == {
         "eval/agreement_x_labels": pytest.approx(2 / 5), "eval/agreement_x_hidden": 3 / 4, "eval/agreement_x_clear": 1 / 2}
-    assert train_reward.agreement("x", margin) == {"eval/agreement_x_labels": pytest.approx(2 / 5)}
+    assert agreement("x", margin) == {"eval/agreement_x_labels": pytest.approx(2 / 5)}
 
 
 def test_calibration_is_exact_when_confidence_is_accuracy():
     """Confidence sigma(log 3) = 3/4: right three times in four it is calibrated, always right it is off by 1/4."""
     m = math.log(3)
-    assert train_reward.calibration_error(torch.tensor([m, m, m, -m])) == pytest.approx(0.0, abs=1e-6)
-    assert train_reward.calibration_error(torch.tensor([m, m, m, m])) == pytest.approx(0.25)
-    assert train_reward.calibration_error(torch.tensor([100.0, 100.0, m, -m])) == pytest.approx(0.125)
+    assert calibration_error(torch.tensor([m, m, m, -m])) == pytest.approx(0.0, abs=1e-6)
+    assert calibration_error(torch.tensor([m, m, m, m])) == pytest.approx(0.25)
+    assert calibration_error(torch.tensor([100.0, 100.0, m, -m])) == pytest.approx(0.125)
 
 
 def test_the_baselines_find_what_they_can_see_and_nothing_else():
     """Length and words are enough where they decide; where only the order of words does, they are at a loss."""
     words = ["red", "green", "blue", "white"]
     ordered = [{"prompt": "", "chosen": f"{a} {b}", "rejected": f"{b} {a}"} for a in words for b in words if a != b]
-    assert set(train_reward.word_margins(ordered * 5, ordered).tolist()) == {0.0}
-    assert set(train_reward.length_margins(ordered, ordered).tolist()) == {0.0}
+    assert set(word_margins(ordered * 5, ordered).tolist()) == {0.0}
+    assert set(length_margins(ordered, ordered).tolist()) == {0.0}
     planted = [{"prompt": "", "chosen": f"{a} good", "rejected": f"{b} bad"} for a in words for b in words]
-    assert (train_reward.word_margins(planted, planted) > 0).all()
+    assert (word_margins(planted, planted) > 0).all()
     shorter = [{"prompt": "", "chosen": a, "rejected": a + b} for a in words for b in words]
-    assert (train_reward.length_margins(shorter, shorter) > 0).all()
+    assert (length_margins(shorter, shorter) > 0).all()
 
 
 # ---- DPO ----

@@ -9,7 +9,8 @@ import pytest
 import torch
 from world import ONE_OF_EACH, ROOT, SCRIPTS, metrics, start
 
-from nanorl import ranks, run
+from nanorl import run
+from nanorl.run import optimizer, ranks
 from nanorl.sample import uniforms
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -44,7 +45,7 @@ for job in {jobs!r}:
 
 def keep_gradients(out, patch=setattr):
     """The gradients of a run's first optimizer step, summed over the processes, go to the file OUT.pt."""
-    real = getattr(run._sum_gradients, "real", run._sum_gradients)
+    real = getattr(optimizer._sum_gradients, "real", optimizer._sum_gradients)
 
     def keep(parameters):
         real(parameters)
@@ -52,7 +53,7 @@ def keep_gradients(out, patch=setattr):
             torch.save([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters], f"{out}.pt")
 
     keep.real = real
-    patch(run, "_sum_gradients", keep)
+    patch(optimizer, "_sum_gradients", keep)
 
 
 def on_two_processes(tmp_path, jobs):

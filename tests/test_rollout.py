@@ -1,10 +1,8 @@
 """Experience belongs together: each text is its row's, each reward its text's, and no step changes an answer."""
 
 import hashlib
-import json
 from itertools import pairwise
 from random import Random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,30 +11,18 @@ from hypothesis import strategies as st
 
 from nanorl import run
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
-from nanorl.rollout import (
-    Experience,
-    Room,
-    answer,
-    answer_kl,
-    check_room,
-    collect,
-    contrast,
-    describe,
-    evaluate,
-    learned_rewards,
-    load_reward_model,
-    micro_batches,
-    score_rollout,
-    show_answers,
-)
+from nanorl.rollout import (Experience, NoContrast, Sampling, collect, describe, has_contrast, learned_rewards, micro_batches,
+                            sample_and_grade, score_rollout)
+from nanorl.run.checkpoint import FORMAT
 from nanorl.sample import Rollout, token_log_probs
-from nanorl.tasks import FileTask, Problem, Stories, Task, is_heldout, make_task
+from nanorl.tasks import FileTask, Problem, Stories, Task, is_heldout
 from nanorl.tokenizer import Tokenizer
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 2**32)
 TOKENIZER = Tokenizer.train("What is 12+34? 2+4=6, 1+3=4. Answer: 46\n" * 3, 280)
-HOW = {"max_new_tokens": 4}
+SAMPLING = Sampling(max_new_tokens=4)
+GREEDY = Sampling(max_new_tokens=4, temperature=0.0)
 
 
 class Parity(Task):
@@ -100,7 +86,7 @@ def assert_belongs_together(experience: Experience, task: Task, samples: int) ->
 def test_every_answer_is_verified_against_its_own_problem(seed, count, samples):
     task, rng = Parity(), Random(seed)
     problems = [task.draw(rng) for _ in range(count)]
-    experience = answer(MODEL, TOKENIZER, task, problems, samples=samples, seed=seed, **HOW)
+    experience = sample_and_grade(MODEL, TOKENIZER, task, problems, SAMPLING, samples=samples, seed=seed)
     assert experience.problems == problems
     assert_belongs_together(experience, task, samples)
 
@@ -116,7 +102,7 @@ def test_shuffled_problems_take_their_answers_along(seed, model_seed):
     problems = [task.draw(rng) for _ in range(6)]
     found = []
     for order in (problems, rng.sample(problems, 6)):
-        experience = answer(model, TOKENIZER, task, order, temperature=0.0, **HOW)
+        experience = sample_and_grade(model, TOKENIZER, task, order, GREEDY)
         prompts, rewards = [problem.prompt for problem in order], experience.rewards[:, 0].tolist()
         found.append(sorted(zip(prompts, experience.texts, rewards, strict=True)))
     assert found[0] == found[1]
@@ -125,7 +111,7 @@ def test_shuffled_problems_take_their_answers_along(seed, model_seed):
 def test_an_answer_that_was_cut_scores_nothing():
     """Even where the verifier would pay for it. Finished answers are paid, and both kinds occur."""
     problems = [Same().draw(Random(seed)) for seed in range(8)]
-    experience = answer(MODEL, TOKENIZER, Same(), problems, samples=4, **HOW)
+    experience = sample_and_grade(MODEL, TOKENIZER, Same(), problems, SAMPLING, samples=4)
     finished = experience.rollout.finished
     assert 0 < finished.sum() < 32
     assert torch.equal(experience.rewards.flatten(), finished.float())
@@ -133,17 +119,17 @@ def test_an_answer_that_was_cut_scores_nothing():
 
 def test_contrast_is_a_difference_within_a_group():
     rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.4]])
-    assert contrast(rewards).tolist() == [False, False, True, True]
+    assert has_contrast(rewards).tolist() == [False, False, True, True]
 
 
-def test_room_is_checked_with_the_longest_prompt():
+def test_whether_answers_fit_the_context_is_checked_with_the_longest_prompt():
     """A prompt and an answer may fill the context to the last token; one more is refused in one sentence."""
     task = FileTask([(f"What is {n}?" + " and so on" * (n == 50), "1") for n in range(100)])
     prompts = [TOKENIZER.render(problem.prompt) for problem in task.examples()]
     longest = max(map(len, prompts))
-    check_room(MODEL, prompts, 64 - longest)
+    run.check_fits_context(MODEL, prompts, 64 - longest)
     with pytest.raises(ValueError) as error:
-        check_room(MODEL, prompts, 65 - longest)
+        run.check_fits_context(MODEL, prompts, 65 - longest)
     text = str(error.value)
     assert "\n" not in text and len(text) < 250 and str(65 - longest) in text and "64" in text
 
@@ -155,7 +141,7 @@ def test_room_is_checked_with_the_longest_prompt():
 @quick
 def test_collected_problems_are_training_problems_of_the_seed(seed, prompts, samples):
     """One seed, one experience; none of the problems is held out."""
-    runs = [collect(MODEL, TOKENIZER, Parity(), prompts=prompts, samples=samples, seed=seed, **HOW) for _ in range(2)]
+    runs = [collect(MODEL, TOKENIZER, Parity(), SAMPLING, prompts=prompts, samples=samples, seed=seed) for _ in range(2)]
     assert runs[0].problems == runs[1].problems and runs[0].texts == runs[1].texts
     assert torch.equal(runs[0].rewards, runs[1].rewards) and torch.equal(runs[0].rollout.tokens, runs[1].rollout.tokens)
     assert len(runs[0].problems) == prompts and not any(is_heldout(p.prompt) for p in runs[0].problems)
@@ -167,17 +153,17 @@ def test_collected_problems_are_training_problems_of_the_seed(seed, prompts, sam
 @quick
 def test_resampling_returns_groups_with_contrast_only(seed, prompts, samples):
     """As many groups as were asked for, each with contrast, put together from several draws with no row gone astray."""
-    experience = collect(MODEL, TOKENIZER, Parity(), prompts=prompts, samples=samples, seed=seed, resample=True, **HOW)
-    assert len(experience.problems) == prompts and contrast(experience.rewards).all()
+    experience = collect(MODEL, TOKENIZER, Parity(), SAMPLING, prompts=prompts, samples=samples, seed=seed, resample=True)
+    assert len(experience.problems) == prompts and has_contrast(experience.rewards).all()
     assert not any(is_heldout(p.prompt) for p in experience.problems)
     assert_belongs_together(experience, Parity(), samples)
 
 
 def test_resampling_keeps_what_the_first_draw_gave():
     """The groups with contrast of a plain collection come first, as they were; at least the others are counted."""
-    plain = collect(MODEL, TOKENIZER, Parity(), prompts=12, samples=2, seed=3, **HOW)
-    full = collect(MODEL, TOKENIZER, Parity(), prompts=12, samples=2, seed=3, resample=True, **HOW)
-    index = contrast(plain.rewards).nonzero().squeeze(-1).tolist()
+    plain = collect(MODEL, TOKENIZER, Parity(), SAMPLING, prompts=12, samples=2, seed=3)
+    full = collect(MODEL, TOKENIZER, Parity(), SAMPLING, prompts=12, samples=2, seed=3, resample=True)
+    index = has_contrast(plain.rewards).nonzero().squeeze(-1).tolist()
     assert 0 < len(index) < 12
     assert full.problems[: len(index)] == [plain.problems[p] for p in index]
     assert full.texts[: 2 * len(index)] == [plain.texts[2 * p + g] for p in index for g in range(2)]
@@ -187,8 +173,8 @@ def test_resampling_keeps_what_the_first_draw_gave():
 
 def test_resampling_gives_up_with_a_clear_error():
     """A policy that always gets the same reward has no contrast to find: bounded, and the sentence says what to do."""
-    with pytest.raises(RuntimeError) as error:
-        collect(MODEL, TOKENIZER, Same(), prompts=2, samples=1, seed=0, resample=True, **HOW)
+    with pytest.raises(NoContrast) as error:
+        collect(MODEL, TOKENIZER, Same(), SAMPLING, prompts=2, samples=1, seed=0, resample=True)
     text = str(error.value)
     assert "\n" not in text and len(text) < 250
     assert "0 of 40" in text and "2 are wanted" in text and "--groups" in text
@@ -237,11 +223,11 @@ def test_a_reward_model_must_read_the_policys_tokens(tmp_path):
     """Another tokenizer, even of the same size, would make the same ids mean other text."""
     other = Tokenizer.train("Who knows what this is about? Nobody.\n" * 3, TOKENIZER.vocab_size)
     model = scorer()
-    torch.save({"format": run.FORMAT, "step": 0, "config": {}, "gpt": vars(model.config), "tokenizer": TOKENIZER.state_dict(),
+    torch.save({"format": FORMAT, "step": 0, "config": {}, "gpt": vars(model.config), "tokenizer": TOKENIZER.state_dict(),
                 "model": model.state_dict(), "optimizer": [], "state": {}}, tmp_path / "ckpt.pt")
-    assert not any(p.requires_grad for p in load_reward_model(str(tmp_path), TOKENIZER, torch.device("cpu")).parameters())
+    assert not any(p.requires_grad for p in run.load_reward_model(str(tmp_path), TOKENIZER, torch.device("cpu")).parameters())
     with pytest.raises(ValueError, match="another tokenizer"):
-        load_reward_model(str(tmp_path), other, torch.device("cpu"))
+        run.load_reward_model(str(tmp_path), other, torch.device("cpu"))
 
 
 def scorer(seed: int = 0) -> ScalarGPT:
@@ -250,13 +236,16 @@ def scorer(seed: int = 0) -> ScalarGPT:
     return model
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 9), st.integers(1, 90), seeds)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 9), st.integers(1, 40), seeds)
 @quick
-def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, tokens, seed):
-    """No batch has more rows or more tokens, padding included, unless it is a single row; none could take the next row,
-    too; and rows come in rising order of length."""
+def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, long, seed):
+    """No batch has more rows, or more tokens than that many rows of LONG, padding included, unless it is a single row; none
+    could take the next row, too; and rows come in rising order of length."""
     lengths, chosen = torch.tensor(lengths), Random(seed).sample(range(len(lengths)), Random(seed).randint(1, len(lengths)))
-    batches = list(micro_batches(torch.tensor(chosen), lengths, Room(rows, tokens)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanorl.rollout.LONG", long)
+        batches = list(micro_batches(torch.tensor(chosen), lengths, rows))
+    tokens = rows * long
     assert sorted(torch.cat([part for part, _ in batches]).tolist()) == sorted(chosen)
     for part, longest in batches:
         assert longest == max(lengths[part]) and (len(part) == 1 or (len(part) <= rows and len(part) * longest <= tokens))
@@ -268,9 +257,9 @@ def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, tokens, seed):
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_rollouts_are_scored_and_judged_alike_in_any_batches(size):
     """log-probs of the sampled tokens, and a reward at the last real token: those of each row on its own."""
-    rollout = collect(MODEL, TOKENIZER, Parity(), prompts=5, samples=2, seed=1, **HOW).rollout
+    rollout = collect(MODEL, TOKENIZER, Parity(), SAMPLING, prompts=5, samples=2, seed=1).rollout
     other, model = make_model(1), scorer()
-    logp, rewards = score_rollout(other, rollout, 0.7, Room(size)), learned_rewards(model, rollout, Room(size))
+    logp, rewards = score_rollout(other, rollout, 0.7, size), learned_rewards(model, rollout, size)
     assert not logp.requires_grad and not rewards.requires_grad and len(rewards.unique()) > 5
     for row, n in enumerate(rollout.lengths.tolist()):
         tokens, mask = rollout.tokens[row : row + 1, :n], rollout.mask[row : row + 1, : n - 1]
@@ -278,62 +267,3 @@ def test_rollouts_are_scored_and_judged_alike_in_any_batches(size):
         torch.testing.assert_close(logp[row, : n - 1], alone[0].float(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(rewards[row], model(tokens)[0, -1].float(), rtol=1e-5, atol=1e-5)
     assert (logp[~rollout.mask] == 0).all()
-
-
-@pytest.mark.parametrize("size", [3, 100])
-def test_the_divergence_of_answers_adds_up_the_exact_divergences_of_their_tokens(size):
-    """sum_t KL(model(.|y_<t) || other(.|y_<t)) over the sampled positions alone, mean over answers; 0 to itself."""
-    other = make_model(1)
-    rollout = collect(MODEL, TOKENIZER, Parity(), prompts=10, samples=2, seed=1, temperature=0.7, **HOW).rollout
-    expected = 0.0
-    for row, (start, end) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)):
-        tokens = rollout.tokens[row : row + 1, :end]
-        p, q = ((net(tokens).detach() / 0.7).log_softmax(-1)[0, start - 1 : end - 1] for net in (MODEL, other))
-        expected += float((p.exp() * (p - q)).sum()) / len(rollout.tokens)
-    assert answer_kl(MODEL, other, rollout, 0.7, Room(size)) == pytest.approx(expected, rel=1e-5) and expected > 0.1
-    assert abs(answer_kl(MODEL, MODEL, rollout, 0.7, Room(size))) < 1e-9
-
-
-def test_an_evaluation_may_look_at_a_reference_and_a_reward_model():
-    plain, sampled = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, **HOW)
-    full, _ = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, reference=make_model(1), reward_model=scorer(), **HOW)
-    assert full == plain | {"eval/answer_kl": answer_kl(MODEL, make_model(1), sampled.rollout, 1.0, Room(64)),
-                            "eval/learned_reward": float(learned_rewards(scorer(), sampled.rollout, Room(64)).mean())}
-
-
-# ---- Evaluating ----
-
-
-@pytest.mark.parametrize("task", [Parity(), make_task("addition-2")], ids=str)
-def test_evaluation_problems_are_held_out_and_depend_on_the_seed_alone(task):
-    """Not on the model, the temperature or the length of answers; another seed asks others."""
-    def problems(model, seed, **how):
-        return evaluate(model, TOKENIZER, task, problems=8, seed=seed, **HOW | how)[1].problems
-
-    asked = problems(MODEL, 5)
-    assert len(asked) == 8 and all(is_heldout(problem.prompt) for problem in asked)
-    assert problems(make_model(1), 5, temperature=0.5, max_new_tokens=2) == asked != problems(MODEL, 6)
-
-
-def test_evaluation_reports_the_means_of_what_it_saw():
-    """Both accuracies: of the answers it returns, and of greedy ones; evaluating again gives the same numbers."""
-    metrics, sampled = evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, **HOW)
-    greedy = answer(MODEL, TOKENIZER, Parity(), sampled.problems, temperature=0.0, **HOW)
-    assert_belongs_together(sampled, Parity(), 1)
-    assert metrics["eval/accuracy_sampled"] == float(sampled.rewards.mean())
-    assert metrics["eval/accuracy_greedy"] == float(greedy.rewards.mean())
-    assert metrics["eval/length"] == describe(sampled)["length"] and "eval/reward" not in metrics
-    assert evaluate(MODEL, TOKENIZER, Parity(), problems=20, seed=5, **HOW)[0] == metrics
-
-
-@pytest.mark.parametrize("count", [3, 9])
-def test_shown_answers_keep_prompt_response_and_reward_together(count):
-    """The first sample of each of the first `count` problems, or of all of them, as lines and as records."""
-    texts = [f"text {n}" for n in range(8)]
-    experience = experience_of([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], [1] * 8, [True] * 7 + [False], texts)
-    records, lines = [], []
-    show_answers(SimpleNamespace(samples=records.extend, say=lines.append, step=7), experience, count)
-    expected = [{"prompt": f"p{n}", "response": f"text {2 * n}", "reward": reward, "finished": True}
-                for n, reward in enumerate([1.0, 0.0, 1.0, 0.0])][:count]
-    assert records == expected and json.loads(json.dumps(records)) == records
-    assert all(f"{'+' if r['reward'] else '-'} {r['prompt']} {r['response']}" in lines[0] for r in expected)

@@ -84,7 +84,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 @pytest.mark.parametrize("triton", [False, True])
 def test_compiling_is_the_default_on_cuda_where_there_is_triton(triton, monkeypatch):
-    monkeypatch.setattr(run, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr("nanorl.run.device.find_spec", lambda name: triton or None)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert run.wants_compile(Config(), cuda) == triton and not run.wants_compile(Config(), cpu)
     for asked in (False, True):
@@ -175,7 +175,7 @@ def test_the_gradient_is_clipped_to_its_bound_and_the_norm_before_it_is_returned
     (100 * model(torch.arange(5)[None])).logsumexp(-1).sum().backward()
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
     seen = {}
-    optimizer.parts[0].register_step_pre_hook(
+    optimizer.optimizers[0].register_step_pre_hook(
         lambda *_: seen.update(norm=math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))))
     assert float(optimizer.step(1.0, grad_clip=0.5)) == pytest.approx(norm, rel=1e-4)
     assert seen["norm"] == pytest.approx(0.5, rel=1e-3)
@@ -260,7 +260,7 @@ def test_a_finished_run_knows_it_and_keeps_its_files(tmp_path):
     train(open_run(tmp_path))
     files = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
     with pytest.raises(SystemExit) as exit:
-        open_run(tmp_path, resume=True)
+        run.script(lambda cfg: pytest.fail("it began again"))(Config(out=str(tmp_path / "r"), quiet=True, resume=True))
     assert exit.value.code == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == files
 

@@ -43,9 +43,11 @@ import train_pretrain
 import train_reward
 import train_sft
 from nanorl import run
-from nanorl.data import shuffled_batch
+from nanorl.data import render_records, response_batch, shuffled_batch, training_records
+from nanorl.family import ALGORITHMS, AXES
+from nanorl.heldout import answer_kl, evaluate_policy, heldout_problems
 from nanorl.ops import kl_divergence
-from nanorl.rollout import Room, answer, answer_kl, collect, evaluate, heldout_problems
+from nanorl.rollout import Sampling, collect, sample_and_grade
 from nanorl.tasks import Stories, is_heldout, make_task
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -130,7 +132,7 @@ def test_pretraining_goes_on_from_another_checkpoint(tmp_path):
 
 def test_without_kl_no_reference_model_is_built(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(run, "model_from", lambda *args, make=run.model_from: built.append(1) or make(*args))
+    monkeypatch.setattr("nanorl.run.start.model_from", lambda *args, make=run.model_from: built.append(1) or make(*args))
     start(train_grpo, GRPO + " --steps 1", tmp_path / "plain")
     assert len(built) == 1
     start(train_grpo, GRPO + " --steps 1 --kl-coef 0.1", tmp_path / "leashed")
@@ -161,13 +163,13 @@ def test_one_update_per_rollout_means_ratio_one_and_an_inert_clip():
         assert abs(line["train/mismatch_kl"]) < 1e-6
 
 
-@pytest.mark.parametrize("algo", train_grpo.ALGORITHMS)
+@pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_row_of_the_table_trains(algo, tmp_path):
     """Two steps of two updates each: the weights move, and what the row's bound counts is logged."""
     start(train_grpo, GRPO + f" --algo {algo} --minibatches 2 --steps 2", tmp_path / "run")
     lines = metrics(tmp_path / "run")
     assert max(line.get("train/grad_norm_max", 0) for line in lines) > 0
-    row = train_grpo.ALGORITHMS[algo]
+    row = ALGORITHMS[algo]
     held = {"clip": {"clipped_low", "clipped_high"}, "truncate": {"capped"}, "mask": {"masked"}}.get(row.bound, set())
     assert {name[6:] for name in lines[0] if name[6:] in {"clipped_low", "clipped_high", "capped", "masked"}} == held
 
@@ -177,17 +179,36 @@ def test_help_prints_the_table_with_its_sources(capsys):
         run.parse(train_grpo.Config, ["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert exit.value.code == 0
-    for name, row in train_grpo.ALGORITHMS.items():
+    for name, row in ALGORITHMS.items():
         at = next(i for i, line in enumerate(lines) if line.split()[:6] == [name, *row[:5]])
         assert lines[at + 1].strip() == row.note
 
 
-@pytest.mark.parametrize("algo", train_grpo.ALGORITHMS)
+GROUPS = {train_pretrain: "text and model", train_sft: "demonstrations", train_reward: "pairs",
+          train_dpo: "pairs, the algorithm", train_group_dpo: "rollouts, the algorithm",
+          train_grpo: "rollouts, the algorithm, what holds the policy, updates",
+          train_ppo: "rollouts, the reward, the algorithm, updates", train_distill: "teacher and answers"}
+
+
+@pytest.mark.parametrize("script", GROUPS, ids=lambda script: script.__name__)
+def test_help_shows_the_flags_in_groups(script, capsys):
+    """What all runs share comes first; no flag but --help is in argparse's own group."""
+    with pytest.raises(SystemExit):
+        run.parse(script.Config, ["--help"])
+    text = capsys.readouterr().out
+    titles = ["options", "device and seed", "the run", *GROUPS[script].split(", ")]
+    assert re.findall(r"^(\w.*):$", text[text.index("\noptions:\n") :], re.M) == titles
+    assert re.findall(r"^  -\S+", text[text.index("\noptions:\n") : text.index("\ndevice and seed:\n")], re.M) == ["  -h,"]
+    flags = re.findall(r"^  (--[a-z-]+)", text, re.M)
+    assert len(flags) == len(set(flags)) == len(dataclasses.fields(script.Config)) <= 42
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_row_is_the_flags_it_stands_for(algo):
     """--algo NAME is --algo grpo with the axes and further flags of its row typed out, and nothing else."""
-    row = train_grpo.ALGORITHMS[algo]
-    flags = dict(zip(train_grpo.AXES, row, strict=False)) | {"overlong": 0.0} | row.also
-    leash = ["--kl-coef", "0.1"] if "kl_in" in row.also else []
+    row = ALGORITHMS[algo]
+    flags = dict(zip(AXES, row, strict=False)) | {"overlong": 0.0} | row.also
+    leash = ["--kl-coef", "0.1"] if "kl" in row.also else []
     typed = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
     short, spelt = (run.parse(train_grpo.Config, [*argv, *leash]) for argv in (["--algo", algo], ["--algo", "grpo", *typed]))
     assert dataclasses.replace(short, algo="grpo") == spelt
@@ -199,9 +220,11 @@ def test_a_typed_flag_overrides_its_row_and_takes_what_belongs_to_it_along():
 
     assert parse("--algo dapo --groups all").groups == "all"
     masked = parse("--algo dapo --bound mask")
-    assert masked.clip_high is None and (masked.mask_low, masked.mask_high) == (1 / 8, 8.0)
-    assert parse("--algo rloo --kl-coef 0.1").kl == "k1" and parse("--algo rloo --kl-coef 0.1 --kl-in loss").kl == "k3"
-    assert parse("--kl-coef 0.1").kl_in == "loss" and parse("--advantage center --kl-coef 0.1 --kl-in reward").kl == "k1"
+    assert (1 - masked.clip_low, 1 + masked.clip_high) == (1 / 8, 8.0)
+    truncated = parse("--algo dapo --bound truncate")
+    assert truncated.clip_low is None and 1 + truncated.clip_high == 5.0
+    assert parse("--algo rloo --kl-coef 0.1").kl == "k1_reward" and parse("--algo rloo --kl-coef 0.1 --kl k3").kl == "k3"
+    assert parse("--kl-coef 0.1").kl == "k3" and parse("").kl is None
 
 
 def test_weights_that_do_not_move_have_ratio_one_in_every_minibatch(tmp_path, monkeypatch):
@@ -229,8 +252,8 @@ def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path):
 
 def test_the_likelihood_term_learns_its_demonstrations(tmp_path):
     """With a coefficient that drowns the reward, the loss on new ones falls, whatever the micro-batches."""
-    write_records(tmp_path / "new.jsonl", ({"prompt": f"Tell {i}.", "response": "So it is."} for i in range(20)))
-    flags = GRPO + f" --steps 6 --lr 1e-3 --demonstrations {tmp_path / 'new.jsonl'} --likelihood-coef 100"
+    write_records(tmp_path / "new.jsonl", ({"prompt": f"Say {i}.", "answer": "x", "response": "So it is."} for i in range(20)))
+    flags = GRPO.replace("wanted.jsonl", str(tmp_path / "new.jsonl")) + " --steps 6 --lr 1e-3 --likelihood-coef 100"
     losses = {}
     for size in (64, 1):
         start(train_grpo, flags, tmp_path / f"held{size}", "--micro-batch", str(size))
@@ -246,7 +269,7 @@ def test_a_self_check_that_fails_ends_the_run_with_one_sentence(tmp_path, monkey
     with pytest.raises(SystemExit) as exit:
         start(train_grpo, GRPO, tmp_path / "checked")
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and "self-check: " in error and "--no-selfcheck" in error
+    assert exit.value.code == 2 and error.count("\n") == 1 and "first-step check: " in error and "--no-selfcheck" in error
     start(train_grpo, GRPO + " --steps 1 --no-selfcheck", tmp_path / "unchecked")
 
 
@@ -280,11 +303,11 @@ def test_a_refreshed_reference_needs_no_file_to_resume(tmp_path):
 
 
 def test_the_running_mean_is_of_earlier_rewards(tmp_path):
-    """The first step subtracts nothing; with decay 0.5 the second subtracts the first step's mean."""
-    start(train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --steps 2", tmp_path / "run")
+    """The first step subtracts nothing; the second subtracts the first step's mean, and its own mean joins with weight 0.1."""
+    start(train_grpo, GRPO + " --algo reinforce --advantage running_mean --steps 2", tmp_path / "run")
     first, second, _ = (line.get("rollout/reward", 0) for line in metrics(tmp_path / "run"))
-    total, weight = run.load_checkpoint(tmp_path / "run")["state"]["baseline"]
-    assert weight == pytest.approx(0.75) and total == pytest.approx(0.25 * first + 0.5 * second, abs=1e-6)
+    total, weight = run.load_checkpoint(tmp_path / "run")["state"]["running_mean"]
+    assert weight == pytest.approx(0.19) and total == pytest.approx(0.09 * first + 0.1 * second, abs=1e-6)
 
 
 def test_the_kl_to_the_reference_starts_at_zero_and_leaves_it(tmp_path):
@@ -293,12 +316,13 @@ def test_the_kl_to_the_reference_starts_at_zero_and_leaves_it(tmp_path):
     assert abs(first["train/kl"]) < 1e-6 < min(second["train/kl"], third["train/kl"])
 
 
-def test_micro_batches_change_nothing_but_memory(tmp_path):
+def test_micro_batches_change_nothing_but_memory(tmp_path, monkeypatch):
     """Gradients of micro-batches add up to the step's: their norm before clipping agrees to rounding."""
     flags = GRPO + " --steps 1 --aggregate token_mean"
     start(train_grpo, flags, tmp_path / "whole")
     start(train_grpo, flags, tmp_path / "rows", "--micro-batch", "1")
-    start(train_grpo, flags, tmp_path / "tokens", "--micro-tokens", "40")
+    monkeypatch.setattr("nanorl.rollout.LONG", 10)              # 4 rows at a time, but only 40 tokens
+    start(train_grpo, flags, tmp_path / "tokens", "--micro-batch", "4")
     whole, *micro = (metrics(tmp_path / name)[0]["train/grad_norm_max"] for name in ("whole", "rows", "tokens"))
     assert micro == [pytest.approx(whole, rel=1e-4)] * 2 and whole > 0
 
@@ -550,27 +574,27 @@ def test_a_step_of_distillation_is_what_it_says(on, tmp_path):
     data = " --data letters.jsonl" if on == "data" else ""
     flags = DISTILL.replace("--steps 3", "--steps 1").replace("--teacher grpo", "--teacher pretrain")
     start(train_distill, flags + f" --on {on}{data}", tmp_path / "run")
-    first, how = metrics(tmp_path / "run")[0], {"max_new_tokens": 16}
+    first, sampling = metrics(tmp_path / "run")[0], Sampling(16)
     tokenizer = run.tokenizer_from(run.load_checkpoint("sft"))
     models = student, teacher = [run.model_from(run.load_checkpoint(name), torch.device("cpu")) for name in ("sft", "pretrain")]
     task = make_task("addition")
     if on == "data":
-        records = train_sft.training_records("letters.jsonl", task)
-        rendered = train_sft.render(records, tokenizer, 256, "letters.jsonl")
-        tokens, mask = train_sft.batch_of(*rendered, shuffled_batch(len(records), 6, 0, 0), tokenizer.pad)
+        records = training_records("letters.jsonl", task)
+        rendered = render_records(records, tokenizer, 256, "letters.jsonl")
+        tokens, mask = response_batch(*rendered, shuffled_batch(len(records), 6, 0, 0), tokenizer.pad)
     else:
-        rollout = collect(models[on == "teacher"], tokenizer, task, prompts=3, samples=2, seed=run.derive(0, "rollout", 0),
-                          **how).rollout
+        rollout = collect(models[on == "teacher"], tokenizer, task, sampling, prompts=3, samples=2,
+                          seed=run.derive(0, "rollout", 0)).rollout
         tokens, mask = rollout.tokens, rollout.mask
     total = (kl_divergence(teacher(tokens)[:, :-1].detach(), student(tokens)[:, :-1]) * mask).sum()
     (total / len(tokens)).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
     assert first["train/divergence"] == pytest.approx(total.item() / int(mask.sum()), rel=1e-4)
     assert first["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
-    said = answer(teacher, tokenizer, task, heldout_problems(task, 3, 0), seed=run.derive(0, "teacher"), **how)
-    _, own = evaluate(student, tokenizer, task, problems=3, seed=0, **how)
-    forward = answer_kl(teacher, student, said.rollout, 1.0, Room(64))
-    reverse = answer_kl(student, teacher, own.rollout, 1.0, Room(64))
+    said = sample_and_grade(teacher, tokenizer, task, heldout_problems(task, 3, 0), sampling, seed=run.derive(0, "teacher"))
+    _, own = evaluate_policy(student, tokenizer, task, sampling, problems=3, seed=0)
+    forward = answer_kl(teacher, student, said.rollout, 1.0, 64)
+    reverse = answer_kl(student, teacher, own.rollout, 1.0, 64)
     assert first["eval/forward_kl"] == pytest.approx(forward, rel=1e-4)
     assert first["eval/reverse_kl"] == pytest.approx(reverse, rel=1e-4) and abs(forward - reverse) > 1
 
@@ -586,10 +610,13 @@ def test_the_default_student_and_teacher_are_made_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = []
 
-    monkeypatch.setattr(run, "ensure_stage", lambda script, **flags: made.append((script.__name__, flags)) or "nowhere")
-    with pytest.raises(SystemExit):
+    for script in (train_pretrain, train_sft, train_grpo):
+        monkeypatch.setattr(script, "main", lambda cfg, script=script: made.append((script.__name__, cfg)))
+    with pytest.raises(SystemExit):              # our stand-ins leave no checkpoint behind
         start(train_distill, "--task sums --seed 3 --quiet --device cpu", "new")
-    names, flags = zip(*made, strict=True)
+    names, configs = zip(*made, strict=True)
     assert names == ("train_grpo", "train_pretrain", "train_sft")
-    assert [f["out"] for f in flags] == ["runs/grpo-sums", "runs/pretrain-pico", "runs/sft-pico-sums"]
-    assert flags[1]["preset"] == "pico" and flags[2]["init"] == "nowhere" and all(f["seed"] == 3 for f in flags)
+    assert [cfg.out for cfg in configs] == ["runs/grpo-sums", "runs/pretrain-pico", "runs/sft-pico-sums"]
+    assert configs[1].preset == "pico" and configs[2].init == "runs/pretrain-pico"
+    assert all((cfg.seed, cfg.quiet, cfg.device) == (3, True, "cpu") for cfg in configs)
+    assert configs[0].task == configs[2].task == "sums"

@@ -9,28 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rollout import HOW, MODEL, TOKENIZER, Parity, scorer
+from test_rollout import MODEL, SAMPLING, TOKENIZER, Parity, scorer
 
 from nanorl import run, search
 from nanorl.checks.cases import generators
 from nanorl.gpt import GPT, GPTConfig
-from nanorl.rollout import Room, answer, learned_rewards
+from nanorl.heldout import heldout_problems
+from nanorl.rollout import learned_rewards, sample_and_grade
 from nanorl.sample import generate, token_log_probs
-from nanorl.search import (
-    ask,
-    autocorrelation,
-    best_of_n,
-    best_of_n_curve,
-    best_of_n_kl,
-    doublings,
-    majority_vote,
-    opening,
-    pass_at_k,
-    position_weights,
-    power_log_accept,
-    power_sample,
-    vote_value,
-)
+from nanorl.search import (autocorrelation, best_of_n, best_of_n_curve, best_of_n_kl, doublings, majority_vote, opening,
+                           pass_at_k, position_weights, power_log_accept, power_sample, sample_answers, vote_value)
 from nanorl.tabular import log_probs, num_prefixes, randn, sequences
 from nanorl.tasks import TASKS, make_task
 
@@ -125,19 +113,20 @@ def test_an_impossible_n_is_one_sentence():
 
 @pytest.mark.parametrize("style", [None, "direct", "worked"])
 def test_asked_a_few_at_a_time_every_problem_gets_its_own_answers(style, monkeypatch):
-    """Seven problems, two at a time: each part is what `answer` says of its problems, in order."""
+    """Seven problems, two at a time: each part is what `sample_and_grade` says of its problems, in order."""
     monkeypatch.setattr(search, "ROWS", 6)
     task = make_task("addition")
     problems = [task.draw(Random(i)) for i in range(7)]
-    found = ask(MODEL, TOKENIZER, task, problems, 3, seed=4, purpose="test", style=style, reward_model=scorer(), **HOW)
+    found = sample_answers(MODEL, TOKENIZER, task, problems, SAMPLING, samples=3, seed=4, purpose="test", style=style,
+                           reward_model=scorer())
     for i in range(0, 7, 2):
         begun = [opening(task, TOKENIZER, problem, style) if style else [] for problem in problems[i : i + 2]]
         rows, seed = slice(i, i + 2), run.derive(4, "test", i)
-        part = answer(MODEL, TOKENIZER, task, problems[rows], samples=3, openings=begun, seed=seed, **HOW)
+        part = sample_and_grade(MODEL, TOKENIZER, task, problems[rows], SAMPLING, samples=3, openings=begun, seed=seed)
         said = part.rollout
         assert torch.equal(found.rewards[rows], part.rewards)
         assert torch.equal(found.logp[rows].flatten(), said.logp.sum(-1))
-        assert torch.equal(found.learned[rows].flatten(), learned_rewards(scorer(), said, Room(64)).float())
+        assert torch.equal(found.learned[rows].flatten(), learned_rewards(scorer(), said, 64).float())
         sampled = said.lengths - said.prompt_lengths
         assert found.tokens[rows].flatten().tolist() == [int(n) + len(begun[k // 3]) for k, n in enumerate(sampled)]
         assert [ballot for p in found.ballots[rows] for ballot in p] == [
@@ -148,7 +137,8 @@ def test_asked_a_few_at_a_time_every_problem_gets_its_own_answers(style, monkeyp
 @pytest.mark.parametrize("reward_model", [None, scorer()], ids=["task", "model"])
 def test_the_best_of_samples_on_heldout_problems(reward_model):
     """1 is the mean, doubling up to the number of samples; chosen by the task itself it never falls."""
-    found = best_of_n_curve(MODEL, TOKENIZER, Parity(), samples=6, problems=10, seed=3, reward_model=reward_model, **HOW)
+    found = best_of_n_curve(MODEL, TOKENIZER, Parity(), heldout_problems(Parity(), 10, 3), SAMPLING, samples=6, seed=3,
+                            reward_model=reward_model)
     assert list(found) == [1, 2, 4, 6] and all(0 <= value <= 1 for value in found.values())
     if reward_model is None:
         assert list(found.values()) == sorted(found.values()) and found[6] > found[1]
@@ -240,9 +230,9 @@ def test_answers_begin_with_their_openings():
     """The text has it, the prompt of the rollout has it, and the tokens behind it are those of a longer prompt."""
     task, openings = Parity(), [TOKENIZER.encode("6"), TOKENIZER.encode("12")]
     problems = [task.draw(Random(i)) for i in range(2)]
-    found = answer(MODEL, TOKENIZER, task, problems, samples=3, openings=openings, seed=5, **HOW)
+    found = sample_and_grade(MODEL, TOKENIZER, task, problems, SAMPLING, samples=3, openings=openings, seed=5)
     prompts = [TOKENIZER.render(problem.prompt) + begun for problem, begun in zip(problems, openings, strict=True)]
-    plain = generate(MODEL, prompts, stop_ids={TOKENIZER.end}, samples_per_prompt=3, seed=5, **HOW)
+    plain = generate(MODEL, prompts, max_new_tokens=4, stop_ids={TOKENIZER.end}, samples_per_prompt=3, seed=5)
     assert torch.equal(found.rollout.tokens, plain.tokens)
     for row, ids in enumerate(plain.responses()):
         text, reward = found.texts[row], found.rewards.flatten()[row]

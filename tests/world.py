@@ -35,7 +35,7 @@ DISTILL = "--steps 3 --prompts 3 --group 2 --teacher grpo --init sft" + EVAL + T
 SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO),
            "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
                                             "--truncated mask --aggregate token_mean --advantage leave_one_out" + SELDOM),
-           "stale": (train_grpo, GRPO + " --algo cispo --stale 1 --kl-coef 0.1 --kl k1 --kl-in weighted --refresh-reference 1 "
+           "stale": (train_grpo, GRPO + " --algo cispo --stale 1 --kl-coef 0.1 --kl k1_weighted --refresh-reference 1 "
                                         "--overlong 0.5 --no-selfcheck" + SELDOM),
            "masked": (train_grpo, GRPO + " --algo masked_is" + SELDOM),
            "reward": (train_reward, "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft" + TINY),
@@ -46,8 +46,8 @@ SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grp
                                      "--truncated bootstrap"),
            "distill": (train_distill, DISTILL + " --on student --divergence reverse --gradient sequence"),
            "taught": (train_distill, DISTILL + " --on data --data letters.jsonl --divergence jsd --tau 2 --top-k 3"),
-           "reinforce": (train_grpo, GRPO + " --algo reinforce --baseline-decay 0.5 --likelihood-coef 0.1 "
-                                            "--demonstrations letters.jsonl --kl-coef 0.1 --kl k1 --kl-in reward" + SELDOM)}
+           "reinforce": (train_grpo, GRPO + " --algo reinforce --advantage running_mean --likelihood-coef 0.1 --kl-coef 0.1 "
+                                            "--kl k1_reward" + SELDOM)}
 STATES = [name for name in SCRIPTS if name != "masked"]     # whose checkpoints hold something of their own
 
 ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo", "distill")   # one run of every script
@@ -82,7 +82,8 @@ def make_world(folder):
     """In this directory, one finished run of every script: a model that says x or y, and is rewarded for x."""
     (folder / "text.txt").write_text((DATA / "text.txt").read_text()[:20_000])
     write_records(folder / "letters.jsonl", ({"prompt": f"Say {i}.", "response": f"Answer: {'xy'[i % 2]}"} for i in range(99)))
-    write_records(folder / "wanted.jsonl", ({"prompt": f"Say {i}.", "answer": "x"} for i in range(99)))
+    write_records(folder / "wanted.jsonl", ({"prompt": f"Say {i}.", "answer": "x", "response": f"Answer: {'xy'[i % 2]}"}
+                                            for i in range(99)))
     write_records(folder / "pairs.jsonl", ({"prompt": f"Say {i}.", "chosen": "Answer: x", "rejected": f"Answer: {'yx'[i == 7]}"}
                                            for i in range(99)))
     with pytest.MonkeyPatch.context() as patch:

@@ -70,7 +70,7 @@ def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | 
         raise UserError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:              # whatever a damaged archive or a pickle that is not ours raises
+    except Exception as e:              # whatever torch.load raises on a damaged or foreign file
         why = (str(e) or "empty file").splitlines()[0][:100]
         raise UserError(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:

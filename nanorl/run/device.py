@@ -27,8 +27,8 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 def find_device(name: str) -> torch.device:
     """The device of this name, or the best there is for "auto"; UserError where there is none.
 
-    On CUDA, from now on, float32 products may be TF32, and attention is never cuDNN's: from H100 on PyTorch would choose it
-    first, and it plans anew for every shape of eager decoding.
+    On CUDA this also lets float32 products be TF32, and turns cuDNN's attention off: PyTorch would choose it first on an H100
+    or later, and it makes a new plan for every shape of eager decoding.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":

@@ -216,6 +216,7 @@ class Run:
         if every and self.step and self.step % every == 0:
             reference.load_state_dict(self.model.state_dict())
             self.state["reference"] = reference.state_dict()
+            self.state.pop("sha256 of reference", None)
 
     def restore(self, reference: nn.Module | None) -> None:
         """Give a reference that has been refreshed before the run was resumed its weights back."""

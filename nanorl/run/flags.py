@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from nanorl.errors import UserError, exit_with
 from nanorl.tasks import default_max_new_tokens
@@ -46,8 +46,6 @@ class DeviceConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on GPUs that have it
     compile: bool | None = None  # torch.compile; by default on cuda, where there is Triton
-
-    table: ClassVar[str] = ""   # what --help shows after the script's docstring
 
     def default(self, flag: str, value: Any) -> None:
         """In __post_init__: the value of a flag that was not given."""
@@ -124,9 +122,11 @@ def _misfit(value: Any, hint: Any) -> str:
 
 
 def _help_and_groups(config_class: type) -> tuple[dict[str, str], dict[str, str]]:
-    """The help text of each field, which is the comment after it, and its group, the last comment on a line of its own."""
-    helps, groups, group = {}, {}, ""
+    """The help text of each field, which is the comment after it, and its group, the last comment on a line of its own in the
+    class that has the field first; "" if there is none."""
+    helps, groups = {}, {}
     for cls in reversed([c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]):
+        group = ""
         for line in inspect.getsource(cls).splitlines():
             if heading := re.fullmatch(r"    # (.+)", line):
                 group = heading[1]
@@ -138,11 +138,11 @@ def _help_and_groups(config_class: type) -> tuple[dict[str, str], dict[str, str]
 
 
 def _parser(config_class: type, hints: dict[str, Any]) -> argparse.ArgumentParser:
-    doc = inspect.getmodule(config_class).__doc__
-    parser = _Parser(description="\n\n".join(filter(None, (doc.strip(), config_class.table))), allow_abbrev=False,
+    doc, table = inspect.getmodule(config_class).__doc__.strip(), getattr(config_class, "table", "")
+    parser = _Parser(description="\n\n".join(filter(None, (doc, table))), allow_abbrev=False,
                      argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     helps, groups = _help_and_groups(config_class)
-    sections = {title: parser.add_argument_group(title) for title in dict.fromkeys(groups.values())}
+    sections = {"": parser} | {title: parser.add_argument_group(title) for title in dict.fromkeys(groups.values()) if title}
     for field in dataclasses.fields(config_class):
         hint, options = hints[field.name], {}
         if get_origin(hint) is tuple:
@@ -164,7 +164,8 @@ def _parser(config_class: type, hints: dict[str, Any]) -> argparse.ArgumentParse
 
 def parse(config_class: type, argv: list[str] | None = None) -> Any:
     """The command line as a config. Help texts are the comments after the fields; bounds are the fields' types. A field without
-    a default is a positional argument; a tuple takes one value or more.
+    a default is a positional argument; a tuple takes one value or more. --help shows the class's `table`, if it has one, after
+    the module's docstring.
 
     With --resume the flags come from the run's config.json, and one that was typed must agree with it.
     """

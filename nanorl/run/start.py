@@ -14,7 +14,7 @@ from nanorl.gpt import GPT, ScalarGPT
 from nanorl.run.checkpoint import load_checkpoint, load_reward_model, model_from, tokenizer_from
 from nanorl.run.device import pick_device
 from nanorl.run.directory import Run
-from nanorl.run.flags import RunConfig, parse, read_config
+from nanorl.run.flags import RunConfig, flag_of, parse, read_config
 from nanorl.tasks import FileTask, Task, make_task
 from nanorl.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ def stage_dir(stage: str, task: str) -> str:
 
 
 def find_script(name: str) -> ModuleType:
-    """The training script of this name, imported: the one beside the running script, else the checkout's."""
+    """The training script of this name, imported: from the folder of the running script, else from the checkout."""
     places = [Path(sys.argv[0]).resolve().parent, CHECKOUT]
     path = next((place / f"{name}.py" for place in places if (place / f"{name}.py").is_file()), None)
     if path is None:
@@ -66,7 +66,9 @@ def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
     """
     script = find_script(f"train_{stage}")
     wanted = script.Config(**{name: getattr(cfg, name) for name in INHERITED}, **flags)
-    out, command = Path(wanted.out), f"python {script.__name__}.py --out {wanted.out}"
+    out, defaults = Path(wanted.out), script.Config()
+    typed = {"out": wanted.out} | {flag: value for flag, value in flags.items() if value != getattr(defaults, flag)}
+    command = f"python {script.__name__}.py " + " ".join(f"{flag_of(flag)} {value}" for flag, value in typed.items())
     made = read_config(out) if (out / "config.json").exists() else {}
     for flag in ("task", "data", "init"):
         if made and made.get(flag) != getattr(wanted, flag, None):
@@ -106,24 +108,27 @@ class Start(NamedTuple):
     checkpoint: dict[str, Any] | None   # of this run, where it is resumed
     tokenizer: Tokenizer
     policy: GPT                         # with the weights of that checkpoint, else of --init
-    reference: GPT | None               # --init itself; its weights are constants
+    reference: GPT | None               # --init itself, or what it was refreshed to; its weights are constants
     reward_model: ScalarGPT | None
 
 
 def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bool = False,
-          reward_model: str | None = None) -> Start:
+          refreshed: bool = False, reward_model: str | None = None) -> Start:
     """Check that the run can be written and that what the flags name exists, then load the models.
 
     Where --init is not given, it is the run of `stage` (on the same task), made first where it is missing. With
-    `reference`, --init is loaded once more as the reference model. reward_model: the run of one, "" for runs/reward, made
-    first where it is missing, None for none. All must have room for the prompts of `task`.
+    `reference`, --init is loaded once more as the reference model; with `refreshed`, the reference in the checkpoint instead,
+    if it has one. A resumed run that needs --init for nothing else does without it. reward_model: the run of one, "" for
+    runs/reward, made first where it is missing, None for none. All must have room for the prompts of `task`.
     """
     device, checkpoint = pick_device(cfg), Run.check(cfg)
-    for path, holds in ((cfg.init, "policy"), (reward_model, "reward model")):
+    saved = checkpoint["state"].get("reference") if checkpoint and refreshed else None
+    needs_init = not checkpoint or (reference and not saved)
+    for path, holds in ((cfg.init if needs_init else "", "policy"), (reward_model, "reward model")):
         if path:
             load_checkpoint(path, holds)            # before minutes are spent on other stages
-    initial = None
-    if reference or not checkpoint:
+    initial = checkpoint | {"model": saved} if saved else None
+    if needs_init:
         same_task = {"task": cfg.task} if stage == "sft" else {}
         initial = load_checkpoint(cfg.init or ensure_stage(cfg, stage, **same_task), "policy")
     if reward_model == "":

@@ -31,9 +31,6 @@ from nanorl.tasks.records import FileTask
 from nanorl.tasks.stories import Stories, story
 from nanorl.tasks.strings import Reversal, Sorting
 
-__all__ = ["TASKS", "FileTask", "Problem", "Stories", "Task", "default_max_new_tokens", "final_answer", "is_heldout",
-           "make_task", "story"]
-
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sorting, Reversal, Countdown, Code, Stories)}
 
 

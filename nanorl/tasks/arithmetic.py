@@ -1,6 +1,7 @@
 """Tasks with numbers, addition, sums and countdown, and a parser that is safe on any string."""
 
 import re
+from itertools import accumulate
 from random import Random
 
 from nanorl.tasks.base import MAX_ANSWER_CHARACTERS, Problem, Task, final_answer, integers, worked_response
@@ -39,12 +40,9 @@ class Sums(Task):
 
     def work(self, problem, rng):
         """A running total, so that each step only adds one digit to it."""
-        total, *terms = integers(problem.prompt)
-        steps = []
-        for term in terms:
-            steps.append(f"{total}+{term}={total + term}")
-            total += term
-        return worked_response(steps, problem.answer)
+        terms = integers(problem.prompt)
+        totals = zip(accumulate(terms), terms[1:], strict=False)
+        return worked_response((f"{total}+{term}={total + term}" for total, term in totals), problem.answer)
 
 
 class Countdown(Task):

@@ -64,10 +64,6 @@ def seccomp_filter(machine: str) -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
-
-
 def _prctl(*arguments: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(*map(ctypes.c_ulong, arguments)):
@@ -83,31 +79,31 @@ def confine(pipe: int) -> None:
     os.closerange(0, pipe)
     os.closerange(pipe + 1, 1 << 16)
     sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None    # print() says nothing
-    for kind, bound in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CPU, 1 + int(CPU_SECONDS)),
-                        (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 0),
-                        (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(kind, (bound, bound))
+    limits = {"AS": MEMORY_BYTES, "CPU": 1 + int(CPU_SECONDS), "FSIZE": 0, "NPROC": 0, "NOFILE": 0, "CORE": 0}
+    for kind, bound in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (bound, bound))
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)       # its signal kills, and no handler can be installed any more
-    instructions = ctypes.create_string_buffer(seccomp_filter(platform.machine()))
-    program = _Program((len(instructions) - 1) // 8, ctypes.addressof(instructions))
+    instructions = seccomp_filter(platform.machine())
+    kept = ctypes.create_string_buffer(instructions)
+    program = ctypes.create_string_buffer(struct.pack("HP", len(instructions) // 8, ctypes.addressof(kept)))   # a sock_fprog
     _prctl(set_no_new_privs, 1, 0, 0, 0)
     _prctl(set_seccomp, filter_mode, ctypes.addressof(program), 0, 0)
 
 
-def child(job: dict[str, Any], pipe: int) -> None:
+def child(code: str, inputs: list, pipe: int) -> None:
     """Run one program; write the list of its outputs to the pipe, as JSON, or the name of what it raised."""
     confine(pipe)
     try:
         names: dict[str, Any] = {"__name__": "program"}
-        exec(compile(job["code"], "program", "exec"), names)
-        answer = json.dumps([names["f"](x) for x in job["inputs"]])
+        exec(compile(code, "program", "exec"), names)
+        answer = json.dumps([names["f"](x) for x in inputs])
     except BaseException as e:      # also SystemExit and KeyboardInterrupt: whatever it is, it ends here
         answer = json.dumps(type(e).__name__)
     os.write(pipe, answer.encode())
 
 
 def serve() -> None:
-    """Answer each line {"code", "inputs"} on stdin by a line on stdout: the text that the child wrote, as a JSON string."""
+    """Answer each line [code, inputs] on stdin by a line on stdout: the text that the child wrote, as a JSON string."""
     for module in ("collections", "itertools", "math", "resource"):
         __import__(module)                                  # what a program may import, for a child can read no file
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
@@ -118,12 +114,12 @@ def serve() -> None:
             os.setgid(65534)
             os.setuid(65534)
     for line in sys.stdin.buffer:
-        job = json.loads(line)
+        code, inputs = json.loads(line)
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                child(job, writing)
+                child(code, inputs, writing)
             finally:
                 os._exit(0)
         os.close(writing)
@@ -141,17 +137,8 @@ def serve() -> None:
 # The trainer's side
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The first program of every server tries these; all of them must be refused.
-PROBED = [["open", "/", 0], ["fork"], ["kill", 0, 0], ["pipe"]]
-PROBE = """
-import os
-def f(call):
-    name, *arguments = call
-    try:
-        getattr(os, name)(*arguments)
-    except PermissionError:
-        return "refused"
-"""
+# The first programs of every server try these; all of them must be refused.
+PROBES = ("open('/', 0)", "fork()", "kill(0, 0)", "pipe()")
 UNCONFINED = f"a model's programs run only where Linux can confine them, by seccomp, on {' or '.join(ALLOWED)}; here "
 
 
@@ -190,8 +177,7 @@ class Sandbox:
     def _ask(server: subprocess.Popen, program: tuple[str, list]) -> str:
         """The server's line, or as much of it as there is if it has died."""
         try:
-            code, inputs = program
-            server.stdin.write(json.dumps({"code": code, "inputs": inputs}) + "\n")
+            server.stdin.write(json.dumps(program) + "\n")
             server.stdin.flush()
             return server.stdout.readline()
         except BrokenPipeError:
@@ -202,10 +188,10 @@ class Sandbox:
             server = subprocess.Popen([sys.executable, "-I", "-S", __file__], cwd=empty, env={}, text=True,
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                       start_new_session=True)       # Ctrl-C is for the trainer
-            line = self._ask(server, (PROBE, PROBED))
-        if not line:
+            lines = [self._ask(server, (f"import os; os.{call}", [])) for call in PROBES]
+        if not all(lines):
             raise OSError(f"the sandbox: {sys.executable} -I -S did not start in an empty environment")
-        if outputs_of(json.loads(line), len(PROBED)) != ["refused"] * len(PROBED):
+        if {json.loads(line) for line in lines} != {'"PermissionError"'}:
             server.kill()
             raise ValueError(f"{UNCONFINED}the kernel does not (is it switched off in this container?)")
         return server

@@ -1,30 +1,30 @@
-"""The self-check passes on what is sound and names, in one sentence, what is not."""
+"""The check of the first rollout passes on what is sound and names, in one sentence, what is not."""
 
 import functools
 from random import Random
 
 import pytest
 import torch
-from test_rollout import HOW, MODEL, TOKENIZER, Parity
+from test_rollout import MODEL, SAMPLING, TOKENIZER, Parity
 
 import train_grpo
 from nanorl.data import response_mask
-from nanorl.rollout import answer
+from nanorl.first_step import FirstStepCheckFailed, check_verifier, first_step_check, tolerance
+from nanorl.rollout import sample_and_grade
 from nanorl.sample import Rollout, token_log_probs
-from nanorl.selfcheck import SelfCheckFailed, check_verifier, selfcheck, tolerance
 from nanorl.tasks import TASKS, FileTask, Task, make_task
 
 
 def check(rollout=lambda r: r, score=token_log_probs, objective=train_grpo.objective, samples=4):
     problems = [Parity().draw(Random(seed)) for seed in range(16 // samples)]
-    experience = answer(MODEL, TOKENIZER, Parity(), problems, samples=samples, seed=3, **HOW)
+    experience = sample_and_grade(MODEL, TOKENIZER, Parity(), problems, SAMPLING, samples=samples, seed=3)
     experience.rollout = rollout(experience.rollout)
-    return selfcheck(experience, make_task("addition"), TOKENIZER.end, functools.partial(score, MODEL), objective,
-                     list(MODEL.parameters()), "sequence_mean", 4, 1e-4)
+    return first_step_check(experience, make_task("addition"), TOKENIZER.end, functools.partial(score, MODEL), objective,
+                            list(MODEL.parameters()), "sequence_mean", 4, 1e-4)
 
 
 def test_a_sound_setup_is_told_how_sound_it_is():
-    assert check().startswith("Self-check: sampler and scorer agree to ")
+    assert check().startswith("First-step check: sampler and scorer agree to ")
 
 
 @pytest.mark.parametrize("samples", [1, 2, 16])
@@ -89,7 +89,7 @@ class Long(Rollout):
     (dict(rollout=lambda r: Short(**vars(r))), "its stop token if it has one, is outside the mask"),
     (dict(rollout=lambda r: Long(**vars(r))), "more or fewer tokens than were sampled")])
 def test_what_is_broken_is_named_in_one_sentence(fault, says):
-    with pytest.raises(SelfCheckFailed, match=says) as error:
+    with pytest.raises(FirstStepCheckFailed, match=says) as error:
         check(**fault)
     assert "\n" not in str(error.value)
 
@@ -117,7 +117,7 @@ class Stingy(Generous):
 
 @pytest.mark.parametrize("task, says", [(Generous(), "pays for"), (Stingy(), "refuses its own")])
 def test_a_verifier_that_can_be_gamed_is_named(task, says):
-    with pytest.raises(SelfCheckFailed, match=says):
+    with pytest.raises(FirstStepCheckFailed, match=says):
         check_verifier(task)
 
 

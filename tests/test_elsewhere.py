@@ -1,0 +1,121 @@
+"""A script is there to be copied, changed and run from any folder; and the package can be installed without this checkout."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from world import GRPO, ROOT, metrics, start
+
+import train_grpo
+from nanorl import run
+
+FLAGS = "--steps 2 --prompts 2 --group 2 --eval-problems 2 --max-new-tokens 16 --quiet --device cpu"
+LOSS = "return -(weights * surrogate).sum(), metrics"
+DOUBLED = 'metrics["train/mine"] = 2.0 * mask.sum()\n    return -2.0 * (weights * surrogate).sum(), metrics'
+FEW_STORIES = ('read_text(DATA / "stories_heldout.txt")', 'read_text(DATA / "stories_heldout.txt")[:2000]')
+TINY_STAGES = {
+    "train_pretrain": [("steps: run.Count = 900", "steps: run.Count = 2"), ('str(DATA / "text.txt")', '"text.txt"'),
+                       ("vocab_size: run.Count = 512", "vocab_size: run.Count = 300"), ('= "nano"', '= "pico"')],
+    "train_sft": [("steps: run.Count = 300", "steps: run.Count = 3"), ("run.Count = 20_000", "run.Count = 50"),
+                  ("eval_problems: run.Count = 500", "eval_problems: run.Count = 2")]}
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+def copy(script, path, *changes):
+    """A copy of a script in which each change, (old, new), is made once."""
+    text = (ROOT / f"{script}.py").read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def run_there(folder, script, flags):
+    return subprocess.run([sys.executable, script, *flags.split()], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_a_changed_copy_makes_its_stages_by_the_scripts_beside_it(elsewhere):
+    """From nothing, in a folder that the checkout knows nothing of: the loss and the stages are those of the copies."""
+    (elsewhere / "text.txt").write_text((ROOT / "data/text.txt").read_text()[:20_000])
+    copy("train_grpo", elsewhere / "mine.py", (LOSS, DOUBLED), FEW_STORIES)
+    for name, changes in TINY_STAGES.items():
+        copy(name, elsewhere / f"{name}.py", *changes)
+    result = run_there(elsewhere, "mine.py", FLAGS)
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in (elsewhere / "runs").iterdir()} == {"pretrain", "sft", "grpo"}
+    assert [run.load_checkpoint(elsewhere / "runs" / name)["step"] for name in ("pretrain", "sft", "grpo")] == [2, 3, 2]
+    assert [line["train/mine"] for line in metrics(elsewhere / "runs/grpo")[:-1]] == [2.0, 2.0]
+
+
+def test_a_changed_copy_starts_from_a_run_that_is_named(world, elsewhere):
+    """No other stage is made, and its loss is the changed one: of twice the surrogate, the gradient is twice as large."""
+    copy("train_grpo", elsewhere / "mine.py", (LOSS, DOUBLED), FEW_STORIES)
+    flags = GRPO.replace("wanted.jsonl", str(world / "wanted.jsonl")).replace("--init sft", f"--init {world / 'sft'}")
+    result = run_there(elsewhere, "mine.py", flags + " --out mine")
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in elsewhere.iterdir()} == {"mine.py", "mine"}
+    mine, before = (metrics(out)[0]["train/grad_norm_max"] for out in (elsewhere / "mine", world / "grpo"))
+    assert mine == pytest.approx(2 * before, rel=1e-4) and before > 0
+
+
+def test_a_value_error_in_an_objective_keeps_its_traceback(world, elsewhere):
+    copy("train_grpo", elsewhere / "mine.py", (LOSS, 'raise ValueError("my own mistake")'))
+    result = run_there(elsewhere, "mine.py", f"{FLAGS} --init {world / 'sft'}")
+    assert result.returncode == 1 and result.stderr.rstrip().endswith("ValueError: my own mistake")
+    assert "Traceback" in result.stderr and re.search(r'mine\.py", line \d+, in objective', result.stderr)
+
+
+def test_a_user_error_in_an_objective_is_a_sentence(inside, tmp_path, monkeypatch, capsys):
+    def objective(*_, **__):
+        raise run.UserError("--mine 3: is too many")
+
+    monkeypatch.setattr(train_grpo, "objective", objective)
+    with pytest.raises(SystemExit) as exit:
+        start(train_grpo, GRPO, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and "error: --mine 3: is too many" in error
+
+
+def test_a_stage_is_the_script_beside_the_running_one_then_the_checkouts_then_a_sentence(elsewhere, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(elsewhere / "mine.py")])
+    monkeypatch.chdir(elsewhere)
+    assert run.start.find_script("train_sft").__file__ == str(ROOT / "train_sft.py")
+    monkeypatch.setattr("nanorl.run.start.CHECKOUT", elsewhere.parent)
+    with pytest.raises(SystemExit) as exit:
+        train_grpo.main(run.parse(train_grpo.Config, FLAGS.split()))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and not list(elsewhere.iterdir())
+    for named in ("train_sft.py", str(elsewhere), "--init"):
+        assert named in error
+
+
+@pytest.mark.skipif(not (find_spec("pip") and find_spec("setuptools")), reason="installing offline needs pip and setuptools")
+def test_the_installed_package_is_whole_and_imports_from_any_folder(elsewhere):
+    """Not editable, from a copy without the scripts and data: every module of it, and only those, is there."""
+    source, target = elsewhere.parent / "source", elsewhere.parent / "target"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "nanorl", source / "nanorl", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-compile",
+                    "--disable-pip-version-check", "--target", target, source], check=True, capture_output=True)
+    modules, installed = ({p.relative_to(folder) for p in (folder / "nanorl").rglob("*.py")} for folder in (ROOT, target))
+    assert installed == modules
+    packages = [".".join(path.parent.parts) for path in modules if path.name == "__init__.py"]
+    code = f"import {', '.join(packages)}; print(nanorl.__file__)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True,
+                            env=os.environ | {"PYTHONPATH": str(target)})
+    assert result.stdout.strip() == str(target / "nanorl/__init__.py"), result.stderr
+    assert Path(target / "nanorl/run/flags.py").read_bytes() == (ROOT / "nanorl/run/flags.py").read_bytes()
