@@ -76,7 +76,7 @@ def prompts() -> Iterator[str]:
 @torch.no_grad()
 def probabilities(model: GPT, tokens: Tensor, start: int, cfg: Config, tokenizer: Tokenizer) -> str:
     """A line for each token from `start` on: its probability, the entropy of the distribution that it was drawn from, and the
-    likeliest tokens beside it. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
+    likeliest alternatives. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
     logits = model(tokens[None, :-1])[0, start - 1 :]                                       # [response, V]
     logits = sampling_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p) if cfg.temperature else logits.float()
     logp, ids = log_softmax(logits), tokens[start:]
@@ -129,5 +129,5 @@ if __name__ == "__main__":
     try:
         main(run.parse(Config))
     except (KeyboardInterrupt, BrokenPipeError):
-        sys.stdout = None               # whoever read it has gone: nothing to flush
+        sys.stdout = None               # the reader has gone: nothing to flush
         raise SystemExit(130) from None

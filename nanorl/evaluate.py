@@ -41,7 +41,7 @@ from nanorl.tokenizer import Tokenizer
 
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
 
-# Flags that only some methods look at: the value where none is given, and those methods.
+# Flags that only some methods use: the value where none is given, and those methods.
 ONLY_SOME = {"scorer": (("verifier",), {"best_of_n"}), "alpha": ((2.0, 4.0), {"low_temperature", "power"}),
              "proposal": (("base",), {"power"}), "steps": (128, {"power"}), "chains": (2, {"power"})}
 
@@ -66,10 +66,10 @@ class Config(run.DeviceConfig):
     plot: str = ""              # PNG of accuracy against tokens; needs matplotlib
 
     def __post_init__(self):
-        """Fill what was left open, and refuse what no method looks at."""
+        """Fill the flags that were not given, and refuse those that no method uses."""
         for flag, (value, methods) in ONLY_SOME.items():
             self.require(getattr(self, flag) is None or methods & set(self.method), f"method {flag}",
-                         f"no method here looks at it; expected {' or '.join(sorted(methods))}")
+                         f"no method here uses it; expected {' or '.join(sorted(methods))}")
             self.default(flag, value)
         self.require(("reward" in self.scorer) == bool(self.reward_model), "scorer reward_model", "the one needs the other")
         self.require(all(1 / alpha < math.inf for alpha in self.alpha), "alpha",

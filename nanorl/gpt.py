@@ -96,7 +96,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """softmax(Q K^T / sqrt(D)) V, written out.                                   (Vaswani et al. 2017, eq. 1)
 
     q [B, H, T, D]; k, v [B, Hkv, S, D]: each key head serves H / Hkv query heads. mask, broadcastable to [B, H, T, S],
-    is True where a query may look; None is causal: query t sees keys 0..t. Returns [B, H, T, D].
+    is True where a query may attend; None is causal: query t attends to keys 0..t. Returns [B, H, T, D].
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if mask is None:
@@ -130,7 +130,7 @@ class KVCache:
     """Keys and values of the tokens seen so far, so that the next token costs one position instead of all of them.
 
     keys, values: for each layer [B, Hkv, capacity, D]; length [B] is each row's write position, the position of its next
-    token. Rows are left-aligned and may differ in length: what lies at or beyond a row's length is never looked at.
+    token. Rows are left-aligned and may differ in length: what is stored at or beyond a row's length is never attended to.
     """
 
     def __init__(self, config: GPTConfig, rows: int, capacity: int, device=None, dtype=None):
@@ -156,7 +156,7 @@ class KVCache:
         return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
-        """Begin these rows anew with what `other` has seen: its first row goes to the first of them, as many to each."""
+        """Start these rows over with what `other` has seen: its first row goes to the first of them, as many to each."""
         times, seen = len(rows) // len(other.length), other.visible
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for x, y in zip(mine, theirs, strict=True):
@@ -329,5 +329,5 @@ class ScalarGPT(nn.Module):
             return self.scalar(hidden).squeeze(-1)
 
     def at_end(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """The number at each row's last token, whatever lies behind it.       tokens [B, T], lengths [B] -> [B]"""
+        """The number at each row's last token, whatever comes after it.       tokens [B, T], lengths [B] -> [B]"""
         return self(tokens).gather(-1, lengths[:, None] - 1).squeeze(-1)

@@ -125,7 +125,7 @@ class Answers:
     tokens: Tensor              # [P, N] tokens of each, forced ones included
     logp: Tensor                # [P, N] log-prob of what was sampled, as it was sampled, in nats
     ballots: list[list[str | None]]    # P lists of N: what each votes for, None if it was cut or has not answered
-    learned: Tensor | None      # [P, N] what a reward model says of them
+    learned: Tensor | None      # [P, N] their learned rewards
 
 
 def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
@@ -176,7 +176,7 @@ def power_log_accept(alpha: float, delta_p: Tensor, delta_q: Tensor) -> Tensor:
 
         log A = min(0, alpha delta_p - delta_q)             delta_p = log p(y') - log p(y),  delta_q = log q(y') - log q(y)
 
-    for the target p^alpha / Z and proposals that draw the tokens from position m on anew, from q; the tokens before m are
+    for the target p^alpha / Z and proposals that draw the tokens from position m on again, from q; the tokens before m are
     common to both, so that their terms cancel. For q = p that is min(0, (alpha - 1) delta_p), so that alpha = 1 always moves;
     for q = p^alpha / Z_t token by token, the powers cancel and the sum of log Z_t(y') - log Z_t(y) is left.
     (Metropolis et al. 1953; Hastings 1970)
@@ -185,7 +185,7 @@ def power_log_accept(alpha: float, delta_p: Tensor, delta_q: Tensor) -> Tensor:
 
 
 def position_weights(T: int) -> Tensor:
-    """P(m) ~ 1 / (m + 1): the first tokens, which decide the most, are drawn anew most often.       -> [T]"""
+    """P(m) ~ 1 / (m + 1): the first tokens, which decide the most, are drawn again most often.       -> [T]"""
     weights = 1 / torch.arange(1, T + 1, dtype=torch.float64)
     return weights / weights.sum()
 
@@ -208,7 +208,7 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
     y is a response that ends with a stop token, or is cut at `max_new_tokens`; p is the model at temperature 1. A step draws
     a position m, keeps y_<m and proposes another end, sampled at `temperature`: 1 proposes from p, 1/alpha from the tempered
     model. m is drawn from all `max_new_tokens` positions, whatever y is, so that its probability cancels also where lengths
-    differ; where y has ended before m there is nothing to draw anew, and the chain stays.
+    differ; where y has ended before m there is nothing to draw again, and the chain stays.
 
     Yields `chains` chains for each prompt, side by side, as they begin and after each step.
     (Karan and Du 2025, "Reasoning with Sampling"; they draw m from the current length, which is only nearly exact)

@@ -39,7 +39,7 @@ def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
     so the same text always gives the same ranks. `vocab_size` counts bytes and merges, no special tokens; fewer come
     back when no pair occurs twice any more. A digit is a pre-token of its own, so it has no neighbour to merge with.
 
-    A merge changes only the words that contain its pair, so only these are counted anew. No two merges spell the same
+    A merge changes only the words that contain its pair, so only these are counted again. No two merges spell the same
     bytes: inside a longer word, xy has been split just as xy alone would be, and that split is unique.
     """
     if vocab_size < 256:
