@@ -125,7 +125,7 @@ def make_student(cfg: Config) -> str:
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     device, checkpoint = run.pick_device(cfg), run.Run.check(cfg)
     task = run.choose_task(cfg.task)
     records = training_records(cfg.data, task) if cfg.on == "data" else []

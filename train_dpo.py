@@ -149,7 +149,7 @@ class Config(run.RunConfig):
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, needs_verifier=False)
     records, training, heldout, identical = [], [], [], 0
     if not cfg.online:
@@ -256,7 +256,8 @@ def main(cfg: Config) -> None:
         totals = sum_over_ranks(totals)
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1)
         if totals:
-            totals["train/grad_norm"] = optimizer.step(lr, grad_clip=1.0)
+            grad_norm = optimizer.step(lr, grad_clip=1.0)
+            totals["train/grad_norm"] = grad_norm
 
         # 5. Log.
         out.log(totals | {"train/lr": lr, "time/update_s": time.perf_counter() - started},

@@ -85,7 +85,7 @@ class Config(run.RolloutConfig):
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, cfg.data)
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=True)
 
@@ -98,7 +98,7 @@ def main(cfg: Config) -> None:
     print(f"{cfg.loss} over groups on {task}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
 
     for step in out.steps():
-        # 2. Evaluate: held-out problems, answered by sampling and greedily.
+        # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
         if step % cfg.eval_every == 0:
             out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference))
 

@@ -1,6 +1,12 @@
 """Policy gradients without a critic: sample a group of answers to each prompt, and make the better ones more likely.
 
-    J = sum_bt w_bt [ bound(rho) A - kl_coef KL(pi || ref) + entropy_coef H ] + likelihood_coef E_demo[log pi]      loss = -J
+    J = sum_bt w_bt [ S(rho, A) - kl_coef KL(pi || ref) + entropy_coef H ] + likelihood_coef E_demo[log pi]         loss = -J
+
+    --bound     S, the surrogate; the band of the ratio is low = 1 - clip_low to high = 1 + clip_high
+    none        rho A                   (with --ratio none: A log pi)
+    clip        min( rho A, clip(rho, low, high) A )
+    truncate    sg( min(rho, high) ) A log pi                               sg: a constant, no gradient
+    mask        rho A where low <= rho <= high, else 0
 
 GRPO and its relatives differ in five choices: how an answer is compared (the advantage A), how far the policy has moved
 since it sampled (the ratio rho), what is done about it (the bound), how much each token counts (the weights w) and which
@@ -11,9 +17,12 @@ groups are trained on. A named algorithm is a row of a table (nanorl/family.py, 
     python train_grpo.py --algo rloo --kl-coef 0.03 --out runs/rloo
     python train_grpo.py --task sorting
 
-With one update per rollout, the default, every ratio is 1 and a bound has nothing to do: rows that differ only there are
-then the same algorithm. GRPO's loss is then zero too, because the advantages of a group sum to zero and all its answers
+With one update per rollout, the default, every ratio is 1 and a bound has nothing to do: algorithms that differ only in ratio
+or bound are then the same. The value of GRPO's loss is then 0, because the advantages of a group sum to 0 and all its answers
 weigh the same. A loss says nothing about progress here and is not logged. Watch the reward.
+
+To change the loss: a branch in `objective`, its keyword where main makes `loss`, a flag in Config. Then check that it is sound:
+python -m nanorl.checks train_grpo.py:objective --clip 0.2 0.2
 """
 
 import functools
@@ -38,17 +47,17 @@ KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None, ratio="token", bound="clip", clip_low=0.2,
               clip_high=0.2, kl_coef=0.0, kl="k3", kl_in="loss", entropy_coef=0.0):
-    """The loss of one micro-batch, and its metrics as sums over the tokens that count.
+    """The loss -J of one micro-batch, and its metrics as sums over the tokens that count.
 
-        L = -sum_bt w_bt [ bound(rho) A - kl_coef KL(pi || ref) + entropy_coef H ]
+        L = -sum_bt w_bt [ S(rho, A) - kl_coef KL(pi || ref) + entropy_coef H ]
 
     logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1]; mask, weights [B, T], the weights made once for the whole
     optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
     """
-    # Padding may hold anything, even inf. Blank it before exp(): afterwards its gradient would be 0 * inf = nan.
+    # Padding may hold anything, even inf. Blank it before exp(): blanking the result leaves a gradient of 0 * inf = nan.
     logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
     new, old = logp, old_logp
-    if ratio == "sequence":         # every token has moved as far as the answer's mean token
+    if ratio == "sequence":         # one ratio per answer, shared by its tokens: new - old is its logarithm
         new, old = sequence_ratio(logp, old_logp, mask).log().expand_as(logp), torch.zeros_like(logp)
     rho = importance_ratio(new.detach(), old).masked_fill(~mask, 1.0)                       # [B, T]
     metrics = {"train/ratio_max": rho.max().clamp(min=1), "train/ratio_min": rho.min().clamp(max=1)}
@@ -66,7 +75,7 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
         surrogate = adv * (logp if ratio == "none" else importance_ratio(new, old))
     if kl_coef:
         ref_logp = ref_logp.masked_fill(~mask, 0.0)
-        metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp), mask)      # its value, whatever its gradient
+        metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp), mask)      # logged with k3, whichever the loss has
         if kl_in != "reward":
             weight = importance_ratio(logp, old_logp) if kl_in == "weighted" else 1.0
             surrogate = surrogate - kl_coef * weight * KL[kl](logp, ref_logp)
@@ -76,11 +85,11 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
 
 
 def advantages(cfg, rollout, rewards, old_logp, ref_logp, state):
-    """How much better is each answer than others, and which tokens are trained on?       -> adv [B, 1], mask [B, T-1]
+    """The advantage of each answer, and the mask of the tokens that are trained on.       -> adv [B, 1], mask [B, T-1]
 
-    rewards [P, G] are the task's, on the CPU: contrast and acceptance are judged on them. The advantage sees what is left
-    when length and KL have been paid for, R = r + overlong penalty - kl_coef sum_t k1. An answer whose tokens are left out
-    still counts in its group's mean.
+    rewards [P, G] are the task's, on the CPU: they decide which groups and answers are kept. The advantage is that of the net
+    reward, R = r + overlong penalty - kl_coef sum_t k1. An answer whose tokens are left out still counts in its group's mean.
+    `state` holds the running mean.
     """
     mask, kept = rollout.mask, torch.ones_like(rewards, dtype=torch.bool)
     if cfg.groups == "drop":
@@ -115,7 +124,7 @@ class Config(family.FamilyConfig):
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, cfg.data)
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
     stories = read_text(DATA / "stories_heldout.txt")
@@ -131,7 +140,7 @@ def main(cfg: Config) -> None:
     kl = family.KL_TERMS[cfg.kl or "k3"]
     loss = functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                              kl_coef=cfg.kl_coef, kl=kl.estimator, kl_in=kl.place, entropy_coef=cfg.entropy_coef)
-    unchecked = cfg.selfcheck
+    check_due = cfg.selfcheck
     family.announce(cfg, str(task), device)
 
     def score(tokens, mask):
@@ -139,7 +148,7 @@ def main(cfg: Config) -> None:
             return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)
 
     for step in out.steps():
-        # 2. Evaluate: held-out problems, answered by sampling and greedily.
+        # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
         if step % cfg.eval_every == 0:
             out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories))
         out.refresh(reference, cfg.refresh_reference)
@@ -152,39 +161,41 @@ def main(cfg: Config) -> None:
         out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
         out.log({"rollout/tokens": int(fresh.rollout.mask.sum()) + fresh.resampled_tokens,
                  "rollout/resampled": fresh.resampled, "time/rollout_s": time.perf_counter() - started})
-        if unchecked:
-            unchecked = False
+        if check_due:
+            check_due = False
             out.say(first_step_check(fresh, task, tokenizer.end, score, loss, list(policy.parameters()), cfg.aggregate,
                                      cfg.max_new_tokens, tolerance(device, cfg.dtype) / min(1.0, cfg.temperature)))
 
-        # 4. Compare: how much better is each answer than others? With --stale, this is a rollout of some steps ago.
+        # 4. Compare: how much better is each answer than others? With --stale n, this is the rollout of n steps ago.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
-            fresh_logp = fresh.rollout.logp
+            fresh_logp = fresh.rollout.logp         # where it matters, scored again: the sampler may round differently
             if not cfg.on_policy or cfg.kl == "k1_reward":
                 fresh_logp = score_rollout(policy, fresh.rollout, cfg.temperature, cfg.micro_batch)
-            ripe = family.delayed(out.state.setdefault("queue", []), cfg.stale, {
+            entry = family.delayed(out.state.setdefault("queue", []), cfg.stale, {
                 "rollout": vars(fresh.rollout), "rewards": fresh.rewards, "old_logp": fresh_logp})
-            if ripe is None:
+            if entry is None:
                 continue
-            rollout, old_logp = Rollout(**ripe["rollout"]).to(device), ripe["old_logp"].to(device)          # [B, T-1]
+            rollout, old_logp = Rollout(**entry["rollout"]).to(device), entry["old_logp"].to(device)        # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch) if reference else None
-        adv, mask = advantages(cfg, rollout, ripe["rewards"], old_logp, ref_logp, out.state)
+        adv, mask = advantages(cfg, rollout, entry["rewards"], old_logp, ref_logp, out.state)
 
-        # 5. Update. Micro-batches only bound memory: the weights are the whole optimizer step's, so they add up exactly.
+        # 5. Update. Micro-batches only limit memory: the weights are made once for an optimizer step, so that their gradients
+        # add up to its gradient.
         totals, demonstration_loss = {}, 0.0
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
-        steps = minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)
-        for update, minibatch in enumerate(steps, start=step * cfg.updates):
+        batches = minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)
+        for update, minibatch in enumerate(batches, start=step * cfg.updates):
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], cfg.aggregate,
                                                cfg.max_new_tokens)
-            trained = mask[minibatch].any(-1) & ((adv[minibatch, 0] != 0) | (not cfg.skip))
+            # Rows with a token to train on; with --skip, only those with an advantage: the others' gradient is 0.
+            trained = mask[minibatch].any(-1) & ((adv[minibatch] != 0).any(-1) | (not cfg.skip))
             for rows, T in micro_batches(ranks.share(minibatch[trained]), rollout.lengths, cfg.micro_batch):
                 m = mask[rows, : T - 1]
                 logp, entropy = score(rollout.tokens[rows, :T], m)
-                old = logp.detach() if cfg.on_policy else old_logp[rows, : T - 1]
+                old = logp.detach() if cfg.on_policy else old_logp[rows, : T - 1]           # so that ratios are exactly 1
                 micro_loss, metrics = loss(logp, old, adv[rows], m, weights[rows, : T - 1], entropy=entropy,
                                            ref_logp=ref_logp[rows, : T - 1] if reference else None)
                 micro_loss.backward()
@@ -194,7 +205,8 @@ def main(cfg: Config) -> None:
             if records:
                 nll = family.demonstrate(cfg, score, demonstrations, tokenizer.pad, update, device)
                 demonstration_loss += nll / cfg.updates
-            add_metrics(totals, {"train/grad_norm_max": optimizer.step(lr, grad_clip=1.0)})
+            grad_norm = optimizer.step(lr, grad_clip=1.0)
+            add_metrics(totals, {"train/grad_norm_max": grad_norm})
 
         # 6. Log: sums over tokens become means over tokens.
         out.log(per_token(totals))

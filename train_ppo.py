@@ -4,15 +4,15 @@
 
 VL is the clipped value loss. The critic V estimates the return from a state, and A_t, by generalised advantage estimation,
 how much better a token did than that.
-Reward arrives per token: r_t = -kl_coef k1(pi || ref), and at the last token the score of the whole answer. So the leash to
-the reference is part of what is maximised, E[score] - kl_coef KL(pi || ref), and not a term of the loss.
+Reward arrives per token: r_t = -kl_coef k1(pi || ref), and at the last token the score of the whole answer. So the KL
+penalty is part of what is maximised, E[score] - kl_coef KL(pi || ref), and not a term of the loss.
 
     python train_ppo.py                                     a verifier's reward on addition, from nothing
-    python train_ppo.py --reward model                      stories, by the taste that runs/reward has learned
+    python train_ppo.py --reward model                      stories, rewarded by runs/reward
     python train_ppo.py --reward model --kl-coef 0 --out runs/hacked        ... without a KL penalty: over-optimised
 
-Answers are rewarded only at their end, so lam is 1: below 1, what early tokens learn fades with the distance to the end until
-the critic is good, and then a reward without a natural zero, as a learned one, makes answers longer or shorter.
+Answers are rewarded only at their end, so the default lam is 1. With lam below 1, early tokens learn little until the critic is
+good; until then, a reward whose zero is arbitrary, such as a learned one, would also push answers to be longer or shorter.
 
 A learned reward is trusted only near what it was learned from. Watch eval/learned_reward beside eval/hidden_reward: where
 one rises and the other falls, the policy has found a gap between the two.
@@ -43,9 +43,9 @@ def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef,
 
         r_t = -kl_coef log(pi / ref)(y_t) + [t is the last token of an answer that has ended] R
 
-    rewards R and last_value [B]; ended [B] bool; logp, ref_logp, values, mask [B, T] -> (advantages, returns), [B, T] each. An
-    answer that was rewarded has ended, even at the length limit: nothing comes after it. The critic's last value stands for
-    what comes after an answer that has not ended, and that gets no reward. Never both.
+    rewards R and last_value [B]; ended [B] bool; logp, ref_logp, values, mask [B, T] -> (advantages, returns), [B, T] each. Of
+    an answer that has ended, the reward is final and nothing follows. One that has not gets no reward, and last_value stands
+    for the rest.
     """
     last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
     token_rewards = -kl_coef * kl_k1(logp, ref_logp) + torch.where(last & ended[:, None], rewards[:, None], 0.0)
@@ -76,7 +76,7 @@ def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns
     return -(weights * gain).sum(), {f"train/{name}": x for name, x in metrics.items()}
 
 
-def steer(kl_coef, kl, target):
+def adapt_kl_coef(kl_coef, kl, target):
     """A coefficient that keeps the KL near a target.       c <- c (1 + 0.1 clip(kl / target - 1, -0.2, 0.2))
 
     (Ziegler et al. 2019, section 2.2)
@@ -107,11 +107,11 @@ class Config(run.RolloutConfig):
     lam: run.Share = 1.0        # of GAE: 1 trusts the rewards to go, 0 the critic
     clip_low: run.Share = 0.2   # the band of the ratio is 1 - clip_low ...
     clip_high: run.Positive = 0.2    # ... to 1 + clip_high
-    value_clip: run.Positive = 0.5    # a value this far from where it was is not pushed further towards its return
+    value_clip: run.Positive = 0.5    # the clip range of the value, as clip_low and clip_high are the ratio's
     value_coef: run.NonNegative = 0.5    # weight of the value loss
     entropy_coef: run.NonNegative = 0.0    # weight of the entropy bonus
     kl_coef: run.NonNegative | None = None    # reward that a nat of KL to the initial policy costs (default: 0; stories 0.1)
-    kl_target: run.Positive | None = None    # nats of KL per answer: from its first value, --kl-coef is steered towards them
+    kl_target: run.Positive | None = None    # adapt --kl-coef to keep the KL per answer near this, in nats
 
     # updates
     epochs: run.Count = 2       # passes over a rollout
@@ -132,7 +132,7 @@ class Config(run.RolloutConfig):
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, cfg.data, needs_verifier=cfg.reward == "verifier")
     device, checkpoint, tokenizer, policy, reference, reward_model = run.begin(
         cfg, "sft", task=task, reference=True, reward_model=cfg.reward_model if cfg.reward == "model" else None)
@@ -156,7 +156,7 @@ def main(cfg: Config) -> None:
             return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)
 
     for step in out.steps():
-        # 2. Evaluate: held-out prompts, answered by sampling and greedily.
+        # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
         if step % cfg.eval_every == 0:
             out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model))
 
@@ -172,7 +172,8 @@ def main(cfg: Config) -> None:
         out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
         out.log({"rollout/tokens": int(mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
-        # 4. Credit: what did each token do better than the critic thought? A truncated answer may not count as ended.
+        # 4. Credit: what did each token do better than the critic expected? With --truncated bootstrap, a truncated answer has
+        # not ended.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
             old_logp = score_rollout(policy, rollout, cfg.temperature, cfg.micro_batch)     # [B, T-1]
@@ -186,7 +187,8 @@ def main(cfg: Config) -> None:
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
 
-        # 5. Update. Micro-batches only bound memory: the weights are the whole optimizer step's, so they add up exactly.
+        # 5. Update. Micro-batches only limit memory: the weights are made once for an optimizer step, so that their gradients
+        # add up to its gradient.
         totals = {}
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
         for minibatch in minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches):
@@ -203,12 +205,13 @@ def main(cfg: Config) -> None:
                 micro_loss.backward()
                 metrics |= {"train/entropy": masked_sum(entropy.detach(), m), "tokens": m.sum()}
                 add_metrics(totals, metrics)
-            add_metrics(totals, {"train/grad_norm_max": optimizer.step(lr, grad_clip=1.0)})
+            grad_norm = optimizer.step(lr, grad_clip=1.0)
+            add_metrics(totals, {"train/grad_norm_max": grad_norm})
 
-        # 6. Log: sums over tokens become means over tokens. Then steer the KL coefficient.
+        # 6. Adapt the KL coefficient, then log: sums over tokens become means over tokens.
         kl = float(masked_sum(kl_k1(old_logp, ref_logp), mask)) / len(mask)
         if cfg.kl_target:
-            out.state["kl_coef"] = steer(kl_coef, kl, cfg.kl_target)
+            out.state["kl_coef"] = adapt_kl_coef(kl_coef, kl, cfg.kl_target)
         out.log(per_token(totals))
         out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef, "train/lr": lr,
                  "time/update_s": time.perf_counter() - started},

@@ -54,7 +54,7 @@ class Config(run.RunConfig):
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     device, checkpoint = run.pick_device(cfg), run.Run.check(cfg)
     start = checkpoint or (run.load_checkpoint(cfg.init) if cfg.init else None)
     for flag in ("tokenizer", "vocab_size", "preset", "positions"):

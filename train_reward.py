@@ -54,7 +54,7 @@ class Config(run.RunConfig):
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     device, checkpoint = run.pick_device(cfg), run.Run.check(cfg)
     records, training, heldout, identical = read_pairs(cfg.data)
     start = checkpoint or run.load_checkpoint(cfg.init or run.ensure_stage(cfg, "sft", task="stories"), "policy")

@@ -53,7 +53,7 @@ class Config(run.RunConfig):
 
 @run.script
 def main(cfg: Config) -> None:
-    # 1. Start: what can be wrong with flags and files is said here, before any work.
+    # 1. Start: check flags and files, then load the models.
     if cfg.data:
         task, records = None, read_records(cfg.data, ("prompt", "response"))
     else:

@@ -76,7 +76,7 @@ def prompts() -> Iterator[str]:
 @torch.no_grad()
 def probabilities(model: GPT, tokens: Tensor, start: int, cfg: Config, tokenizer: Tokenizer) -> str:
     """A line for each token from `start` on: its probability, the entropy of the distribution that it was drawn from, and the
-    likeliest tokens beside it. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
+    likeliest alternatives. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
     logits = model(tokens[None, :-1])[0, start - 1 :]                                       # [response, V]
     logits = sampling_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p) if cfg.temperature else logits.float()
     logp, ids = log_softmax(logits), tokens[start:]
@@ -111,14 +111,11 @@ def main(cfg: Config) -> None:
             cfg = changed(cfg, line)
         elif line.strip():
             ids = [tokenizer.bos, *tokenizer.encode(line)] if pretrained else tokenizer.render(line)
-            space = model.config.context - len(ids)
-            if space < 1:
-                print(f"{len(ids)} tokens: expected fewer than the model's context of {model.config.context}", file=sys.stderr)
-                continue
+            limit = max(1, min(cfg.max_new_tokens, model.config.context - len(ids)))
             try:
-                said = generate(model, [ids], max_new_tokens=min(cfg.max_new_tokens, space), temperature=cfg.temperature,
-                                top_k=cfg.top_k, top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
-            except FloatingPointError as e:
+                said = generate(model, [ids], max_new_tokens=limit, temperature=cfg.temperature, top_k=cfg.top_k,
+                                top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
+            except (ValueError, FloatingPointError) as e:       # the line does not fit the context; logits that are not finite
                 print(e, file=sys.stderr)
                 continue
             if cfg.show == "probs":
@@ -132,5 +129,5 @@ if __name__ == "__main__":
     try:
         main(run.parse(Config))
     except (KeyboardInterrupt, BrokenPipeError):
-        sys.stdout = None               # whoever read it has gone: nothing to flush
+        sys.stdout = None               # the reader has gone: nothing to flush
         raise SystemExit(130) from None

@@ -16,8 +16,10 @@ power               one answer from p(y)^alpha / Z, for each --alpha, by Metropo
 """
 
 import functools
+import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -32,14 +34,14 @@ from nanorl.gpt import GPT, ScalarGPT
 from nanorl.heldout import heldout_problems
 from nanorl.plot import draw_search, pyplot
 from nanorl.rollout import Sampling
-from nanorl.search import (ROWS, Answers, autocorrelation, best_of_n, doublings, opening, power_sample, sample_answers,
-                           vote_value)
+from nanorl.search import (ROWS, Answers, Style, autocorrelation, best_of_n, doublings, opening, power_sample,
+                           sample_answers, vote_value)
 from nanorl.tasks import Problem, Task, default_max_new_tokens
 from nanorl.tokenizer import Tokenizer
 
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
 
-# Flags that only some methods look at: the value where none is given, and those methods.
+# Flags that only some methods use: the value where none is given, and those methods.
 ONLY_SOME = {"scorer": (("verifier",), {"best_of_n"}), "alpha": ((2.0, 4.0), {"low_temperature", "power"}),
              "proposal": (("base",), {"power"}), "steps": (128, {"power"}), "chains": (2, {"power"})}
 
@@ -64,11 +66,12 @@ class Config(run.DeviceConfig):
     plot: str = ""              # PNG of accuracy against tokens; needs matplotlib
 
     def __post_init__(self):
-        """Fill what was left open, and refuse what no method looks at."""
+        """Fill the flags that were not given, and refuse those that no method uses."""
         for flag, (value, methods) in ONLY_SOME.items():
             self.require(getattr(self, flag) is None or methods & set(self.method), f"method {flag}",
-                         f"no method here looks at it; expected {' or '.join(sorted(methods))}")
+                         f"no method here uses it; expected {' or '.join(sorted(methods))}")
             self.default(flag, value)
+        self.require(("reward" in self.scorer) == bool(self.reward_model), "scorer reward_model", "the one needs the other")
         self.require(all(1 / alpha < math.inf for alpha in self.alpha), "alpha",
                      "the temperature 1/alpha is not finite; expected numbers above 1e-300")
 
@@ -136,60 +139,52 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)      # on how the chains have moved
 
     def add(self, method: str, n: int, values: Tensor, tokens: Tensor) -> None:
-        """A row, from one value and one count of tokens for each problem."""
+        """A row, from values and counts of tokens: one for each problem, or several, of which the mean is taken."""
+        values, tokens = (x.double().view(len(self.problems), -1).mean(-1) for x in (values, tokens))
         low, high = interval(values, self.task.verifiable)
-        self.rows.append(Row(self.name, method, n, float(values.double().mean()), low, high, float(tokens.double().mean())))
+        self.rows.append(Row(self.name, method, n, float(values.mean()), low, high, float(tokens.mean())))
 
-    def alone(self, method: str, samples: int, temperature: float, style: Literal["direct", "worked"] | None = None) -> None:
-        """A row for one answer, averaged over `samples` of them."""
-        found = self.answers(method, samples, temperature, style)
-        self.add(method, 1, found.rewards.double().mean(-1), found.tokens.double().mean(-1))
-
-    def answers(self, purpose: str, samples: int, temperature: float,
-                style: Literal["direct", "worked"] | None = None) -> Answers:
-        sampling = replace(self.sampling, temperature=temperature)
-        return sample_answers(self.model, self.tokenizer, self.task, self.problems, sampling, samples=samples,
-                              seed=self.cfg.seed, purpose=purpose, style=style, reward_model=self.reward_model, quiet=False)
+    def answers(self, purpose: str, samples: int, temperature: float, style: Style | None = None) -> Answers:
+        return sample_answers(self.model, self.tokenizer, self.task, self.problems,
+                              replace(self.sampling, temperature=temperature), samples=samples, seed=self.cfg.seed,
+                              purpose=purpose, style=style, reward_model=self.reward_model, quiet=False)
 
     @functools.cached_property
     def sampled(self) -> Answers:
         """What votes and scorers choose from."""
         return self.answers("sample", self.cfg.n, self.cfg.temperature)
 
-    def choose(self, method: str) -> None:
-        """Rows for what comes of 1, 2, 4, ... of the sampled answers: a vote, or the best by each scorer."""
-        found = self.sampled
+    def alone(self, method: str, found: Answers) -> None:
+        """A row for one answer: the mean over all that were sampled."""
+        self.add(method, 1, found.rewards, found.tokens)
+
+    def choose(self, method: str, values: Callable[[int], Tensor]) -> None:
+        """Rows for 1, 2, 4, ... of the sampled answers: values(n) [P] is what the vote or the scorer makes of n."""
         for n in doublings(self.cfg.n):
-            if method in ("majority", "weighted"):
-                self.add(method, n, vote(found, n, method == "weighted"), n * found.tokens.double().mean(-1))
-        for scorer in self.cfg.scorer if method == "best_of_n" else ():
-            scores = {"verifier": found.rewards, "logprob": found.logp, "reward": found.learned}[scorer]
-            for n in doublings(self.cfg.n):
-                values = best_of_n(scores, found.rewards, n)
-                self.add(f"best by {scorer}", n, values, n * found.tokens.double().mean(-1))
+            self.add(method, n, values(n), n * self.sampled.tokens.double().mean(-1))
 
     def walk(self, alpha: float, proposal: str) -> None:
         """Power sampling: rows after 0, 1, 2, 4, ... steps, and a note."""
         cfg, title, size = self.cfg, f"power {alpha:g}, {proposal}", max(1, ROWS // self.cfg.chains)
-        marks = [0, *doublings(cfg.steps)]
-        rewards, tokens, traces, moved, tried = {m: [] for m in marks}, {m: [] for m in marks}, [], 0, 0
+        rewards, tokens = ({step: [] for step in (0, *doublings(cfg.steps))} for _ in range(2))
+        traces, moved, tried = [], 0, 0
         for i in range(0, len(self.problems), size):
             part, trace = self.problems[i : i + size], []
-            prompts = [self.tokenizer.render(problem.prompt) for problem in part]
-            chains = power_sample(self.model, prompts, alpha=alpha, steps=cfg.steps, chains=cfg.chains,
-                                  temperature=1.0 if proposal == "base" else 1 / alpha, stop_ids={self.tokenizer.end},
-                                  max_new_tokens=self.sampling.max_new_tokens, seed=run.derive(cfg.seed, title, i))
+            asked = [problem for problem in part for _ in range(cfg.chains)]
+            chains = power_sample(self.model, [self.tokenizer.render(problem.prompt) for problem in part], alpha=alpha,
+                                  steps=cfg.steps, chains=cfg.chains, temperature=1.0 if proposal == "base" else 1 / alpha,
+                                  max_new_tokens=self.sampling.max_new_tokens, stop_ids={self.tokenizer.end},
+                                  seed=run.derive(cfg.seed, title, i))
             for step, now in enumerate(tqdm(chains, desc=title, total=cfg.steps + 1, leave=False)):
                 moved, tried = moved + int(now.accepted.sum()), tried + int(now.proposed.sum())
                 trace.append(now.logp.cpu().view(len(part), cfg.chains))
-                if step in marks:
+                if step in rewards:
                     texts = [self.tokenizer.decode(ids) for ids in now.rollout.responses()]
-                    asked = [problem for problem in part for _ in range(cfg.chains)]
                     rewards[step] += self.task.rewards(asked, texts, now.rollout.finished.tolist())
                     tokens[step] += now.sampled.tolist()
             traces.append(torch.stack(trace))
-        for step in marks:
-            self.add(title, step, *(torch.tensor(x[step]).view(-1, cfg.chains).double().mean(-1) for x in (rewards, tokens)))
+        for step in rewards:
+            self.add(title, step, torch.tensor(rewards[step]), torch.tensor(tokens[step]))
         self.notes.append(f"{self.name}, {title}: {moved / max(tried, 1):.0%} of the proposals accepted")
         if cfg.chains > 1:
             rho = autocorrelation(torch.cat(traces, dim=1)[cfg.steps // 2 :]).tolist()
@@ -202,27 +197,31 @@ class Evaluation:
         for method in cfg.method:
             match method:
                 case "greedy":
-                    self.alone(method, 1, 0.0)
+                    self.alone(method, self.answers(method, 1, 0.0))
                 case "sample":
-                    self.add(method, 1, self.sampled.rewards.double().mean(-1), self.sampled.tokens.double().mean(-1))
+                    self.alone(method, self.sampled)
                 case "low_temperature":
                     for alpha in cfg.alpha:
-                        self.alone(f"temperature 1/{alpha:g}", cfg.n, 1 / alpha)
+                        name = f"temperature 1/{alpha:g}"
+                        self.alone(name, self.answers(name, cfg.n, 1 / alpha))
                 case "direct" | "worked":
-                    self.alone(method, cfg.n, cfg.temperature, style=method)
-                case "majority" | "weighted" | "best_of_n":
-                    self.choose(method)
+                    self.alone(method, self.answers(method, cfg.n, cfg.temperature, style=method))
+                case "majority" | "weighted":
+                    self.choose(method, functools.partial(vote, self.sampled, weighted=method == "weighted"))
+                case "best_of_n":
+                    found = self.sampled
+                    scores = {"verifier": found.rewards, "logprob": found.logp, "reward": found.learned}
+                    for scorer in cfg.scorer:
+                        self.choose(f"best by {scorer}", functools.partial(best_of_n, scores[scorer], found.rewards))
                 case "power":
-                    for alpha in cfg.alpha:
-                        for proposal in cfg.proposal:
-                            self.walk(alpha, proposal)
+                    for alpha, proposal in itertools.product(cfg.alpha, cfg.proposal):
+                        self.walk(alpha, proposal)
 
 
 def table(rows: list[Row], measured: str) -> str:
     """Markdown, and aligned for the eye."""
     cells = [["run", "method", "n", measured, "95 % interval", "tokens per problem"]]
-    cells += [[r.run, r.method, str(r.n), f"{r.value:.3f}", f"{r.low:.3f} to {r.high:.3f}", f"{r.tokens:,.0f}"]
-              for r in rows]
+    cells += [[r.run, r.method, str(r.n), f"{r.value:.3f}", f"{r.low:.3f} to {r.high:.3f}", f"{r.tokens:,.0f}"] for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
@@ -245,8 +244,6 @@ def load_runs(cfg: Config) -> list[Evaluation]:
     comparing = {"majority", "weighted", "direct", "worked"}.intersection(cfg.method)
     if comparing and not task.verifiable:
         raise UserError(f"--method {min(comparing)}: no answer to {task} is right or wrong; expected another method")
-    if ("reward" in cfg.scorer) != bool(cfg.reward_model):
-        raise UserError(f"--scorer {' '.join(cfg.scorer)} --reward-model {cfg.reward_model}: the one needs the other")
     problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed)))      # others would count as independent
     sampling = Sampling(cfg.max_new_tokens or default_max_new_tokens(name), compile=run.wants_compile(cfg, device))
     evaluations = []
@@ -264,26 +261,23 @@ def load_runs(cfg: Config) -> list[Evaluation]:
 
 @run.user_errors_as_sentences
 def main(cfg: Config) -> None:
-    evaluations = load_runs(cfg)
-    task, device = evaluations[0].task, evaluations[0].model.head.weight.device
-    for evaluation in evaluations:
-        with run.autocast(device, cfg.dtype):
-            try:
-                evaluation.measure()
-            except FloatingPointError as e:
-                raise UserError(str(e)) from None
-    rows = [row for evaluation in evaluations for row in evaluation.rows]
-    notes = [note for evaluation in evaluations for note in evaluation.notes]
-    measured = "accuracy" if task.verifiable else "hidden reward"
-    print(f"{len(evaluations[0].problems)} held-out problems of {task}, on {device.type}.\n\n{table(rows, measured)}")
-    print("".join(f"\n{note}." for note in notes))
     try:
+        evaluations = load_runs(cfg)
+        task, device = evaluations[0].task, evaluations[0].model.head.weight.device
+        for evaluation in evaluations:
+            with run.autocast(device, cfg.dtype):
+                evaluation.measure()
+        rows = [row for evaluation in evaluations for row in evaluation.rows]
+        notes = [note for evaluation in evaluations for note in evaluation.notes]
+        measured = "accuracy" if task.verifiable else "hidden reward"
+        print(f"{len(evaluations[0].problems)} held-out problems of {task}, on {device.type}.\n\n{table(rows, measured)}")
+        print("".join(f"\n{note}." for note in notes))
         if cfg.out:
             kept = {"settings": asdict(cfg), "task": str(task), "rows": [asdict(row) for row in rows], "chains": notes}
             run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
         if cfg.plot:
             draw_search([asdict(row) for row in rows], measured, Path(cfg.plot))
-    except OSError as e:
+    except (FloatingPointError, OSError) as e:
         raise UserError(str(e)) from None
 
 

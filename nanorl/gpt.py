@@ -37,8 +37,7 @@ class GPTConfig:
             object.__setattr__(self, "kv_heads", self.heads)
         if self.mlp_width is None:
             object.__setattr__(self, "mlp_width", -(-self.width * 8 // (3 * 32)) * 32)
-        sizes = ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_width")
-        for name in sizes:
+        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if self.width % self.heads or self.heads % self.kv_heads:
@@ -97,7 +96,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """softmax(Q K^T / sqrt(D)) V, written out.                                   (Vaswani et al. 2017, eq. 1)
 
     q [B, H, T, D]; k, v [B, Hkv, S, D]: each key head serves H / Hkv query heads. mask, broadcastable to [B, H, T, S],
-    is True where a query may look; None is causal: query t sees keys 0..t. Returns [B, H, T, D].
+    is True where a query may attend; None is causal: query t attends to keys 0..t. Returns [B, H, T, D].
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if mask is None:
@@ -131,20 +130,15 @@ class KVCache:
     """Keys and values of the tokens seen so far, so that the next token costs one position instead of all of them.
 
     keys, values: for each layer [B, Hkv, capacity, D]; length [B] is each row's write position, the position of its next
-    token. Rows are left-aligned and may differ in length: what lies at or beyond a row's length is never looked at.
+    token. Rows are left-aligned and may differ in length: what is stored at or beyond a row's length is never attended to.
     """
 
-    def __init__(self, config: GPTConfig, rows: int, capacity: int, device=None, dtype=None, static: bool = False):
+    def __init__(self, config: GPTConfig, rows: int, capacity: int, device=None, dtype=None):
         shape = (rows, config.kv_heads, capacity, config.head_dim)
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
                                   for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.visible = capacity if static else 0    # attention reads so many positions; counted here unless `static`
-        self.static = static
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
-        self.visible += 0 if self.static else tokens
+        self.visible = 0        # attention reads so many positions, whatever the rows' lengths
 
     def addresses(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """These positions of all rows and heads, as indices of a layer's memory.
@@ -162,7 +156,7 @@ class KVCache:
         return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
-        """Begin these rows anew with what `other` has seen: its first row goes to the first of them, as many to each."""
+        """Start these rows over with what `other` has seen: its first row goes to the first of them, as many to each."""
         times, seen = len(rows) // len(other.length), other.visible
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for x, y in zip(mine, theirs, strict=True):
@@ -277,7 +271,8 @@ class GPT(nn.Module):
         if cache is not None:
             positions = cache.length[:, None] + positions                                   # [B, T]
             addresses = cache.addresses(positions)
-            cache.advance(T)
+            cache.length += T
+            cache.visible += T
             longest = cache.visible
             unseen = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]   # [B, 1, T, visible]
             mask = x.new_zeros(unseen.shape).masked_fill(unseen, -torch.inf)                # added to the scores
@@ -334,5 +329,5 @@ class ScalarGPT(nn.Module):
             return self.scalar(hidden).squeeze(-1)
 
     def at_end(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """The number at each row's last token, whatever lies behind it.       tokens [B, T], lengths [B] -> [B]"""
+        """The number at each row's last token, whatever comes after it.       tokens [B, T], lengths [B] -> [B]"""
         return self(tokens).gather(-1, lengths[:, None] - 1).squeeze(-1)

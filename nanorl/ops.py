@@ -185,10 +185,8 @@ class _LinearLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def linear_log_probs(
-    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, chunk_size: int | None = None,
-    compile: bool = False
-) -> tuple[Tensor, Tensor]:
+def linear_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, chunk_size: int | None = None,
+                     compile: bool = False) -> tuple[Tensor, Tensor]:
     """Log-prob of `ids` and entropy, straight from hidden states: z = hidden weight^T / temperature.
 
         logp_n = z_{n, ids_n} - LSE(z_n)          H_n = -sum_i p_{n,i} log p_{n,i}
@@ -301,9 +299,8 @@ def overlong_penalty(lengths: Tensor, limit: int, buffer: float) -> Tensor:
     return ((limit - buffer - lengths) / buffer).clamp(-1.0, 0.0)
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float,
+        bootstrap: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation.                                       (Schulman et al. 2015, eq. 16)
 
         delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}          return_t = A_t + V_t
@@ -333,12 +330,11 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 
     Of the whole step, never of a micro-batch. Values that are all equal, or a single one, give exactly 0.
     """
-    values = x[mask].double()
+    values, zeros = x[mask].double(), torch.zeros_like(_at_least_float32(x))
     if len(values) == 0 or values.max() == values.min():
-        return torch.zeros_like(_at_least_float32(x))
+        return zeros
     a = values - values.mean()
-    return torch.zeros_like(_at_least_float32(x)).masked_scatter(mask, (a / (a.square().mean().sqrt() + eps)).to(
-        _at_least_float32(x).dtype))
+    return zeros.masked_scatter(mask, (a / (a.square().mean().sqrt() + eps)).to(zeros.dtype))
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:

@@ -54,8 +54,8 @@ def save(figure, out: Path) -> None:
 
 def draw(runs: list[Path], out: Path) -> None:
     logs = {str(run): read_metrics(run) for run in runs}
-    every_line = [line for lines in logs.values() for line in lines]
-    panels = [panel for panel in PANELS.items() if any(line.get(name) for name in panel[1] for line in every_line)]
+    nonzero = {name for lines in logs.values() for line in lines for name, value in line.items() if value}
+    panels = [(title, metrics) for title, metrics in PANELS.items() if not nonzero.isdisjoint(metrics)]
     if not panels:
         raise UserError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
 

@@ -1,4 +1,4 @@
-"""The generation engine and the scorer: the one place where temperature, top-k, top-p and stopping are decided.
+"""The generation engine and the scorer: from a model's logits to sampled tokens, and to the log-probs of given ones.
 
 `generate` samples; `token_log_probs` says how likely given tokens are. Both divide the logits by the temperature before
 the softmax, in at least float32, so for equal weights the ratio of their probabilities is 1.
@@ -57,14 +57,14 @@ def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """
     logp = log_softmax(logits)
     cdf = logp.exp().cumsum(-1)                                                             # [B, V]
-    # Rounding may leave the last entry beside 1, and u may round up to 1: stay strictly below the last entry.
+    # Rounding may leave the last entry off 1, and u may round up to 1: stay strictly below the last entry.
     u = u.to(cdf.dtype).clamp(max=1 - 2 * torch.finfo(cdf.dtype).eps)[:, None] * cdf[:, -1:]
-    ids = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[-1] - 1)            # [B, 1], a token even of nans
+    ids = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[-1] - 1)    # [B, 1], valid ids even of nans
     return ids.squeeze(-1), logp.gather(-1, ids).squeeze(-1)
 
 
 def uniforms(seed: int, rows: int, count: int, first: int = 0) -> Tensor:
-    """One number in [0, 1) for each (seed, row, position), whatever is asked for beside it; rows are counted from `first`.
+    """One number in [0, 1) for each (seed, row, position), whichever others are drawn with it; rows are counted from `first`.
     -> [rows, count]"""
     streams = (np.random.Generator(np.random.Philox(key=[seed, row])) for row in range(first, first + rows))
     return torch.from_numpy(np.stack([stream.random(count, dtype=np.float32) for stream in streams]))
@@ -80,7 +80,7 @@ class Rollout:
     """Prompts with their sampled responses: row b is tokens[b, :lengths[b]], and `samples_per_prompt` rows share one
     prompt, side by side."""
 
-    tokens: Tensor           # [B, T] int64, left-aligned; what lies behind a row's length means nothing
+    tokens: Tensor           # [B, T] int64, left-aligned; beyond a row's length it is arbitrary
     prompt_lengths: Tensor   # [B]
     lengths: Tensor          # [B] prompt and response, the stop token included
     logp: Tensor             # [B, T-1] log-prob of tokens[:, t+1] under the distribution it was drawn from; else 0
@@ -106,11 +106,11 @@ def _next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
     return model(ids[:, None], cache)[:, -1]
 
 
-# To ask the device whether rows have finished, the host must wait for it: not after every token where that is dear.
-LOOK_EVERY = {"cuda": 8}
+# To ask the device whether rows have finished, the host must wait for it: not after every token where that is expensive.
+CHECK_EVERY = {"cuda": 8}
 
 # A compiled step is tied to the memory of its cache, so that memory is kept between calls. Its contents are not: every row
-# begins anew, with `put`.
+# starts over, with `put`.
 _compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
 KEPT = 4                                    # shapes for each model: of a rollout, an evaluation, and two more
 
@@ -124,7 +124,7 @@ def _compiled_step(model: GPT, rows: int, capacity: int, device: torch.device, d
     else:
         if len(steps) == KEPT:
             del steps[next(iter(steps))]
-        static = KVCache(model.config, *kind, static=True)
+        static = KVCache(model.config, *kind)
         for x in (*static.keys, *static.values, static.length):
             torch._dynamo.mark_static_address(x)
         # Each kind of cache is compiled for each stretch that attention reads of it. Beyond its limit, 8 in all, the compiler
@@ -168,7 +168,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
 
     `max_new_tokens` is one limit for all prompts, or a list with one for each. temperature 0 is greedy (and logp 0: a
     point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for all its samples. Randomness is one uniform
-    per (seed, row, position): a row does not depend on the rows beside it; rows are counted from `first_row`.
+    per (seed, row, position): a row does not depend on the other rows; rows are counted from `first_row`.
 
     `slots` bounds the memory: so many rows are sampled at a time, but at least all of one prompt, and the others wait for
     slots to become free. When none wait, eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as
@@ -181,7 +181,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     on = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
 
-    # The rollout, which holds the prompts alone as yet.
+    # The rollout, which so far holds only the prompts.
     tokens, prompt_lengths, ends = (x.to(device).repeat_interleave(G, dim=0) for x in (
         *pad(prompts), torch.tensor([len(x) + n for x, n in zip(prompts, limits, strict=True)])))
     (B, width), longest = tokens.shape, int(ends.max())
@@ -196,7 +196,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     S = max(1, min(slots or B, B) // G) * G
     shape = (S, capacity, device, dtype)
     step, cache = _compiled_step(model, *shape) if compile else (_next_logits, KVCache(model.config, *shape))
-    look_every = LOOK_EVERY.get(device.type, 1)
+    check_every = CHECK_EVERY.get(device.type, 1)
     rows = free = torch.arange(S, device=device)        # the row of the rollout in each slot; slots that wait for a row
     next_row = 0                                        # the first row that has had no slot
     logits = torch.zeros(S, model.config.vocab_size, device=device, dtype=dtype)
@@ -225,7 +225,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
         finished[rows] |= running & torch.isin(ids, stops)
 
         free = rows[:0]
-        if turn % look_every == 0:
+        if turn % check_every == 0:
             running = (~finished & (lengths < ends))[rows]
             left = int(running.sum())
             if left == 0 and next_row == B:
@@ -237,8 +237,9 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
                 elif not compile:
                     cache.keep(running.nonzero().squeeze(-1))
                     rows, ids = rows[running], ids[running]
-        cache.length.clamp_(max=capacity - 1)           # rows that are done go on, over their last place if need be
-        cache.visible = min(capacity, max(64, 1 << seen.bit_length())) if compile else min(seen, capacity - 1)
+        cache.length.clamp_(max=capacity - 1)           # finished rows still run, and overwrite their last position
+        # A step reads one position more than these; compiled, few different numbers of them.
+        cache.visible = (min(capacity, max(64, 1 << seen.bit_length())) if compile else min(seen + 1, capacity)) - 1
         logits = step(model, ids, cache)
         seen += 1
 

@@ -1,6 +1,5 @@
 """Test-time compute: what a policy can do when it may answer more than once. Nothing here trains anything."""
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +97,10 @@ def doublings(most: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Literal["direct", "worked"]) -> list[int]:
+Style = Literal["direct", "worked"]
+
+
+def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Style) -> list[int]:
     """The first token ids of a response in this style: up to the first in which a direct and a worked demonstration differ.
     A model that goes on from there has begun in that style, and is told no more of the solution than that token.
 
@@ -123,36 +125,33 @@ class Answers:
     tokens: Tensor              # [P, N] tokens of each, forced ones included
     logp: Tensor                # [P, N] log-prob of what was sampled, as it was sampled, in nats
     ballots: list[list[str | None]]    # P lists of N: what each votes for, None if it was cut or has not answered
-    learned: Tensor | None      # [P, N] what a reward model says of them
+    learned: Tensor | None      # [P, N] their learned rewards
 
 
 def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
-                   seed: int, purpose: str, style: Literal["direct", "worked"] | None = None,
-                   reward_model: ScalarGPT | None = None, quiet: bool = True) -> Answers:
+                   seed: int, purpose: str, style: Style | None = None, reward_model: ScalarGPT | None = None,
+                   quiet: bool = True) -> Answers:
     """Sample N = `samples` answers to each problem, as many problems at a time as fit into memory.
 
     With a `style`, the answers are made to begin in it. `purpose` chooses the random stream and names the progress bar.
     """
-    parts, size = [], max(1, ROWS // samples)
+    size, shape = max(1, ROWS // samples), (len(problems), samples)
+    rewards, tokens, logp, ballots, learned = [], [], [], [], []
     for i in tqdm(range(0, len(problems), size), desc=purpose, disable=quiet, leave=False):
         asked = problems[i : i + size]
         begun = [opening(task, tokenizer, problem, style) if style else [] for problem in asked]
         found = sample_and_grade(model, tokenizer, task, asked, sampling, samples=samples, openings=begun,
                                  seed=derive(seed, purpose, i))
-        said, shape = found.rollout, found.rewards.shape
-        ballots = [task.ballot(text) if done else None
-                   for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
-        parts.append(Answers(
-            rewards=found.rewards,
-            tokens=(said.lengths - said.prompt_lengths).cpu().view(shape) + torch.tensor([[len(ids)] for ids in begun]),
-            logp=said.logp.sum(-1).cpu().view(shape),
-            ballots=[ballots[p * samples : (p + 1) * samples] for p in range(len(asked))],
-            learned=learned_rewards(reward_model, said, MICRO_BATCH).cpu().view(shape) if reward_model else None))
-    return Answers(rewards=torch.cat([part.rewards for part in parts]),
-                   tokens=torch.cat([part.tokens for part in parts]),
-                   logp=torch.cat([part.logp for part in parts]),
-                   ballots=[ballots for part in parts for ballots in part.ballots],
-                   learned=torch.cat([part.learned for part in parts]) if reward_model else None)
+        said, forced = found.rollout, torch.tensor([len(ids) for ids in begun]).repeat_interleave(samples)
+        rewards.append(found.rewards)
+        tokens.append((said.lengths - said.prompt_lengths).cpu() + forced)
+        logp.append(said.logp.sum(-1).cpu())
+        ballots += [task.ballot(text) if done else None for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
+        if reward_model:
+            learned.append(learned_rewards(reward_model, said, MICRO_BATCH).cpu())
+    return Answers(torch.cat(rewards), torch.cat(tokens).view(shape), torch.cat(logp).view(shape),
+                   [ballots[row : row + samples] for row in range(0, len(ballots), samples)],
+                   torch.cat(learned).view(shape) if reward_model else None)
 
 
 def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
@@ -177,7 +176,7 @@ def power_log_accept(alpha: float, delta_p: Tensor, delta_q: Tensor) -> Tensor:
 
         log A = min(0, alpha delta_p - delta_q)             delta_p = log p(y') - log p(y),  delta_q = log q(y') - log q(y)
 
-    for the target p^alpha / Z and proposals that draw the tokens from position m on anew, from q; the tokens before m are
+    for the target p^alpha / Z and proposals that draw the tokens from position m on again, from q; the tokens before m are
     common to both, so that their terms cancel. For q = p that is min(0, (alpha - 1) delta_p), so that alpha = 1 always moves;
     for q = p^alpha / Z_t token by token, the powers cancel and the sum of log Z_t(y') - log Z_t(y) is left.
     (Metropolis et al. 1953; Hastings 1970)
@@ -186,7 +185,7 @@ def power_log_accept(alpha: float, delta_p: Tensor, delta_q: Tensor) -> Tensor:
 
 
 def position_weights(T: int) -> Tensor:
-    """P(m) ~ 1 / (m + 1): the first tokens, which decide the most, are drawn anew most often.       -> [T]"""
+    """P(m) ~ 1 / (m + 1): the first tokens, which decide the most, are drawn again most often.       -> [T]"""
     weights = 1 / torch.arange(1, T + 1, dtype=torch.float64)
     return weights / weights.sum()
 
@@ -202,20 +201,6 @@ class Chains:
     sampled: Tensor     # [B] tokens that each chain has sampled so far
 
 
-def _finish(model: GPT, starts: list[list[int]], limits: list[int], *, T: int, temperature: float,
-            **how) -> tuple[Rollout, Tensor]:
-    """Ends for these starts, as rows of T tokens, and log p of the sampled tokens, 0 elsewhere.       -> [R, T-1]
-
-    In float32: the acceptance compares p with q, and in half precision their rounding would decide.
-    """
-    with in_float32(model.head.weight.device):
-        y = generate(model, starts, max_new_tokens=limits, temperature=temperature, **how)
-        logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, MICRO_BATCH)
-    missing = T - y.tokens.shape[1]
-    return replace(y, tokens=pad(y.tokens, (0, missing)), logp=pad(y.logp, (0, missing))), pad(logp, (0, missing))
-
-
-@torch.no_grad()
 def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: int, temperature: float = 1.0, chains: int = 1,
                  max_new_tokens: int, stop_ids: set[int], seed: int = 0) -> Iterator[Chains]:
     """Metropolis-Hastings chains whose stationary distribution is p(y)^alpha / Z over whole responses.
@@ -223,7 +208,7 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
     y is a response that ends with a stop token, or is cut at `max_new_tokens`; p is the model at temperature 1. A step draws
     a position m, keeps y_<m and proposes another end, sampled at `temperature`: 1 proposes from p, 1/alpha from the tempered
     model. m is drawn from all `max_new_tokens` positions, whatever y is, so that its probability cancels also where lengths
-    differ; where y has ended before m there is nothing to draw anew, and the chain stays.
+    differ; where y has ended before m there is nothing to draw again, and the chain stays.
 
     Yields `chains` chains for each prompt, side by side, as they begin and after each step.
     (Karan and Du 2025, "Reasoning with Sampling"; they draw m from the current length, which is only nearly exact)
@@ -232,10 +217,21 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
         raise ValueError(f"power_sample: alpha={alpha}, temperature={temperature}; expected finite numbers above 0")
     starts = [prompt for prompt in prompts for _ in range(chains)]
     B, T = len(starts), max(map(len, starts)) + max_new_tokens
-    finish = functools.partial(_finish, model, T=T, temperature=temperature, stop_ids=stop_ids)
     rng, weights = generator(seed, "power"), position_weights(max_new_tokens)
 
-    y, logp = finish(starts, [max_new_tokens] * B, seed=derive(seed, "power", 0))
+    def finish(starts: list[list[int]], limits: list[int], step: int) -> tuple[Rollout, Tensor]:
+        """Ends for these starts, as rows of T tokens, and log p of the sampled tokens, 0 elsewhere.       -> [R, T-1]
+
+        In float32: the acceptance compares p with q, and in half precision their rounding would decide.
+        """
+        with in_float32(model.head.weight.device):
+            y = generate(model, starts, max_new_tokens=limits, temperature=temperature, stop_ids=stop_ids,
+                         seed=derive(seed, "power", step))
+            logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, MICRO_BATCH)
+        missing = T - y.tokens.shape[1]
+        return replace(y, tokens=pad(y.tokens, (0, missing)), logp=pad(y.logp, (0, missing))), pad(logp, (0, missing))
+
+    y, logp = finish(starts, [max_new_tokens] * B, 0)
     y.prompt_index = y.prompt_index // chains
     sampled, nowhere = y.lengths - y.prompt_lengths, torch.zeros_like(y.finished)
     yield Chains(y, logp.sum(-1), nowhere, nowhere, sampled)
@@ -247,20 +243,18 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
         if len(rows):
             ends = (y.prompt_lengths + m)[rows]
             starts = [row[:end] for row, end in zip(y.tokens[rows].tolist(), ends.tolist(), strict=True)]
-            new, new_logp = finish(starts, (max_new_tokens - m[rows]).tolist(), seed=derive(seed, "power", step))
+            new, new_logp = finish(starts, (max_new_tokens - m[rows]).tolist(), step)
             sampled[rows] += new.lengths - new.prompt_lengths
 
             kept = torch.arange(T - 1, device=logp.device) < ends[:, None] - 1                         # [R, T-1]
-            new_logp, new_logq = torch.where(kept, logp[rows], new_logp), torch.where(kept, y.logp[rows], new.logp)
+            new_logp, new.logp = torch.where(kept, logp[rows], new_logp), torch.where(kept, y.logp[rows], new.logp)
             delta_p, delta_q = ((after - before[rows]).cpu().double().sum(-1)
-                                for before, after in ((logp, new_logp), (y.logp, new_logq)))
+                                for before, after in ((logp, new_logp), (y.logp, new.logp)))
             moves = (u[rows.cpu()].log() < power_log_accept(alpha, delta_p, delta_q)).to(rows.device)
             to = rows[moves]
             accepted[to] = True
-            y = replace(y, tokens=y.tokens.index_copy(0, to, new.tokens[moves]),
-                        lengths=y.lengths.index_copy(0, to, new.lengths[moves]),
-                        finished=y.finished.index_copy(0, to, new.finished[moves]),
-                        logp=y.logp.index_copy(0, to, new_logq[moves]))
+            y = replace(y, **{name: getattr(y, name).index_copy(0, to, getattr(new, name)[moves])
+                              for name in ("tokens", "lengths", "finished", "logp")})
             logp = logp.index_copy(0, to, new_logp[moves])
         yield Chains(y, logp.sum(-1), proposed, accepted, sampled)
 

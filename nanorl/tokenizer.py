@@ -39,7 +39,7 @@ def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
     so the same text always gives the same ranks. `vocab_size` counts bytes and merges, no special tokens; fewer come
     back when no pair occurs twice any more. A digit is a pre-token of its own, so it has no neighbour to merge with.
 
-    A merge changes only the words that contain its pair, so only these are counted anew. No two merges spell the same
+    A merge changes only the words that contain its pair, so only these are counted again. No two merges spell the same
     bytes: inside a longer word, xy has been split just as xy alone would be, and that split is unique.
     """
     if vocab_size < 256:
@@ -79,14 +79,12 @@ def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
 
 def merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
     """Replace every occurrence of the pair by its concatenation, from the left: a a a becomes aa a."""
-    merged, i = [], 0
-    while i < len(word):
-        if tuple(word[i:i + 2]) == pair:
-            merged.append(pair[0] + pair[1])
-            i += 2
+    merged = []
+    for token in word:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
         else:
-            merged.append(word[i])
-            i += 1
+            merged.append(token)
     return merged
 
 
@@ -175,11 +173,10 @@ class Tokenizer:
     @classmethod
     def from_state(cls, state: dict[str, str]) -> "Tokenizer":
         """The inverse of `state_dict`."""
-        match state:
-            case {"name": name}:
-                return cls.named(name)
-            case {"ranks": text}:
-                return cls(parse_ranks(text, "the checkpoint's tokenizer"))
+        if "name" in state:
+            return cls.named(state["name"])
+        if "ranks" in state:
+            return cls(parse_ranks(state["ranks"], "the checkpoint's tokenizer"))
         raise UserError(f"the checkpoint's tokenizer has {sorted(state)}, expected 'name' or 'ranks'")
 
     def encode(self, text: str) -> list[int]:

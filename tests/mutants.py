@@ -464,7 +464,7 @@ MUTANTS = [
     Mutant("groups at the margin count as active", GROUPS, "(D[both] < margin).sum()", "(D[both] <= margin).sum()"),
 
     # ---- PPO ----
-    Mutant("whitening sees the padding", OPS, "values = x[mask].double()", "values = x.flatten().double()"),
+    Mutant("whitening sees the padding", OPS, "x[mask].double()", "x.flatten().double()"),
     Mutant("whitening divides by the variance", OPS, "(a.square().mean().sqrt() + eps)", "(a.square().mean() + eps)"),
     Mutant("whitening leaves the mean", OPS, "a = values - values.mean()", "a = values - 0.9 * values.mean()"),
     Mutant("equal values are whitened to rounding", OPS, "if len(values) == 0 or values.max() == values.min():",

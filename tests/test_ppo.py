@@ -205,7 +205,7 @@ def test_where_the_policy_has_not_moved_the_gradient_is_reinforces(batch, seed):
 
 @given(st.floats(1e-3, 1e3), st.floats(0, 1e3), st.floats(0.1, 100))
 def test_the_coefficient_rises_above_the_target_and_falls_below_it_by_at_most_two_percent(c, kl, target):
-    after = train_ppo.steer(c, kl, target)
+    after = train_ppo.adapt_kl_coef(c, kl, target)
     assert 0.98 * c - 1e-12 <= after <= 1.02 * c + 1e-12
     assert math.copysign(1, after - c) == math.copysign(1, kl - target) or math.isclose(after, c)
-    assert math.isclose(train_ppo.steer(c, target, target), c)
+    assert math.isclose(train_ppo.adapt_kl_coef(c, target, target), c)

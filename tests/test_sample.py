@@ -240,7 +240,7 @@ fixed_slots = patch.object(torch, "compile", lambda step, **_: step)
 
 def patient(turns: int):
     """Ask after every so many tokens whether rows have finished, as is done on a GPU after eight."""
-    return patch.dict(sample.LOOK_EVERY, cpu=turns)
+    return patch.dict(sample.CHECK_EVERY, cpu=turns)
 
 
 # How the engine runs: rows at a time, fixed slots or shrinking ones, and after how many tokens it looks.

@@ -104,10 +104,8 @@ def smaller_cases(case: Batch | Tensor) -> Iterator[Batch | Tensor]:
         return ~torch.eye(count, dtype=torch.bool)[:count if count > at_least else 0]
 
     if isinstance(case, Batch):
-        answers, positions = case.mask.shape
-        yield from (case.rows(kept) for kept in all_but_one(answers))
-        yield from (case.positions(kept) for kept in all_but_one(positions))
+        yield from (case.rows(kept) for kept in all_but_one(len(case.mask)))
+        yield from (case.positions(kept) for kept in all_but_one(case.mask.shape[1]))
     else:
-        groups, samples = case.shape
-        yield from (case[kept] for kept in all_but_one(groups))
-        yield from (case[:, kept] for kept in all_but_one(samples, at_least=2))
+        yield from (case[kept] for kept in all_but_one(len(case)))
+        yield from (case[:, kept] for kept in all_but_one(case.shape[1], at_least=2))

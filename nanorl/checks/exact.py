@@ -11,7 +11,7 @@ from nanorl.tabular import fixed_prefix_kl, leaf, log_probs, randn, reward_gradi
 
 def advantage_bias(advantage: Callable, G: int = 3) -> str:
     """How E[1/G sum_i A_i grad log pi(y_i)], one group at a time, relates to grad E[r], on a bandit with three arms."""
-    pi, r = torch.tensor([[0.0, 0.5, 1.0]]).double().requires_grad_(), torch.tensor([0.0, 0.1, 1.0]).double()
+    pi, r = leaf(torch.tensor([[0.0, 0.5, 1.0]]).double()), torch.tensor([0.0, 0.1, 1.0]).double()
     groups = sequences(3, G)                                                                # [3^G, G]
     logp, adv = log_probs(pi).squeeze(-1)[groups], torch.cat([advantage(r[group][None]) for group in groups])
     ours = torch.autograd.grad((logp.sum(-1).exp().detach() * (adv * logp).mean(-1)).sum(), pi)[0]
@@ -26,18 +26,16 @@ def advantage_bias(advantage: Callable, G: int = 3) -> str:
 
 def length_bias(f: Callable, aggregate: str) -> str:
     """How the expected gradient with these weights relates to the true one, where answers have one token or two."""
-    pi, r = torch.zeros(3, 2).double(), torch.tensor([0.0, 0.0, 1.0, 0.5]).double()
+    pi, r = leaf(torch.zeros(3, 2).double()), torch.tensor([0.0, 0.0, 1.0, 0.5]).double()
     mask = torch.tensor([[True, False], [True, False], [True, True], [True, True]])         # token 0 ends an answer
-    table, total = leaf(pi), 0.0
-    logp = log_probs(table)
-    pairs = sequences(4, 2)
+    logp, pairs, total = log_probs(pi), sequences(4, 2), 0.0
     for pair in pairs:
         weights = token_weights(mask[pair], torch.zeros(2, dtype=torch.int64), aggregate, max_new_tokens=2).double()
         adv = (r[pair] - r[pair].flip(0))[:, None]                                          # each relative to the other
         old = logp[pair].detach()
         loss, _ = f(logp[pair], old, adv, mask[pair], weights, ref_logp=old, entropy=torch.zeros_like(old))
         total = total + loss / len(pairs)
-    first, second = (-torch.autograd.grad(total, table)[0] / reward_gradient(pi, r))[[0, 2], 0]
+    first, second = (-torch.autograd.grad(total, pi)[0] / reward_gradient(pi, r))[[0, 2], 0]
     return (f"aggregate {aggregate}: where answers have one token or two, the expected gradient is {first:.3f} of the true one "
             f"at the first token and {second:.3f} at the second"
             + ("" if close(first, second, 1e-6) else ": the lengths of answers change its direction"))

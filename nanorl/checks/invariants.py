@@ -6,7 +6,7 @@ that a report prints.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,17 +20,9 @@ class Broken(Exception):
     """An invariant does not hold; the message describes the counterexample."""
 
 
-@dataclass
-class Result:
-    """What an objective returns for a batch, with its gradients."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    grad_logp: Tensor           # dL/dlogp [B, T]
-    grad_entropy: Tensor        # dL/dentropy [B, T]
-
-    def reordered(self, order: Tensor) -> "Result":
-        return replace(self, grad_logp=self.grad_logp[order], grad_entropy=self.grad_entropy[order])
+def expect(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise Broken(sentence)
 
 
 def call(f: Callable, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -38,10 +30,18 @@ def call(f: Callable, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return f(batch.logp, batch.old_logp, batch.adv, batch.mask, batch.weights, ref_logp=batch.ref_logp, entropy=batch.entropy)
 
 
-def differentiate(f: Callable, batch: Batch) -> Result:
+def differentiate(f: Callable, batch: Batch) -> dict[str, Tensor]:
+    """All that comes of a batch, by the names that reports use: the loss, its gradients [B, T] and the metrics."""
     logp, entropy = leaf(batch.logp), leaf(batch.entropy)
     loss, metrics = call(f, replace(batch, logp=logp, entropy=entropy))
-    return Result(loss.detach(), metrics, *torch.autograd.grad(loss, (logp, entropy), materialize_grads=True))
+    grad_logp, grad_entropy = torch.autograd.grad(loss, (logp, entropy), materialize_grads=True)
+    return {"the loss": loss.detach(), "dL/dlogp": grad_logp, "dL/dentropy": grad_entropy,
+            **{f"the metric {name}": value for name, value in metrics.items()}}
+
+
+def change_gradients(results: dict[str, Tensor], change: Callable) -> dict[str, Tensor]:
+    """The results of `differentiate` with another order, shape or content of the gradients."""
+    return {name: change(x) if name.startswith("dL/") else x for name, x in results.items()}
 
 
 def close(a: Tensor, b: Tensor, tol: float = 1e-9) -> bool:
@@ -59,19 +59,15 @@ def describe(batch: Batch) -> str:
             f"A = {numbers(batch.adv)}")
 
 
-def expect_same(found: Result, expected: Result, change: str, same: Callable = close) -> None:
+def expect_same(found: dict[str, Tensor], expected: dict[str, Tensor], change: str, same: Callable = close) -> None:
     """Loss, gradients and metrics are as expected after a change to the batch, which `change` names."""
-    for name, after, before in (
-            ("the loss", found.loss, expected.loss), ("dL/dlogp", found.grad_logp, expected.grad_logp),
-            ("dL/dentropy", found.grad_entropy, expected.grad_entropy),
-            *((f"the metric {name}", found.metrics[name], value) for name, value in expected.metrics.items())):
-        if not same(after, before):
-            raise Broken(f"{change} turns {name} from {numbers(before)} into {numbers(after)}")
+    for name, before in expected.items():
+        expect(same(found[name], before), f"{change} turns {name} from {numbers(before)} into {numbers(found[name])}")
 
 
 def expect_gradient(f: Callable, batch: Batch, expected: Tensor, rho: Tensor) -> None:
     """dL/dlogp is as expected at every token; the ratios rho [B, T] are for the message."""
-    found = differentiate(f, batch).grad_logp
+    found = differentiate(f, batch)["dL/dlogp"]
     wrong = ((found - expected).abs() > 1e-9 * (1 + expected.abs())) | found.isnan()
     for b, t in wrong.nonzero().tolist():
         raise Broken(f"a token with A = {batch.adv[b, 0]:.3g}, ratio {rho[b, t]:.3g} and weight {batch.weights[b, t]:.3g} has "
@@ -90,28 +86,25 @@ def ratios(batch: Batch, ratio: str) -> Tensor:
 def contract(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """it returns a pair (loss, metrics): a scalar that depends on logp, and a dict of detached scalars"""
     out = call(f, replace(batch, logp=leaf(batch.logp)))
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)):
-        raise Broken(f"it returned a {type(out).__name__}, expected a pair (loss, metrics)")
+    expect(isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict),
+           f"it returned a {type(out).__name__}, expected a pair (loss, metrics)")
     loss, metrics = out
-    if not (isinstance(loss, Tensor) and loss.shape == ()):
-        raise Broken(f"the loss is a {type(loss).__name__} of shape {[*getattr(loss, 'shape', [])]}, expected a scalar tensor")
-    if not loss.requires_grad:
-        raise Broken("the loss has no gradient: something detaches it from logp")
-    if loss.dtype != torch.float64:
-        raise Broken(f"the loss is {loss.dtype} although all arguments are float64: something converts")
+    expect(isinstance(loss, Tensor) and loss.shape == (),
+           f"the loss is a {type(loss).__name__} of shape {[*getattr(loss, 'shape', [])]}, expected a scalar tensor")
+    expect(loss.requires_grad, "the loss has no gradient: something detaches it from logp")
+    expect(loss.dtype == torch.float64, f"the loss is {loss.dtype} although all arguments are float64: something converts")
     for name, value in metrics.items():
-        if not isinstance(value, Tensor) or value.shape != () or value.requires_grad:
-            raise Broken(f"the metric {name!r} is not a detached scalar tensor")
+        expect(isinstance(value, Tensor) and value.shape == () and not value.requires_grad,
+               f"the metric {name!r} is not a detached scalar tensor")
 
 
 def poison(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """masked positions affect neither loss nor metrics nor gradients, even if they hold nan or inf"""
-    clean = differentiate(f, batch)
-    gradients = {name: getattr(clean, name).masked_fill(~batch.mask, 0.0) for name in ("grad_logp", "grad_entropy")}
+    expected = change_gradients(differentiate(f, batch), lambda g: g.masked_fill(~batch.mask, 0.0))
     for value in (torch.nan, torch.inf, -torch.inf):
         dirty = replace(batch, **{name: getattr(batch, name).masked_fill(~batch.mask, value)
                                   for name in ("logp", "old_logp", "ref_logp", "entropy")})
-        expect_same(differentiate(f, dirty), replace(clean, **gradients), same=torch.equal,
+        expect_same(differentiate(f, dirty), expected, same=torch.equal,
                     change=f"{value} in log-probs and entropies where the mask is False ({describe(batch)})")
 
 
@@ -120,8 +113,7 @@ def padding(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     fills = {"logp": 1.0, "old_logp": 1.0, "ref_logp": 1.0, "entropy": 1.0, "mask": False, "weights": 0.0}
     padded = replace(batch, **{name: torch.nn.functional.pad(getattr(batch, name), (0, 2), value=fill)
                                for name, fill in fills.items()})
-    wide = differentiate(f, padded)
-    narrow = replace(wide, grad_logp=wide.grad_logp[:, :-2], grad_entropy=wide.grad_entropy[:, :-2])
+    narrow = change_gradients(differentiate(f, padded), lambda g: g[:, :-2])
     expect_same(narrow, differentiate(f, batch), f"padding by two columns ({describe(batch)})")
 
 
@@ -131,30 +123,29 @@ def purity(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     versions = {name: x._version for name, x in vars(inputs).items()}
     first, second = (call(f, inputs)[0].detach() for _ in range(2))
     for name, x in vars(inputs).items():
-        if x._version != versions[name] or not torch.equal(x, getattr(batch, name)):
-            raise Broken(f"it writes into {name}")
-    if not torch.equal(first, second):
-        raise Broken(f"the same batch has the loss {first:.6g} and then {second:.6g}")
+        expect(x._version == versions[name] and torch.equal(x, getattr(batch, name)), f"it writes into {name}")
+    expect(torch.equal(first, second), f"the same batch has the loss {first:.6g} and then {second:.6g}")
 
 
 def micro_batches(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """losses, gradients and metrics of any micro-batches add up to those of the whole step"""
+    def merged(name: str, values: list[Tensor]) -> Tensor:
+        if name.startswith("dL/"):
+            return torch.cat(values)
+        values = torch.stack(values)
+        return values.max() if name.endswith("_max") else values.min() if name.endswith("_min") else values.sum()
+
     parts = partition(generator, len(batch.mask))
-    results, whole, order = [differentiate(f, batch.rows(rows)) for rows in parts], differentiate(f, batch), torch.cat(parts)
-    merged = {}
-    for name in whole.metrics:
-        values = torch.stack([part.metrics[name] for part in results])
-        merged[name] = values.max() if name.endswith("_max") else values.min() if name.endswith("_min") else values.sum()
-    together = Result(sum(part.loss for part in results), merged, torch.cat([part.grad_logp for part in results]),
-                      torch.cat([part.grad_entropy for part in results]))
-    expect_same(together, whole.reordered(order),
+    results, whole = [differentiate(f, batch.rows(rows)) for rows in parts], differentiate(f, batch)
+    together = {name: merged(name, [result[name] for result in results]) for name in whole}
+    expect_same(together, change_gradients(whole, lambda g: g[torch.cat(parts)]),
                 f"splitting into micro-batches of {', '.join(str(len(rows)) for rows in parts)} ({describe(batch)})")
 
 
 def permutation(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """the order of the answers does not matter"""
     order = torch.randperm(len(batch.mask), generator=generator)
-    expect_same(differentiate(f, batch.rows(order)), differentiate(f, batch).reordered(order),
+    expect_same(differentiate(f, batch.rows(order)), change_gradients(differentiate(f, batch), lambda g: g[order]),
                 f"taking the answers in the order {order.tolist()} ({describe(batch)})")
 
 
@@ -174,38 +165,36 @@ def direction(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     loss, _ = call(f, replace(batch, logp=logp, old_logp=logp.detach(), ref_logp=logp.detach()))
     (g,) = torch.autograd.grad(loss, z)
     before, after = ((batch.weights * batch.adv * selective_log_softmax(x, ids)).sum() for x in (z, z - 1e-3 / scale * g))
-    if not after > before:
-        raise Broken(f"a small step down the loss changes sum weight A logp by {float((after - before).detach()):.3g}, "
-                     f"expected a rise ({describe(batch)})")
+    expect(after > before, f"a small step down the loss changes sum weight A logp by {float((after - before).detach()):.3g}, "
+                           f"expected a rise ({describe(batch)})")
 
 
 def no_advantage(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """answers with A = 0 have no gradient, exactly"""
-    g = differentiate(f, replace(batch.at_reference(), adv=torch.zeros_like(batch.adv))).grad_logp
-    if (g != 0).any():
-        raise Broken(f"with A = 0 everywhere dL/dlogp is {numbers(g[g != 0])} ({describe(batch)})")
+    g = differentiate(f, replace(batch.at_reference(), adv=torch.zeros_like(batch.adv)))["dL/dlogp"]
+    expect(not g.any(), f"with A = 0 everywhere dL/dlogp is {numbers(g[g != 0])} ({describe(batch)})")
 
 
 def slope(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """the gradient is the slope of the loss (finite differences in float64)"""
-    if not torch.autograd.gradcheck(lambda logp: call(f, replace(batch, logp=logp))[0], leaf(batch.logp), eps=1e-7, atol=1e-4,
-                                    rtol=1e-3, raise_exception=False):
-        raise Broken(f"dL/dlogp is not the slope of the loss ({describe(batch)}); if the ratio is a weight without a gradient, "
-                     "say detached_weight=True (--detached-weight)")
+    smooth = torch.autograd.gradcheck(lambda logp: call(f, replace(batch, logp=logp))[0], leaf(batch.logp), eps=1e-7,
+                                      atol=1e-4, rtol=1e-3, raise_exception=False)
+    expect(smooth, f"dL/dlogp is not the slope of the loss ({describe(batch)}); if the ratio is a weight without a gradient, "
+                   "say detached_weight=True (--detached-weight)")
 
 
 def weighted_score(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """with a detached weight c, L = -sum weight c A logp with 0 <= c <= ratio, and no gradient flows through c"""
     batch = batch.at_reference()
     found, rho = differentiate(f, batch), importance_ratio(batch.logp, batch.old_logp)
-    first_order = (found.grad_logp * batch.logp).sum()
-    if not close(found.loss, first_order, 1e-7):
-        raise Broken(f"the loss is {found.loss:.3g}, but sum dL/dlogp logp is {first_order:.3g}: a gradient flows through more "
-                     f"than the log-probs ({describe(batch)})")
+    loss, grad_logp = found["the loss"], found["dL/dlogp"]
+    first_order = (grad_logp * batch.logp).sum()
+    expect(close(loss, first_order, 1e-7), f"the loss is {loss:.3g}, but sum dL/dlogp logp is {first_order:.3g}: a gradient "
+                                           f"flows through more than the log-probs ({describe(batch)})")
     used = batch.mask & (batch.weights * batch.adv != 0)
-    c = (-found.grad_logp / (batch.weights * batch.adv))[used]
-    if ((c < 0) | (c > rho[used] * (1 + 1e-9))).any():
-        raise Broken(f"the weights c are {numbers(c)} at ratios {numbers(rho[used])}, expected each between 0 and its ratio")
+    c = (-grad_logp / (batch.weights * batch.adv))[used]
+    expect(not ((c < 0) | (c > rho[used] * (1 + 1e-9))).any(),
+           f"the weights c are {numbers(c)} at ratios {numbers(rho[used])}, expected each between 0 and its ratio")
 
 
 def flat_region(f: Callable, batch: Batch, generator: torch.Generator, clip: tuple[float, float], ratio: str) -> None:
@@ -218,19 +207,19 @@ def flat_region(f: Callable, batch: Batch, generator: torch.Generator, clip: tup
 def pessimism(f: Callable, batch: Batch, generator: torch.Generator, clip: tuple[float, float], ratio: str) -> None:
     """the loss is never below the unclipped one, -sum weight ratio A"""
     unclipped = -(batch.weights * ratios(batch, ratio) * batch.adv).sum()
-    loss = differentiate(f, batch.at_reference()).loss
-    if loss < unclipped - 1e-9 * (1 + unclipped.abs()):
-        raise Broken(f"the loss is {loss:.3g} and without clipping it would be {unclipped:.3g} ({describe(batch)})")
+    loss = differentiate(f, batch.at_reference())["the loss"]
+    expect(not loss < unclipped - 1e-9 * (1 + unclipped.abs()),
+           f"the loss is {loss:.3g} and without clipping it would be {unclipped:.3g} ({describe(batch)})")
 
 
 def entropy_term(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """the entropy bonus weighs tokens as the rest of the loss does: dL/dentropy = -c weight, c > 0"""
-    g, w = differentiate(f, batch).grad_entropy, batch.weights
+    g, w = differentiate(f, batch)["dL/dentropy"], batch.weights
     if not w.any():
         return
     c = float(-(g * w).sum() / w.square().sum())
-    if c <= 0 or not close(g, -c * w):
-        raise Broken(f"dL/dentropy is {numbers(g[batch.mask])} at weights {numbers(w[batch.mask])}, expected -c weight")
+    expect(c > 0 and close(g, -c * w),
+           f"dL/dentropy is {numbers(g[batch.mask])} at weights {numbers(w[batch.mask])}, expected -c weight")
 
 
 # ---- The invariants of an advantage ----
@@ -239,31 +228,29 @@ def entropy_term(f: Callable, batch: Batch, generator: torch.Generator) -> None:
 def same_rewards(advantage: Callable, r: Tensor, generator: torch.Generator) -> None:
     """groups whose rewards are all equal get 0"""
     a = advantage(r[:, :1].expand(r.shape).clone())
-    if (a.abs() > 1e-6).any():
-        raise Broken(f"{r.shape[1]} rewards of {r[0, 0]:.3g} each get {numbers(a[0])}")
+    expect(not (a.abs() > 1e-6).any(), f"{r.shape[1]} rewards of {r[0, 0]:.3g} each get {numbers(a[0])}")
 
 
 def shifted_rewards(advantage: Callable, r: Tensor, generator: torch.Generator) -> None:
     """adding a constant to a group's rewards changes nothing"""
     a, shifted = advantage(r), advantage(r + 3.0)
-    if not close(shifted, a, 1e-4):
-        raise Broken(f"rewards {numbers(r[0])} get {numbers(a[0])}, and with 3 added {numbers(shifted[0])}")
+    expect(close(shifted, a, 1e-4), f"rewards {numbers(r[0])} get {numbers(a[0])}, and with 3 added {numbers(shifted[0])}")
 
 
 def scaled_rewards(advantage: Callable, r: Tensor, generator: torch.Generator) -> None:
     """doubling large rewards doubles the advantages, or leaves them unchanged"""
     r = 1000.0 * r                      # large, so that the eps of a z-score does not matter
     a, doubled = advantage(r), advantage(2.0 * r)
-    if not (close(doubled, 2 * a, 1e-4) or close(doubled, a, 1e-4)):
-        raise Broken(f"rewards {numbers(r[0])} get {numbers(a[0])}, and doubled {numbers(doubled[0])}")
+    expect(close(doubled, 2 * a, 1e-4) or close(doubled, a, 1e-4),
+           f"rewards {numbers(r[0])} get {numbers(a[0])}, and doubled {numbers(doubled[0])}")
 
 
 def reordered_rewards(advantage: Callable, r: Tensor, generator: torch.Generator) -> None:
     """reordering a group reorders its advantages"""
     order = torch.randperm(r.shape[1], generator=generator)
     a, reordered = advantage(r), advantage(r[:, order])
-    if not close(reordered, a[:, order], 1e-5):
-        raise Broken(f"rewards {numbers(r[0])} get {numbers(a[0])}, in the order {order.tolist()} {numbers(reordered[0])}")
+    expect(close(reordered, a[:, order], 1e-5),
+           f"rewards {numbers(r[0])} get {numbers(a[0])}, in the order {order.tolist()} {numbers(reordered[0])}")
 
 
 OBJECTIVE_INVARIANTS = (contract, poison, padding, purity, micro_batches, permutation, reinforce, direction, no_advantage,

@@ -81,7 +81,7 @@ def depends_on(f: Callable, name: str) -> bool:
     batch = Batch(logp=logp, old_logp=logp, adv=randn(g, 2, 1), mask=mask, weights=mask / 6.0, ref_logp=logp - 0.5,
                   entropy=logp.abs())
     moved = replace(batch, **{name: getattr(batch, name) - 0.25})
-    return not torch.equal(differentiate(f, batch).loss, differentiate(f, moved).loss)
+    return not torch.equal(differentiate(f, batch)["the loss"], differentiate(f, moved)["the loss"])
 
 
 def reasons_to_skip(clip: tuple[float, float] | None, detached_weight: bool, uses_reference: bool, uses_entropy: bool,

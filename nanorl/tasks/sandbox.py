@@ -90,20 +90,20 @@ def confine(pipe: int) -> None:
     _prctl(set_seccomp, filter_mode, ctypes.addressof(program), 0, 0)
 
 
-def child(job: dict[str, Any], pipe: int) -> None:
+def child(code: str, inputs: list, pipe: int) -> None:
     """Run one program; write the list of its outputs to the pipe, as JSON, or the name of what it raised."""
     confine(pipe)
     try:
         names: dict[str, Any] = {"__name__": "program"}
-        exec(compile(job["code"], "program", "exec"), names)
-        answer = json.dumps([names["f"](x) for x in job["inputs"]])
+        exec(compile(code, "program", "exec"), names)
+        answer = json.dumps([names["f"](x) for x in inputs])
     except BaseException as e:      # also SystemExit and KeyboardInterrupt: whatever it is, it ends here
         answer = json.dumps(type(e).__name__)
     os.write(pipe, answer.encode())
 
 
 def serve() -> None:
-    """Answer each line {"code", "inputs"} on stdin by a line on stdout: the text that the child wrote, as a JSON string."""
+    """Answer each line [code, inputs] on stdin by a line on stdout: the text that the child wrote, as a JSON string."""
     for module in ("collections", "itertools", "math", "resource"):
         __import__(module)                                  # what a program may import, for a child can read no file
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
@@ -114,12 +114,12 @@ def serve() -> None:
             os.setgid(65534)
             os.setuid(65534)
     for line in sys.stdin.buffer:
-        job = json.loads(line)
+        code, inputs = json.loads(line)
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                child(job, writing)
+                child(code, inputs, writing)
             finally:
                 os._exit(0)
         os.close(writing)
@@ -137,17 +137,8 @@ def serve() -> None:
 # The trainer's side
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The first program of every server tries these; all of them must be refused.
-PROBED = [["open", "/", 0], ["fork"], ["kill", 0, 0], ["pipe"]]
-PROBE = """
-import os
-def f(call):
-    name, *arguments = call
-    try:
-        getattr(os, name)(*arguments)
-    except PermissionError:
-        return "refused"
-"""
+# The first programs of every server try these; all of them must be refused.
+PROBES = ("open('/', 0)", "fork()", "kill(0, 0)", "pipe()")
 UNCONFINED = f"a model's programs run only where Linux can confine them, by seccomp, on {' or '.join(ALLOWED)}; here "
 
 
@@ -186,8 +177,7 @@ class Sandbox:
     def _ask(server: subprocess.Popen, program: tuple[str, list]) -> str:
         """The server's line, or as much of it as there is if it has died."""
         try:
-            code, inputs = program
-            server.stdin.write(json.dumps({"code": code, "inputs": inputs}) + "\n")
+            server.stdin.write(json.dumps(program) + "\n")
             server.stdin.flush()
             return server.stdout.readline()
         except BrokenPipeError:
@@ -198,10 +188,10 @@ class Sandbox:
             server = subprocess.Popen([sys.executable, "-I", "-S", __file__], cwd=empty, env={}, text=True,
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                       start_new_session=True)       # Ctrl-C is for the trainer
-            line = self._ask(server, (PROBE, PROBED))
-        if not line:
+            lines = [self._ask(server, (f"import os; os.{call}", [])) for call in PROBES]
+        if not all(lines):
             raise OSError(f"the sandbox: {sys.executable} -I -S did not start in an empty environment")
-        if outputs_of(json.loads(line), len(PROBED)) != ["refused"] * len(PROBED):
+        if {json.loads(line) for line in lines} != {'"PermissionError"'}:
             server.kill()
             raise ValueError(f"{UNCONFINED}the kernel does not (is it switched off in this container?)")
         return server
