@@ -120,7 +120,7 @@ def test_every_metric_is_defined_in_the_readme():
 
 
 def test_pretraining_goes_on_from_another_checkpoint(tmp_path):
-    start(train_pretrain, PRETRAIN.replace("--vocab-size 300", "--init pretrain"), tmp_path / "more")
+    start(train_pretrain, PRETRAIN.replace("--preset pico --vocab-size 300", "--init pretrain"), tmp_path / "more")
     assert metrics(tmp_path / "more")[0]["eval/text_loss"] == metrics("pretrain")[-1]["eval/text_loss"]
 
 
@@ -553,8 +553,9 @@ def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
 
 
 def test_a_student_learns_what_its_teacher_says(tmp_path, capsys):
-    """The teacher has been rewarded for x, its student says x or y: a few steps later, both divergences are smaller."""
-    start(train_distill, DISTILL.replace("--steps 3", "--steps 12 --lr 2e-3"), tmp_path / "run")
+    """The teacher has learned only text, its student says x or y: a few steps later, both divergences are smaller."""
+    flags = DISTILL.replace("--steps 3", "--steps 12 --lr 2e-3").replace("--teacher grpo", "--teacher pretrain")
+    start(train_distill, flags, tmp_path / "run")
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     for name in ("eval/forward_kl", "eval/reverse_kl"):
         assert 0 <= last[name] < first[name]
