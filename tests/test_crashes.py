@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import GRPO, ONE_OF_EACH, PRETRAIN, SCRIPTS, SFT, exit_code, metrics, same_parameters, start
+from world import GRPO, ONE_OF_EACH, PRETRAIN, SCRIPTS, exit_code, metrics, same_parameters, start
 
 import train_grpo
 import train_pretrain
-import train_sft
 from nanorl import run
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -187,11 +186,11 @@ def test_ctrl_c_outside_of_the_steps_is_one_sentence(tmp_path, monkeypatch, caps
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(run.Run, "finish", interrupt)
-        start(train_sft, SFT, tmp_path / "run")
+        start(train_pretrain, PRETRAIN, tmp_path / "run")
     error = capsys.readouterr().err
-    assert exit.value.code == 130 and error.count("\n") == 1 and "interrupted" in error and "has the first 40" in error
-    start(train_sft, "--resume --quiet", tmp_path / "run")
-    assert metrics(tmp_path / "run") == metrics("sft")
+    assert exit.value.code == 130 and error.count("\n") == 1 and "interrupted" in error and "has the first 3" in error
+    start(train_pretrain, "--resume --quiet", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics("pretrain")
 
 
 # ---- numbers gone wrong ----

@@ -41,12 +41,12 @@ class BrokenObjective(AssertionError):
         self.report = report
 
 
-def random_cases(cases: st.SearchStrategy, examples: int) -> list[tuple[Batch | Tensor, int]]:
+def random_cases(strategy: st.SearchStrategy, examples: int) -> list[tuple[Batch | Tensor, int]]:
     """This many cases, each with a seed; the same at every call."""
     found = []
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(cases, st.integers(0, 2**32 - 1))
+    @given(strategy, st.integers(0, 2**32 - 1))
     def draw(case, seed):
         found.append((case, seed))
 
