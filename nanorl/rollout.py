@@ -11,6 +11,7 @@ from random import Random
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
@@ -39,6 +40,9 @@ class Experience:
     rewards: Tensor             # [P, G]
     resampled: int = 0          # further groups that were sampled and not used ...
     resampled_tokens: int = 0   # ... and the tokens of their answers
+
+
+ATTEMPTS = 20       # draws of P problems, in search of groups with contrast
 
 
 class NoContrast(UserError):
@@ -87,44 +91,36 @@ def collect(policy: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *
     With `resample`, groups without contrast are replaced by new draws until all `prompts` have it (DAPO's dynamic
     sampling, Yu et al. 2025, section 3.2).
     """
-    rng = Random(seed)
-    problems = [task.problem(rng, "train") for _ in range(prompts)]
-    experience = sample_and_grade(policy, tokenizer, task, problems, sampling, samples=samples, seed=seed)
-    if not resample:
-        return experience
-    kept, seen, tokens, attempts, most = [], 0, 0, 0, 20
-    while True:
-        index = has_contrast(experience.rewards).nonzero().squeeze(-1).tolist()
-        kept += [(experience, p) for p in index]
-        seen, tokens, attempts = seen + prompts, tokens + int(experience.rollout.mask.sum()), attempts + 1
+    rng, kept, tokens = Random(seed), [], 0
+    for attempt in range(ATTEMPTS):
+        problems = [task.problem(rng, "train") for _ in range(prompts)]
+        experience = sample_and_grade(policy, tokenizer, task, problems, sampling, samples=samples,
+                                      seed=derive(seed, attempt) if attempt else seed)
+        if not resample:
+            return experience
+        kept += [(experience, p) for p in has_contrast(experience.rewards).nonzero().squeeze(-1).tolist()]
+        tokens += int(experience.rollout.mask.sum())
         if len(kept) >= prompts:
             joined = _join(kept[:prompts])
-            joined.resampled, joined.resampled_tokens = seen - prompts, tokens - int(joined.rollout.mask.sum())
+            joined.resampled, joined.resampled_tokens = attempt * prompts, tokens - int(joined.rollout.mask.sum())
             return joined
-        if attempts == most:
-            raise NoContrast(f"only {len(kept)} of {seen} groups had contrast, {prompts} are wanted: the task is too easy or "
-                             "too hard for this policy by now; go on with --groups all in a new run, --init this one")
-        problems = [task.problem(rng, "train") for _ in range(prompts)]
-        experience = sample_and_grade(policy, tokenizer, task, problems, sampling, samples=samples, seed=derive(seed, attempts))
+    raise NoContrast(f"only {len(kept)} of {ATTEMPTS * prompts} groups had contrast, {prompts} are wanted: the task is too "
+                     "easy or too hard for this policy by now; go on with --groups all in a new run, --init this one")
 
 
 def _join(groups: list[tuple[Experience, int]]) -> Experience:
     """One experience from chosen groups (experience, its p-th prompt) of several."""
-    G = groups[0][0].rewards.shape[1]
-    T = max(e.rollout.tokens.shape[1] for e, _ in groups)
-    sources = [(e.rollout, slice(p * G, (p + 1) * G)) for e, p in groups]
+    first = groups[0][0]
+    G = first.rewards.shape[1]
 
-    def rows(name: str, width: int | None = None) -> Tensor:
-        pieces = [getattr(rollout, name)[index] for rollout, index in sources]
-        if width is not None:
-            pieces = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in pieces]
-        return torch.cat(pieces)
+    def rows(name: str) -> list[Tensor]:
+        return [row for e, p in groups for row in getattr(e.rollout, name)[p * G : (p + 1) * G]]
 
-    prompt_index = torch.arange(len(groups), device=groups[0][0].rollout.tokens.device).repeat_interleave(G)
-    rollout = Rollout(rows("tokens", T), rows("prompt_lengths"), rows("lengths"), rows("logp", T - 1), rows("finished"),
-                      prompt_index)
-    return Experience(groups[0][0].task, rollout, [e.problems[p] for e, p in groups],
-                      [t for e, p in groups for t in e.texts[p * G : (p + 1) * G]],
+    tokens, logp = (pad_sequence(rows(name), batch_first=True) for name in ("tokens", "logp"))
+    prompt_lengths, lengths, finished = (torch.stack(rows(name)) for name in ("prompt_lengths", "lengths", "finished"))
+    prompt_index = torch.arange(len(groups), device=tokens.device).repeat_interleave(G)
+    return Experience(first.task, Rollout(tokens, prompt_lengths, lengths, logp, finished, prompt_index),
+                      [e.problems[p] for e, p in groups], [t for e, p in groups for t in e.texts[p * G : (p + 1) * G]],
                       torch.stack([e.rewards[p] for e, p in groups]))
 
 
@@ -164,8 +160,6 @@ def add_metrics(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
 
 def sum_over_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     """The totals of all processes together. A process that had no rows has none."""
-    if ranks.count() == 1:
-        return totals
     whole: dict[str, Tensor] = {}
     for part in ranks.gathered({name: x.cpu() for name, x in totals.items()}):
         add_metrics(whole, part)

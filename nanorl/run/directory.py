@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanorl.errors import UserError, exit_with
+from nanorl.data import parse_object
+from nanorl.errors import UserError, exit_with, user_errors_as_sentences
 from nanorl.run import ranks
 from nanorl.run.checkpoint import check_finite, load_checkpoint, save_checkpoint, write_atomically
 from nanorl.run.flags import RunConfig
@@ -28,15 +29,11 @@ from nanorl.tokenizer import Tokenizer
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file of a run. A line without its end was torn by a kill: it is not there."""
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise UserError(f"{path}, line {number}: {line[:60]!r}; expected a JSON object with a step")
-        records.append(record)
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    records = [parse_object(line, f"{path}, line {number}", "an object with a step") for number, line in enumerate(lines, 1)]
+    for number, record in enumerate(records, 1):
+        if type(record.get("step")) is not int:
+            raise UserError(f"{path}, line {number}: its step is {record.get('step')!r}; expected a whole number")
     return records
 
 
@@ -61,33 +58,23 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
     steps end the run: nothing that is not finite is ever saved, and the last good checkpoint stays. Anything else, such as a
     ValueError in an objective of your own, keeps its traceback. A finished run that is resumed has nothing to do.
     """
+    @user_errors_as_sentences
     @functools.wraps(main)
     def wrapper(cfg: RunConfig) -> None:
+        checkpoint, metrics = Path(cfg.out, "ckpt.pt"), Path(cfg.out, "metrics.jsonl")
+        # A run's last line, that of step cfg.steps, is written after its last checkpoint.
+        if cfg.resume and checkpoint.exists() and any(line["step"] == cfg.steps for line in read_lines(metrics)):
+            print(f"{cfg.out} is finished: {cfg.steps} steps.")
+            raise SystemExit(0)
         try:
-            if cfg.resume and is_finished(cfg):
-                print(f"{cfg.out} is finished: {cfg.steps} steps.")
-                raise SystemExit(0)
             main(cfg)
-        except UserError as e:
-            exit_with(e)
         except (FloatingPointError, OSError, KeyboardInterrupt) as e:
-            name, out = Path(sys.argv[0]).name, Path(cfg.out)
-            what = "interrupted" if isinstance(e, KeyboardInterrupt) else " ".join(str(e).split())
-            try:
-                step, saved = len(read_lines(out / "metrics.jsonl")), "no checkpoint has been written yet"
-                if (out / "ckpt.pt").exists():
-                    saved = f"the last good checkpoint, {out / 'ckpt.pt'}, has the first {load_checkpoint(out)['step']}"
-            except UserError as damaged:
-                exit_with(damaged)
-            print(f"{name}: error: {out}, after {step} of {cfg.steps} steps: {what}; {saved}", file=sys.stderr)
-            raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 2) from None
+            what, code = ("interrupted", 130) if isinstance(e, KeyboardInterrupt) else (e, 2)
+            saved = "no checkpoint has been written yet"
+            if checkpoint.exists():
+                saved = f"the last good checkpoint, {checkpoint}, has the first {load_checkpoint(checkpoint)['step']}"
+            exit_with(f"{cfg.out}, after {len(read_lines(metrics))} of {cfg.steps} steps: {what}; {saved}", code)
     return wrapper
-
-
-def is_finished(cfg: RunConfig) -> bool:
-    """A run's last line, that of step cfg.steps, is written after its last checkpoint."""
-    out = Path(cfg.out)
-    return (out / "ckpt.pt").exists() and any(line["step"] == cfg.steps for line in read_lines(out / "metrics.jsonl"))
 
 
 def printable(text: str) -> str:
