@@ -102,15 +102,13 @@ def before_and_after(title: str, before: dict[str, float], after: dict[str, floa
                         ("reward_direct", "accuracy when blurted"), ("hidden_reward", "hidden reward"),
                         ("hidden_praise", "  of it, for praise"), ("hidden_short", "  of it, for being short"),
                         ("learned_reward", "learned reward"), ("length", "tokens per answer"),
-                        ("truncated", "share cut at the limit"),
-                        ("answer_kl", "KL to the start, nats"),
+                        ("truncated", "share cut at the limit"), ("answer_kl", "KL to the start, nats"),
                         ("reverse_kl", "KL to the teacher, nats"), ("forward_kl", "KL from the teacher, nats"),
-                        ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right")):
+                        ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right"),
+                        ("best_of_n", "best of n")):
         values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after)]
         if set(values) != {"       -"}:
             lines.append(f"  {label:28s} {' '.join(values)}")
-    if "eval/best_of_n" in before:
-        lines.append(f"  {'best of n before':28s} {before['eval/best_of_n']:8.3f}")
     return "\n".join(lines)
 
 

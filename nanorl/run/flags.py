@@ -153,12 +153,9 @@ def _parser(config_class: type, hints: dict[str, Any]) -> argparse.ArgumentParse
             options["choices"] = get_args(hint)
         elif hint is bool:
             options["action"] = argparse.BooleanOptionalAction
-        says, section = helps[field.name].replace("%", "%%"), sections[groups[field.name]]
-        if field.default is dataclasses.MISSING:
-            section.add_argument(field.name, **options, help=says)
-        else:
-            shown = "" if field.default in ("", None) else f" (default: {_as_typed(field.default)})"
-            section.add_argument(flag_of(field.name), dest=field.name, **options, help=says + shown)
+        name = field.name if field.default is dataclasses.MISSING else flag_of(field.name)
+        shown = "" if field.default in ("", None, dataclasses.MISSING) else f" (default: {_as_typed(field.default)})"
+        sections[groups[field.name]].add_argument(name, **options, help=helps[field.name].replace("%", "%%") + shown)
     return parser
 
 
