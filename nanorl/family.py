@@ -25,35 +25,36 @@ class Row(NamedTuple):
     bound: str
     aggregate: str
     groups: str
-    note: str           # the source, and where this row deviates from it
-    also: dict = {}     # further flags that belong to the algorithm
+    note: str       # the source, and where this row deviates from it
+    also: dict      # further flags that belong to the algorithm
 
 
 AXES = Row._fields[:5]
 ALGORITHMS = {
     #                advantage        ratio       bound       aggregate        groups
     "reinforce": Row("reward",        "none",     "none",     "sequence_sum",  "all",
-                     "Williams 1992; --advantage running_mean takes a running mean of the reward off"),
+                     "Williams 1992; --advantage running_mean takes a running mean of the reward off", {}),
     "rloo":      Row("leave_one_out", "none",     "none",     "sequence_sum",  "all",
                      "Ahmadian et al. 2024; their KL in the reward: --kl-coef 0.03", {"kl": "k1_reward"}),
     "grpo":      Row("zscore",        "token",    "clip",     "sequence_mean", "all",
-                     "Shao et al. 2024, eq. 3, its clip not given; their KL in the loss: --kl-coef 0.04"),
+                     "Shao et al. 2024, eq. 3, its clip not given; their KL in the loss: --kl-coef 0.04", {}),
     "dr_grpo":   Row("center",        "token",    "clip",     "constant",      "all",
-                     "Liu et al. 2025"),
+                     "Liu et al. 2025", {}),
     "dapo":      Row("zscore",        "token",    "clip",     "prompt_mean",   "resample",
                      "Yu et al. 2025, eq. 8 and 13, whose rewards are -1 and 1; their code: --aggregate token_mean",
                      {"clip_high": 0.28, "overlong": 0.2}),
     "cispo":     Row("zscore",        "token",    "truncate", "prompt_mean",   "all",
                      "MiniMax 2025, eq. 4 and 5, the cap not given; they add --groups resample --overlong; libraries use "
-                     "token_mean"),
+                     "token_mean", {}),
     "gspo":      Row("zscore",        "sequence", "clip",     "sequence_mean", "all",
                      "Zheng et al. 2025, eq. 5 to 7, at their --minibatches 4", {"clip_low": 3e-4, "clip_high": 4e-4}),
     "masked_is": Row("center",        "token",    "mask",     "token_mean",    "all",
-                     "verifiers-rl (Prime Intellect), whose ratio is to the sampler's log-probs; masked tokens count in N"),
+                     "verifiers-rl (Prime Intellect), whose ratio is to the sampler's log-probs; masked tokens count in N", {}),
     "scale_rl":  Row("zscore_batch",  "token",    "truncate", "prompt_mean",   "drop",
-                     "Khatri et al. 2025, section 4; absent: asynchrony, interruptions, no-positive-resampling, fp32 logits"),
+                     "Khatri et al. 2025, section 4; absent: asynchrony, interruptions, no-positive-resampling, float32 logits",
+                     {}),
     "raft":      Row("positive",      "none",     "none",     "token_mean",    "all",
-                     "all accepted answers, as Xiong et al. 2025 read it; Dong et al. 2023 keep the best of each group"),
+                     "all accepted answers, as Xiong et al. 2025 read it; Dong et al. 2023 keep the best of each group", {}),
 }
 
 # The band of each bound, (clip_low, clip_high), where neither the row nor a flag says otherwise. None: not used.
@@ -172,11 +173,10 @@ def announce(cfg: FamilyConfig, task: str, device: torch.device) -> None:
     shown = (*AXES, "clip_low", "clip_high", "overlong", "lr")
     print(", ".join(f"{flag} {getattr(cfg, flag)}" for flag in shown if getattr(cfg, flag)) + ".")
     if cfg.on_policy:
-        print(f"One update per rollout: all ratios are 1{', and the bound is inert' if cfg.bound != 'none' else ''}.")
+        print("One update per rollout: all ratios are 1" + (", and the bound is inert." if cfg.bound != "none" else "."))
     else:
-        print(f"{cfg.updates} updates per rollout{f', {cfg.stale} steps late' if cfg.stale else ''}.")
-        if cfg.ratio == "none":
-            print("Without a ratio, all but the first treat old samples as their own.")
+        print(f"{cfg.updates} updates per rollout" + (f", {cfg.stale} steps late" if cfg.stale else "")
+              + (". Without a ratio, all but the first treat old samples as their own." if cfg.ratio == "none" else "."))
     if cfg.kl_coef:
         print(f"The KL term {cfg.kl} (weight {cfg.kl_coef}) follows {KL_TERMS[cfg.kl].follows}.")
 

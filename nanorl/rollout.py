@@ -42,7 +42,7 @@ class Experience:
     resampled_tokens: int = 0   # ... and the tokens of their answers
 
 
-ATTEMPTS = 20       # draws of P problems, in search of groups with contrast
+ATTEMPTS = 20       # draws of `prompts` problems until as many groups have contrast
 
 
 class NoContrast(UserError):
@@ -151,6 +151,12 @@ def micro_batches(rows: Tensor, lengths: Tensor, micro_batch: int) -> Iterator[t
         start = end
 
 
+def own_micro_batches(rollout: Rollout, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
+    """The micro-batches of this process's share of a whole rollout."""
+    rows = torch.arange(len(rollout.lengths), device=rollout.lengths.device)
+    return micro_batches(ranks.share(rows), rollout.lengths, micro_batch)
+
+
 def add_metrics(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
     """Add the metrics of a micro-batch to `totals`: sums, and extremes of those named _max and _min."""
     for name, value in metrics.items():
@@ -182,7 +188,7 @@ def per_token(totals: dict[str, Tensor]) -> dict[str, Tensor]:
 def score_rollout(model: GPT, rollout: Rollout, temperature: float, micro_batch: int) -> Tensor:
     """log-probs of a rollout's sampled tokens under `model`, 0 elsewhere.       -> [B, T-1]"""
     logp, mask = torch.zeros_like(rollout.logp), rollout.mask
-    for rows, T in micro_batches(ranks.share(torch.arange(len(logp), device=logp.device)), rollout.lengths, micro_batch):
+    for rows, T in own_micro_batches(rollout, micro_batch):
         scores, _ = token_log_probs(model, rollout.tokens[rows, :T], mask[rows, : T - 1], temperature=temperature)
         logp[rows, : T - 1] = scores.to(logp.dtype)
     return ranks.summed(logp)
@@ -192,7 +198,7 @@ def score_rollout(model: GPT, rollout: Rollout, temperature: float, micro_batch:
 def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, micro_batch: int) -> Tensor:
     """The learned reward of each answer, read at its last token.       -> [B]"""
     rewards = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
-    for rows, T in micro_batches(ranks.share(torch.arange(len(rewards), device=rewards.device)), rollout.lengths, micro_batch):
+    for rows, T in own_micro_batches(rollout, micro_batch):
         rewards[rows] = reward_model.at_end(rollout.tokens[rows, :T], rollout.lengths[rows]).float()
     return ranks.summed(rewards)
 
@@ -204,7 +210,7 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
     -> values [B, T-1], of which [:, t] belongs to tokens[:, t+1], 0 where nothing was sampled; last_value [B]
     """
     values, last_value = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp[:, 0])
-    for rows, T in micro_batches(ranks.share(torch.arange(len(values), device=values.device)), rollout.lengths, micro_batch):
+    for rows, T in own_micro_batches(rollout, micro_batch):
         v = critic(rollout.tokens[rows, :T]).float()                                        # [rows, T]
         values[rows, : T - 1] = v[:, :-1]
         last_value[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)

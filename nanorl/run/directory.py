@@ -154,7 +154,7 @@ class Run:
             raise UserError(f"--out {out}: holds a run already; continue it with --resume, or choose another directory")
         nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            raise UserError(f"--out {out}: {nearest} is in the way; expected a directory that can be written to")
+            raise UserError(f"--out {out}: {nearest} is not a directory that can be written to")
         return None
 
     def _check_unchanged(self, name: str, model: nn.Module) -> None:
