@@ -63,8 +63,8 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
     same as those of one process.
     """
     openings = openings or [[] for _ in problems]
-
-    def of_problems(mine: list[int]) -> Experience:
+    mine, found = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist(), None
+    if mine:                            # else there are more processes than problems
         prompts = [tokenizer.render(problems[p].prompt) + openings[p] for p in mine]
         rollout = generate(model, prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
                            stop_ids={tokenizer.end}, samples_per_prompt=samples, seed=seed, first_row=samples * mine[0],
@@ -72,15 +72,11 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
         rows = [p for p in mine for _ in range(samples)]
         texts = [tokenizer.decode(openings[p] + ids) for p, ids in zip(rows, rollout.responses(), strict=True)]
         rewards = task.rewards([problems[p] for p in rows], texts, rollout.finished.tolist())
-        return Experience(task, rollout, [problems[p] for p in mine], texts, torch.tensor(rewards).view(len(mine), samples))
-
+        found = Experience(task, rollout, [problems[p] for p in mine], texts, torch.tensor(rewards).view(len(mine), samples))
     if ranks.count() == 1:
-        return of_problems(list(range(len(problems))))
-    mine, found = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist(), None
-    if mine:
-        found = of_problems(mine)
-        found = replace(found, task=None, rollout=found.rollout.to("cpu"))
-    gathered = [replace(e, task=task, rollout=e.rollout.to(model.head.weight.device)) for e in ranks.gathered(found) if e]
+        return found
+    sent = found and replace(found, task=None, rollout=found.rollout.to("cpu"))
+    gathered = [replace(e, task=task, rollout=e.rollout.to(model.head.weight.device)) for e in ranks.gathered(sent) if e]
     return _join([(e, p) for e in gathered for p in range(len(e.problems))])
 
 

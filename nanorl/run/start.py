@@ -1,7 +1,8 @@
 """How a run starts: the stages before it, made where they are missing, and the models that they left."""
 
-import importlib.util
 import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -46,17 +47,15 @@ def stage_dir(stage: str, task: str) -> str:
 
 def find_script(name: str) -> ModuleType:
     """The training script of this name, imported: from the folder of the running script, else from the checkout."""
-    places = [Path(sys.argv[0]).resolve().parent, CHECKOUT]
-    path = next((place / f"{name}.py" for place in places if (place / f"{name}.py").is_file()), None)
-    if path is None:
+    places = [str(Path(sys.argv[0]).resolve().parent), str(CHECKOUT)]
+    spec = PathFinder.find_spec(name, places)
+    if spec is None:
         raise UserError(f"{name}.py: needed to make the stage before this one, and neither in {places[0]} nor in {places[1]}; "
                         "copy it beside this script, or name a finished run with --init")
-    loaded = sys.modules.get(name)
-    if loaded is None or Path(loaded.__file__).resolve() != path:
-        spec = importlib.util.spec_from_file_location(name, path)
-        loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    return loaded
+    if name not in sys.modules:
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
