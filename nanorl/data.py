@@ -52,8 +52,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(text: str | bytes, where: str, expected: str) -> dict[str, Any]:
-    """The JSON object in `text`, in which no key stands twice. UserError says `where` something else than the `expected`
-    object stands."""
+    """The JSON object in `text`, in which no key stands twice. UserError names `where` the text is and what was `expected`."""
     try:
         record = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as e:

@@ -114,10 +114,9 @@ def before_and_after(title: str, before: dict[str, float], after: dict[str, floa
 
 def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     """Print a few answers with their rewards, and keep them in samples.jsonl."""
-    rewards = experience.rewards.flatten().tolist()
     G = experience.rewards.shape[1]
-    records = [{"prompt": experience.problems[row // G].prompt, "response": experience.texts[row], "reward": rewards[row],
-                "finished": bool(experience.rollout.finished[row])} for row in range(0, len(rewards), G)[:count]]
+    records = [{"prompt": problem.prompt, "response": experience.texts[p * G], "reward": experience.rewards[p, 0].item(),
+                "finished": experience.rollout.finished[p * G].item()} for p, problem in enumerate(experience.problems[:count])]
     out.samples(records)
     if experience.task.verifiable:
         legend, mark, width = "+ right, - wrong", lambda reward: "+" if reward else "-", 160

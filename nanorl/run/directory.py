@@ -188,8 +188,7 @@ class Run:
                 if self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps or self._signal:
                     self.save()
                 if self._signal:
-                    self._bar.close()
-                    print(f"Stopped after step {self.step} of {self.cfg.steps}; continue with --out {self.out} --resume")
+                    tqdm.write(f"Stopped after step {self.step} of {self.cfg.steps}; continue with --out {self.out} --resume")
                     raise SystemExit(128 + self._signal)
         finally:
             self._bar.close()
