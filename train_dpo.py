@@ -162,9 +162,9 @@ def main(cfg: Config) -> None:
         run.check_fits_context(policy, prompts, cfg.max_new_tokens)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=start, reward_model=reward_model)
     reference = copy.deepcopy(start) if cfg.refresh_reference else start
-    out.restore(reference)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=start, reference=reference,
+                  reward_model=reward_model)
     del checkpoint
     compiled = run.compile_models(cfg, device, *{policy, start, reference})
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)

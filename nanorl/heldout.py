@@ -12,7 +12,7 @@ from torch import Tensor
 from nanorl.data import consecutive_windows, response_mask, shift
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right
-from nanorl.rollout import Experience, Sampling, describe, learned_rewards, micro_batches, sample_and_grade
+from nanorl.rollout import Experience, Sampling, describe, learned_rewards, own_micro_batches, sample_and_grade
 from nanorl.run import Run, autocast, derive, ranks
 from nanorl.sample import Rollout, generate, token_log_probs
 from nanorl.search import best_of_n_curve
@@ -85,7 +85,7 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
     alone are unbiased, too, but a policy that has given something up hardly ever samples what would show it.
     """
     total, mask = 0.0, rollout.mask
-    for rows, T in micro_batches(ranks.share(torch.arange(len(mask), device=mask.device)), rollout.lengths, micro_batch):
+    for rows, T in own_micro_batches(rollout, micro_batch):
         inputs, _ = shift(rollout.tokens[rows, :T])
         m = mask[rows, : T - 1]
         for h, g in zip(model.hidden(inputs)[m].split(1024), other.hidden(inputs)[m].split(1024), strict=True):
@@ -102,24 +102,21 @@ def before_and_after(title: str, before: dict[str, float], after: dict[str, floa
                         ("reward_direct", "accuracy when blurted"), ("hidden_reward", "hidden reward"),
                         ("hidden_praise", "  of it, for praise"), ("hidden_short", "  of it, for being short"),
                         ("learned_reward", "learned reward"), ("length", "tokens per answer"),
-                        ("truncated", "share cut at the limit"),
-                        ("answer_kl", "KL to the start, nats"),
+                        ("truncated", "share cut at the limit"), ("answer_kl", "KL to the start, nats"),
                         ("reverse_kl", "KL to the teacher, nats"), ("forward_kl", "KL from the teacher, nats"),
-                        ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right")):
+                        ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right"),
+                        ("best_of_n", "best of n")):
         values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after)]
         if set(values) != {"       -"}:
             lines.append(f"  {label:28s} {' '.join(values)}")
-    if "eval/best_of_n" in before:
-        lines.append(f"  {'best of n before':28s} {before['eval/best_of_n']:8.3f}")
     return "\n".join(lines)
 
 
 def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     """Print a few answers with their rewards, and keep them in samples.jsonl."""
-    rewards = experience.rewards.flatten().tolist()
     G = experience.rewards.shape[1]
-    records = [{"prompt": experience.problems[row // G].prompt, "response": experience.texts[row], "reward": rewards[row],
-                "finished": bool(experience.rollout.finished[row])} for row in range(0, len(rewards), G)[:count]]
+    records = [{"prompt": problem.prompt, "response": experience.texts[p * G], "reward": experience.rewards[p, 0].item(),
+                "finished": experience.rollout.finished[p * G].item()} for p, problem in enumerate(experience.problems[:count])]
     out.samples(records)
     if experience.task.verifiable:
         legend, mark, width = "+ right, - wrong", lambda reward: "+" if reward else "-", 160
@@ -211,20 +208,18 @@ def word_margins(training: list[dict], heldout: list[dict]) -> Tensor:
 
     The penalty on weights is the one, of five, that does best on the last fifth of the training pairs.
     """
-    def count(record: dict, key: str) -> Counter:
-        return Counter(re.findall(r"\w+|[^\w\s]", record[key].lower()))
+    def words(text: str) -> list[str]:
+        return re.findall(r"\w+|[^\w\s]", text.lower())
 
-    words = sum((count(record, key) for record in training for key in ("chosen", "rejected")), Counter())
-    vocabulary = {word: i for i, (word, _) in enumerate(words.most_common(5000))}
+    frequent = Counter(word for r in training for key in ("chosen", "rejected") for word in words(r[key])).most_common(5000)
+    vocabulary = {word: i for i, (word, _) in enumerate(frequent)}
+
+    def counts(text: str) -> Tensor:
+        known = [vocabulary[word] for word in words(text) if word in vocabulary]
+        return torch.bincount(torch.tensor(known, dtype=torch.long), minlength=len(vocabulary))
 
     def differences(records: list[dict]) -> Tensor:
-        x = torch.zeros(len(records), len(vocabulary), dtype=torch.float64)
-        for row, record in zip(x, records, strict=True):
-            for key, sign in (("chosen", 1.0), ("rejected", -1.0)):
-                for word, times in count(record, key).items():
-                    if word in vocabulary:
-                        row[vocabulary[word]] += sign * times
-        return x
+        return torch.stack([counts(r["chosen"]) - counts(r["rejected"]) for r in records]).double()
 
     def fit(x: Tensor, penalty: float) -> Tensor:
         w = torch.zeros(len(vocabulary), dtype=torch.float64, requires_grad=True)
