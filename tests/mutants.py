@@ -576,7 +576,7 @@ MUTANTS = [
            "masked_sum(weights * logp, mask)", "masked_sum(weights.mul_(logp), mask)"),
 ]
 
-PYTEST = [sys.executable, "-m", "pytest", "-m", "math", "-x", "-q", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-m", "math", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "ci"}
 TITLE = ["# Faults that the tests notice", "",
          "Each line is a fault that was put into the code, where it went, the first test that failed, and after how many",

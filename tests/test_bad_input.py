@@ -331,7 +331,7 @@ CHECKPOINTS = {
     "a weight that is none": (with_weight(lambda x: 1), "ckpt.pt"),
     "no weights": (lambda c: c | {"model": {}}, "has the shape None"),
     "a weight too many": (lambda c: c | {"model": c["model"] | {"x": torch.ones(2)}}, "its x has the shape"),
-    "another width": (with_gpt(width=64), "has the shape"),
+    "another width": (with_gpt(width=32), "has the shape"),
     "more layers": (with_gpt(layers=5), "has the shape None"),
     "odd heads": (with_gpt(heads=5), "heads=5"),
     "no layers": (with_gpt(layers=0), "layers=0"),

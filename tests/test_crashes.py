@@ -5,17 +5,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from world import GRPO, ONE_OF_EACH, PRETRAIN, ROOT, SCRIPTS, SFT, metrics, same_parameters, start
+from world import GRPO, ONE_OF_EACH, PRETRAIN, SCRIPTS, exit_code, metrics, same_parameters, start
 
 import train_grpo
 import train_pretrain
-import train_sft
 from nanorl import run
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -188,11 +186,11 @@ def test_ctrl_c_outside_of_the_steps_is_one_sentence(tmp_path, monkeypatch, caps
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(run.Run, "finish", interrupt)
-        start(train_sft, SFT, tmp_path / "run")
+        start(train_pretrain, PRETRAIN, tmp_path / "run")
     error = capsys.readouterr().err
-    assert exit.value.code == 130 and error.count("\n") == 1 and "interrupted" in error and "has the first 40" in error
-    start(train_sft, "--resume --quiet", tmp_path / "run")
-    assert metrics(tmp_path / "run") == metrics("sft")
+    assert exit.value.code == 130 and error.count("\n") == 1 and "interrupted" in error and "has the first 3" in error
+    start(train_pretrain, "--resume --quiet", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics("pretrain")
 
 
 # ---- numbers gone wrong ----
@@ -267,54 +265,36 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
 # ---- a hundred kills ----
 
 
-# Children of a process that has imported everything and computed nothing: a kill costs a second or two.
-DRIVER = """
-import os, random, signal, sys, torch
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import train_distill, train_dpo, train_group_dpo, train_grpo, train_ppo, train_pretrain, train_reward, train_sft, world
-from nanorl import run
-sys.argv[0] = "killed"
-
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
+
 def arm(rng):
-    # How this child dies: at a random moment, or in the n-th write, sync or rename.
+    """How this process dies: at a random moment, or in the n-th write, sync or rename."""
     how, n = rng.choice(["clock", "SIGTERM", "write", "fsync", "replace"]), rng.randrange(12)
     if how in ("clock", "SIGTERM"):
-        if how == "clock":
-            signal.signal(signal.SIGALRM, kill)
-        else:
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.01, 2.5))
+        signal.signal(signal.SIGALRM, kill if how == "clock" else lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.01, 1.0))
     elif how == "write":
         save, count = torch.save, iter(range(100))
+
         def half(checkpoint, f):
             save(checkpoint, f)
             if next(count) == n % 3:
                 f.flush()
                 f.truncate(f.tell() // 2)
                 kill()
+
         torch.save = half
     else:
         real, count = getattr(os, how), iter(range(1000))
-        setattr(os, how, lambda *a: (next(count) == n and kill(), real(*a)))
+        setattr(os, how, lambda *args: (next(count) == n and kill(), real(*args)))
 
-for line in sys.stdin:
-    script, seed, *argv = line.split()
-    pid = os.fork()
-    if pid == 0:
-        os.close(0)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            arm(random.Random(seed))
-            script = sys.modules[script]
-            script.main(run.parse(script.Config, argv))
-        except SystemExit as e:
-            os._exit(e.code or 0)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
+
+def armed(seed, name, out, flags):
+    """A run, in a process of its own, that may die."""
+    arm(random.Random(seed))
+    start(SCRIPTS[name][0], flags, out)
 
 
 @pytest.mark.slow
@@ -324,13 +304,9 @@ def test_a_hundred_kills_lose_nothing(name, tmp_path):
     then it goes on to its end, and is the run that was left alone. No kill costs a checkpoint, none leaves a torn line."""
     script, flags = SCRIPTS[name]
     out, rng, ends, kept = tmp_path / "run", random.Random(name), [], 0
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER.format(root=str(ROOT))], stdin=subprocess.PIPE, text=True,
-                              stdout=subprocess.PIPE)
     while len([code for code in ends if code]) < 8 and len(ends) < 40:
-        argv = ["--resume", "--quiet"] if (out / "config.json").exists() else flags.split()
-        driver.stdin.write(" ".join([script.__name__, str(rng.randrange(10**9)), *argv, "--out", str(out)]) + "\n")
-        driver.stdin.flush()
-        ends.append(int(driver.stdout.readline()))
+        argv = "--resume --quiet" if (out / "config.json").exists() else flags
+        ends.append(exit_code(armed, str(rng.randrange(10**9)), name, out, argv))
         assert ends[-1] in (0, -9, 143, -15), (name, ends)
         before, kept = kept, run.load_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0
         assert kept >= before
@@ -339,7 +315,6 @@ def test_a_hundred_kills_lose_nothing(name, tmp_path):
             assert metrics(out) == metrics(name) and same_parameters(out, name)
             shutil.rmtree(out)
             kept = 0
-    driver.stdin.close()
     assert len([code for code in ends if code]) == 8, ends
     if not (out / "ckpt.pt").exists() or metrics(out)[-1]["step"] < run.load_checkpoint(out)["config"]["steps"]:
         finish(script, out, flags)

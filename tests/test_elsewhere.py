@@ -71,7 +71,7 @@ def test_a_changed_copy_starts_from_a_run_that_is_named(world, elsewhere):
 
 
 def test_a_value_error_in_an_objective_keeps_its_traceback(world, elsewhere):
-    copy("train_grpo", elsewhere / "mine.py", (LOSS, 'raise ValueError("my own mistake")'))
+    copy("train_grpo", elsewhere / "mine.py", (LOSS, 'raise ValueError("my own mistake")'), FEW_STORIES)
     result = run_there(elsewhere, "mine.py", f"{FLAGS} --init {world / 'sft'}")
     assert result.returncode == 1 and result.stderr.rstrip().endswith("ValueError: my own mistake")
     assert "Traceback" in result.stderr and re.search(r'mine\.py", line \d+, in objective', result.stderr)

@@ -110,10 +110,13 @@ def evaluated(flags, out):
     return json.loads(out.read_text())
 
 
-@pytest.fixture
-def result(inside, tmp_path):
+@pytest.fixture(scope="module")
+def result(world, tmp_path_factory):
     """The rows of the tiny models, by (run, method, n)."""
-    found = evaluated(f"sft grpo {SMALL} {EVERYTHING} --reward-model reward --proposal base tempered", tmp_path / "out.json")
+    flags = f"sft grpo {SMALL} {EVERYTHING} --reward-model reward --proposal base tempered"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        found = evaluated(flags, tmp_path_factory.mktemp("rows") / "out.json")
     return {(row["run"], row["method"], row["n"]): row for row in found["rows"]}
 
 
@@ -140,7 +143,7 @@ def test_the_rows_fit_together(result):
         assert 0 <= row["low"] <= row["value"] + 1e-9 and row["value"] - 1e-9 <= row["high"] <= 1 and row["tokens"] >= 1
 
 
-def test_greedy_is_what_the_scripts_call_greedy(result):
+def test_greedy_is_what_the_scripts_call_greedy(result, inside):
     task, checkpoint = run.choose_task("addition", "wanted.jsonl"), run.load_checkpoint("grpo")
     problems = list(dict.fromkeys(heldout_problems(task, 6, 0)))
     plain = sample_and_grade(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), task, problems,

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from world import (
     SFT,
     STATES,
     cut_final_line,
+    exit_code,
     metrics,
     same_parameters,
     start,
@@ -81,29 +82,22 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(name, tm
     assert not same_parameters(tmp_path / "other", name)
 
 
+def killed_in_the_third_step(name, out):
+    def write_line(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self)
+
+    real, run.Run._write_line = run.Run._write_line, write_line
+    start(*SCRIPTS[name], out)
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_kill_9_and_resume_is_the_uninterrupted_run_bit_for_bit(name, tmp_path):
     """SIGKILL in the third step, after its update: resumed, parameters and metrics are those of a run left alone."""
-    script, flags = SCRIPTS[name]
-    argv = [*flags.split(), "--out", str(tmp_path / "run")]
-    code = f"""
-import os, signal, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import world
-import {script.__name__} as script
-from nanorl import run
-write_line = run.Run._write_line
-def killed_in_the_third_step(self):
-    if self.step == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write_line(self)
-run.Run._write_line = killed_in_the_third_step
-script.main(run.parse(script.Config, {argv!r}))
-"""
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
+    assert exit_code(killed_in_the_third_step, name, tmp_path / "run") == -signal.SIGKILL
     assert len(metrics(tmp_path / "run")) == 2
-    script.main(run.parse(script.Config, ["--out", str(tmp_path / "run"), "--resume"]))
+    start(SCRIPTS[name][0], "--resume", tmp_path / "run")
     assert metrics(tmp_path / "run") == metrics(name)
     assert same_parameters(tmp_path / "run", name)
 
@@ -126,7 +120,7 @@ def test_every_metric_is_defined_in_the_readme():
 
 
 def test_pretraining_goes_on_from_another_checkpoint(tmp_path):
-    start(train_pretrain, PRETRAIN.replace("--vocab-size 300", "--init pretrain"), tmp_path / "more")
+    start(train_pretrain, PRETRAIN.replace("--preset pico --vocab-size 300", "--init pretrain"), tmp_path / "more")
     assert metrics(tmp_path / "more")[0]["eval/text_loss"] == metrics("pretrain")[-1]["eval/text_loss"]
 
 
@@ -559,8 +553,9 @@ def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
 
 
 def test_a_student_learns_what_its_teacher_says(tmp_path, capsys):
-    """The teacher has been rewarded for x, its student says x or y: a few steps later, both divergences are smaller."""
-    start(train_distill, DISTILL.replace("--steps 3", "--steps 12 --lr 2e-3"), tmp_path / "run")
+    """The teacher has learned only text, its student says x or y: a few steps later, both divergences are smaller."""
+    flags = DISTILL.replace("--steps 3", "--steps 12 --lr 2e-3").replace("--teacher grpo", "--teacher pretrain")
+    start(train_distill, flags, tmp_path / "run")
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     for name in ("eval/forward_kl", "eval/reverse_kl"):
         assert 0 <= last[name] < first[name]

@@ -1,6 +1,7 @@
 """A tiny chain of every script, made once: what the tests of scripts, bad input and crashes start from."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ from nanorl import run
 from nanorl.data import DATA, read_text
 
 ROOT = Path(__file__).parent.parent
+FRESH = multiprocessing.get_context("forkserver")       # its processes are forks of one that has imported torch and run nothing
+FRESH.set_forkserver_preload(["pytest", "nanorl.evaluate"])
 STORIES = read_text(DATA / "stories_heldout.txt")[:8000]
 train_grpo.read_text = lambda path: STORIES         # what every evaluation of GRPO reads: as much as a test has the time for
 TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
 EVAL = " --eval-problems 3 --max-new-tokens 16"
-PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --vocab-size 300" + TINY
-SFT = "--steps 40 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY
+PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --preset pico --vocab-size 300" + TINY
+SFT = "--steps 40 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY + " --eval-every 20"
 GRPO = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --init sft" + EVAL + TINY
 SELDOM = " --eval-every 3"      # an evaluation of GRPO reads all held-out stories
 BEST = EVAL + " --best-of 2"
@@ -55,6 +58,14 @@ ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo", "dist
 
 def start(script, flags, out, *extra):
     script.main(run.parse(script.Config, [*flags.split(), "--out", str(out), *extra]))
+
+
+def exit_code(function, *args):
+    """What a process of its own that calls this function ends with."""
+    process = FRESH.Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def metrics(out):

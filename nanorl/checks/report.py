@@ -1,12 +1,14 @@
 """Check an objective: which invariants apply to it, which hold, and the smallest counterexample to each that does not."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from nanorl.checks import invariants
 from nanorl.checks.cases import Batch, batches, rewards, smaller_cases
@@ -39,29 +41,34 @@ class BrokenObjective(AssertionError):
         self.report = report
 
 
-def counterexample(invariant: Callable, cases: st.SearchStrategy, examples: int) -> str | None:
-    """None if the invariant holds in all drawn cases, else what breaks it in the smallest case found."""
+def random_cases(strategy: st.SearchStrategy, examples: int) -> list[tuple[Batch | Tensor, int]]:
+    """This many cases, each with a seed; the same at every call."""
+    found = []
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(strategy, st.integers(0, 2**32 - 1))
+    def draw(case, seed):
+        found.append((case, seed))
+
+    draw()
+    return found
+
+
+def counterexample(invariant: Callable, cases: list[tuple[Batch | Tensor, int]]) -> str | None:
+    """None if the invariant holds in all cases, else what breaks it in the smallest case found."""
     def breaks(case, seed: int) -> str | None:
         try:
-            invariant(case, torch.Generator().manual_seed(seed))
+            invariant(deepcopy(case), torch.Generator().manual_seed(seed))      # a copy: the objective may write into it
         except Broken as e:
             return str(e)
         except Exception as e:
             return f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0]}"
         return None
 
-    broken = []
-
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(cases, st.integers(0, 2**32 - 1))
-    def run(case, seed):
-        if breaks(case, seed) is not None:
-            broken.append((case, seed))
-
-    run()
-    if not broken:
+    first = next(((case, seed) for case, seed in cases if breaks(case, seed) is not None), None)
+    if first is None:
         return None
-    case, seed = broken[0]
+    case, seed = first
     while (smaller := next((c for c in smaller_cases(case) if breaks(c, seed) is not None), None)) is not None:
         case = smaller
     return breaks(case, seed)
@@ -109,12 +116,13 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     """
     if detached_weight and ratio == "sequence":
         raise UserError("detached_weight with ratio='sequence': only a weight of tokens can be checked; leave one of them out")
-    report = Report()
+    report, batch_cases = Report(), random_cases(batches(), examples)
+    reward_cases = [] if advantage is None else random_cases(rewards(min_group=2), examples)
 
     def check(invariant: Callable) -> None:
-        subject, cases = (advantage, rewards(min_group=2)) if invariant in ADVANTAGE_INVARIANTS else (f, batches())
+        subject, cases = (advantage, reward_cases) if invariant in ADVANTAGE_INVARIANTS else (f, batch_cases)
         options = {"clip": clip, "ratio": ratio} if invariant in (invariants.flat_region, invariants.pessimism) else {}
-        found = counterexample(partial(invariant, subject, **options), cases, examples)
+        found = counterexample(partial(invariant, subject, **options), cases)
         if found is None:
             report.held[invariant.__name__] = invariant.__doc__
         else:
