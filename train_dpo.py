@@ -33,12 +33,13 @@ from typing import Literal
 import torch
 
 from nanorl import run
+from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import pair_batch, read_pairs, render_pairs, response_mask, shuffled_batch
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
 from nanorl.ops import bradley_terry, ranked_right
-from nanorl.rollout import Sampling, add_metrics, collect, describe, learned_rewards, sum_over_ranks
+from nanorl.rollout import collect, describe, learned_rewards
 from nanorl.run import ranks
-from nanorl.sample import token_log_probs
+from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import default_max_new_tokens, make_task
 
 # What each loss uses, and its value where no flag gives one.

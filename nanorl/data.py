@@ -1,4 +1,4 @@
-"""Text files, JSONL records, padding, batches, and the one place where tokens are shifted against their predictions.
+"""Text files, JSONL records, padding, batches, and the shift of tokens against their predictions.
 
 Sequences are left-aligned: row b is tokens[b, :length[b]], position 0 is its first token, padding fills the right.
 Bad files raise UserError with one sentence that names the file, the line and what was expected.

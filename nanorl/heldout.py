@@ -12,9 +12,9 @@ from torch import Tensor
 from nanorl.data import consecutive_windows, response_mask, shift
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right
-from nanorl.rollout import Experience, Sampling, describe, learned_rewards, own_micro_batches, sample_and_grade
+from nanorl.rollout import Experience, describe, learned_rewards, own_micro_batches, sample_and_grade
 from nanorl.run import Run, autocast, derive, ranks
-from nanorl.sample import Rollout, generate, token_log_probs
+from nanorl.sample import Rollout, Sampling, generate, token_log_probs
 from nanorl.search import best_of_n_curve
 from nanorl.tasks import Problem, Stories, Task
 from nanorl.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def heldout_problems(task: Task, count: int, seed: int) -> list[Problem]:
 def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *, problems: int, seed: int,
                     reference: GPT | None = None, reward_model: ScalarGPT | None = None, micro_batch: int = 64,
                     best_of: int = 0) -> tuple[dict[str, float], Experience]:
-    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws. They depend on the seed alone.
+    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws, which depend on the seed alone.
 
     A task without a verifier has no accuracy: its metrics are those of the sampled answers. With a reference, also the KL
     of the policy to it; with a reward model, also its mean reward; with best_of = n > 0, the reward of the best of n answers.
@@ -82,7 +82,7 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
         1/B sum_b sum_t KL( model(.|y_<t) || other(.|y_<t) )
 
     Exact at every token; only the prefixes are sampled. By the chain rule that is unbiased. Estimates from the sampled tokens
-    alone are unbiased, too, but a policy that has given something up hardly ever samples what would show it.
+    alone are unbiased, too, but a policy that no longer gives some answers hardly ever samples what would show it.
     """
     total, mask = 0.0, rollout.mask
     for rows, T in own_micro_batches(rollout, micro_batch):
@@ -99,7 +99,7 @@ def before_and_after(title: str, before: dict[str, float], after: dict[str, floa
     lines = [f"\n{title:30s}   before    after"]
     for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
                         ("worked", "share worked out"), ("reward_worked", "accuracy when worked out"),
-                        ("reward_direct", "accuracy when blurted"), ("hidden_reward", "hidden reward"),
+                        ("reward_direct", "accuracy when direct"), ("hidden_reward", "hidden reward"),
                         ("hidden_praise", "  of it, for praise"), ("hidden_short", "  of it, for being short"),
                         ("learned_reward", "learned reward"), ("length", "tokens per answer"),
                         ("truncated", "share cut at the limit"), ("answer_kl", "KL to the start, nats"),

@@ -1,10 +1,8 @@
-"""One step of experience: draw problems, sample answers, grade them; then cut the rows into minibatches and micro-batches,
-score them, and add up what the micro-batches measured. Shared by every script that samples.
+"""One step of experience: draw problems, sample answers, grade them, score them. Shared by every script that samples.
 
 P prompts with G samples each make B = P * G rows, prompt-major: the samples of a prompt stand side by side.
 """
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
@@ -13,22 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from nanorl.batches import micro_batches
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.run import derive, generator, ranks
-from nanorl.sample import Rollout, generate, token_log_probs
+from nanorl.run import derive, ranks
+from nanorl.sample import Rollout, Sampling, generate, token_log_probs
 from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled; see `generate`."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    slots: int | None = None
-    compile: bool = False
 
 
 @dataclass
@@ -58,8 +47,8 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
                      samples: int = 1, seed: int = 0, openings: list[list[int]] | None = None) -> Experience:
     """Sample responses to these problems and grade them.
 
-    With `openings`, the responses to a problem begin with these token ids, whatever the model thinks of them. The rollout
-    counts them as part of the prompt. Each process answers its part of the problems, and all of them get all responses, the
+    With `openings`, the responses to a problem begin with these given token ids, which the rollout counts as part of the
+    prompt. Each process answers its part of the problems, and all of them get all responses, the
     same as those of one process.
     """
     openings = openings or [[] for _ in problems]
@@ -121,63 +110,14 @@ def _join(groups: list[tuple[Experience, int]]) -> Experience:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizer steps are minibatches; micro-batches only bound memory
+# Scoring
 # ---------------------------------------------------------------------------------------------------------------------
-
-LONG = 256      # tokens: `micro_batch` rows of this length fit into memory
-
-
-def minibatches(seed: int, step: int, count: int, epochs: int, parts: int) -> Iterator[Tensor]:
-    """The rows of each optimizer step on one rollout: every epoch a fresh shuffle, cut into equal parts."""
-    for epoch in range(epochs):
-        shuffle = torch.randperm(count, generator=generator(seed, "minibatch", step, epoch))
-        yield from shuffle.tensor_split(parts)
-
-
-def micro_batches(rows: Tensor, lengths: Tensor, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
-    """At most `micro_batch` rows at a time, fewer where they are longer than LONG, but at least one; those of similar length
-    together. Yields (rows, longest length)."""
-    rows = rows[lengths[rows].argsort()]
-    length, start = lengths[rows].tolist(), 0
-    while start < len(rows):
-        end = start + 1
-        while end < min(len(rows), start + micro_batch) and (end + 1 - start) * length[end] <= micro_batch * LONG:
-            end += 1
-        yield rows[start:end], length[end - 1]
-        start = end
 
 
 def own_micro_batches(rollout: Rollout, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
     """The micro-batches of this process's share of a whole rollout."""
     rows = torch.arange(len(rollout.lengths), device=rollout.lengths.device)
     return micro_batches(ranks.share(rows), rollout.lengths, micro_batch)
-
-
-def add_metrics(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
-    """Add the metrics of a micro-batch to `totals`: sums, and extremes of those named _max and _min."""
-    for name, value in metrics.items():
-        join = {"_max": max, "_min": min}.get(name[-4:], operator.add)
-        totals[name] = join(totals[name], value) if name in totals else value
-
-
-def sum_over_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The totals of all processes together. A process that had no rows has none."""
-    whole: dict[str, Tensor] = {}
-    for part in ranks.gathered({name: x.cpu() for name, x in totals.items()}):
-        add_metrics(whole, part)
-    return whole
-
-
-def per_token(totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The totals of all processes as means over their "tokens"; extremes stay what they are."""
-    whole = sum_over_ranks(totals)
-    tokens = max(int(whole.pop("tokens", 0)), 1)
-    return {name: x if name.endswith(("_max", "_min")) else x / tokens for name, x in whole.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scoring
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -214,7 +154,7 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
 
 
 def describe(experience: Experience) -> dict[str, float]:
-    """What the samples are like: reward, length, and the styles of answering apart. A share of nothing is left out.
+    """What the samples are like: reward, length, and the styles of answering apart. A mean over no answers is omitted.
 
     For a task without a verifier, the reward is the hidden one, and its features come with it.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints: one file with everything a run needs to go on, and the models in it. Tensors and builtins only."""
+"""Checkpoints: one file with the model, optimizer and state of a run, as tensors and builtins, and the models read from it."""
 
 import math
 import os

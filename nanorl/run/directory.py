@@ -1,4 +1,4 @@
-"""The directory of a run, in which nothing is lost, and the loop over its steps."""
+"""The directory of a run, and the loop over its steps. Whatever happens, nothing before the last checkpoint is lost."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from nanorl.tokenizer import Tokenizer
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file of a run. A line without its end was torn by a kill: it is not there."""
+    """The records of a .jsonl file of a run. An unfinished last line was torn by a kill; it is ignored."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
@@ -54,7 +54,7 @@ def _locked(path: Path) -> Any:
 
 
 def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """For a script's main(cfg): whatever ends the run early is said in one sentence, with what is safe.
+    """For a script's main(cfg): what commonly ends a run early is said in one sentence, with what is safe.
 
     A UserError is the user's. A number that is nan or inf (FloatingPointError), a full disk (OSError) and Ctrl-C outside of the
     steps end the run: nothing that is not finite is ever saved, and the last good checkpoint stays. Anything else, such as a
