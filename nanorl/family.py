@@ -72,8 +72,9 @@ class KLTerm(NamedTuple):
     follows: str    # the divergence whose gradient the term's expected gradient is
 
 
-# The pairs of an estimator and a place whose expected gradient is that of a divergence; no other pair's is. It is exact on samples of pi itself (weighted by the ratio: also on older ones), with weights that do not depend on an answer's
-# length (sequence_sum, constant), and, in the reward, without a z-score.
+# The pairs of an estimator and a place whose expected gradient is that of a divergence; no other pair's is. It is exact on
+# samples of pi itself (weighted by the ratio: also on older ones), with weights that do not depend on an answer's length
+# (sequence_sum, constant), and, in the reward, without a z-score.
 KL_TERMS = {"k2": KLTerm("k2", "loss", "KL(pi || ref), each prefix held fixed"),
             "k3": KLTerm("k3", "loss", "KL(ref || pi), each prefix held fixed"),
             "k1_weighted": KLTerm("k1", "weighted", "KL(pi || ref), each prefix held fixed"),
