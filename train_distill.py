@@ -29,12 +29,14 @@ from typing import Literal
 import torch
 
 from nanorl import run
+from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import render_records, response_batch, shift, shuffled_batch, training_records
 from nanorl.heldout import answer_kl, before_and_after, evaluate_and_show, heldout_problems
 from nanorl.ops import (entropy_from_logits, jensen_shannon, kl_divergence, leave_one_out, selective_log_softmax, token_weights,
                         with_tail)
-from nanorl.rollout import Sampling, add_metrics, collect, describe, sample_and_grade, sum_over_ranks
+from nanorl.rollout import collect, describe, sample_and_grade
 from nanorl.run import ranks
+from nanorl.sample import Sampling
 from nanorl.tasks import default_max_new_tokens
 
 

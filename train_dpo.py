@@ -33,12 +33,13 @@ from typing import Literal
 import torch
 
 from nanorl import run
+from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import pair_batch, read_pairs, render_pairs, response_mask, shuffled_batch
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
 from nanorl.ops import bradley_terry, ranked_right
-from nanorl.rollout import Sampling, add_metrics, collect, describe, learned_rewards, sum_over_ranks
+from nanorl.rollout import collect, describe, learned_rewards
 from nanorl.run import ranks
-from nanorl.sample import token_log_probs
+from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import default_max_new_tokens, make_task
 
 # What each loss uses, and its value where no flag gives one.
@@ -162,9 +163,9 @@ def main(cfg: Config) -> None:
         run.check_fits_context(policy, prompts, cfg.max_new_tokens)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=start, reward_model=reward_model)
     reference = copy.deepcopy(start) if cfg.refresh_reference else start
-    out.restore(reference)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=start, reference=reference,
+                  reward_model=reward_model)
     del checkpoint
     compiled = run.compile_models(cfg, device, *{policy, start, reference})
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)

@@ -28,11 +28,12 @@ from typing import Literal
 import torch
 
 from nanorl import run
+from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
-from nanorl.rollout import Sampling, add_metrics, collect, describe, score_rollout, sum_over_ranks
+from nanorl.rollout import collect, describe, score_rollout
 from nanorl.run import ranks
-from nanorl.sample import token_log_probs
+from nanorl.sample import Sampling, token_log_probs
 
 
 def objective(rewards, won, weights, *, loss="mean", margin=1.0):

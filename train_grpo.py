@@ -32,15 +32,15 @@ from dataclasses import dataclass
 import torch
 
 from nanorl import family, run
+from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
 from nanorl.data import DATA, read_text, render_records, training_records
 from nanorl.first_step import first_step_check, tolerance
 from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum,
                         masked_surrogate, overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
-from nanorl.rollout import (NoContrast, Sampling, add_metrics, collect, describe, has_contrast, micro_batches, minibatches,
-                            per_token, score_rollout)
+from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
 from nanorl.run import ranks
-from nanorl.sample import Rollout, token_log_probs
+from nanorl.sample import Rollout, Sampling, token_log_probs
 
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 

@@ -28,14 +28,14 @@ import torch
 from torch import nn
 
 from nanorl import run
+from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
 from nanorl.gpt import ScalarGPT
 from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import (clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1, masked_sum,
                         token_weights, whiten)
-from nanorl.rollout import (Sampling, add_metrics, collect, describe, learned_rewards, micro_batches, minibatches, per_token,
-                            score_rollout, state_values)
+from nanorl.rollout import collect, describe, learned_rewards, score_rollout, state_values
 from nanorl.run import ranks
-from nanorl.sample import token_log_probs
+from nanorl.sample import Sampling, token_log_probs
 
 
 def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef, gamma, lam):

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 
 from nanorl import run
+from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import pair_batch, read_pairs, render_pairs, shuffled_batch
 from nanorl.gpt import ScalarGPT
 from nanorl.heldout import agreement, calibration_error, hidden_margins, length_margins, ranking_table, word_margins
 from nanorl.ops import bradley_terry, ranked_right
-from nanorl.rollout import add_metrics, sum_over_ranks
 from nanorl.run import ranks
 from nanorl.tasks import Stories
 

@@ -15,9 +15,8 @@ from nanorl import run
 from nanorl.data import read_records, render_records, response_batch, shuffled_batch, split_records
 from nanorl.heldout import evaluate_and_show, show_responses, total_loss
 from nanorl.ops import masked_sum, token_weights
-from nanorl.rollout import Sampling
 from nanorl.run import ranks
-from nanorl.sample import token_log_probs
+from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import default_max_new_tokens
 
 

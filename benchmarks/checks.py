@@ -38,8 +38,8 @@ from nanorl.data import DATA
 from nanorl.first_step import FirstStepCheckFailed, first_step_check, tolerance
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.ops import linear_log_probs, log_softmax
-from nanorl.rollout import Sampling, collect
-from nanorl.sample import Rollout, generate, token_log_probs
+from nanorl.rollout import collect
+from nanorl.sample import Rollout, Sampling, generate, token_log_probs
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,8 +28,8 @@ from experiments.findings import Finding, load, main, mean_and_interval, panels,
 from nanorl.evaluate import vote
 from nanorl.heldout import heldout_problems
 from nanorl.plot import PALETTE
-from nanorl.rollout import Sampling
 from nanorl.run import generator
+from nanorl.sample import Sampling
 from nanorl.search import doublings, majority_vote, pass_at_k, sample_answers, vote_value
 from nanorl.tabular import num_prefixes, randn, sequence_probs
 from nanorl.tasks import default_max_new_tokens, make_task

@@ -1,4 +1,4 @@
-"""Text files, JSONL records, padding, batches, and the one place where tokens are shifted against their predictions.
+"""Text files, JSONL records, padding, batches, and the shift of tokens against their predictions.
 
 Sequences are left-aligned: row b is tokens[b, :length[b]], position 0 is its first token, padding fills the right.
 Bad files raise UserError with one sentence that names the file, the line and what was expected.
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanorl.errors import UserError
 from nanorl.tasks import Task, is_heldout
@@ -23,11 +24,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 text file."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file; expected a UTF-8 text file")
-    if not path.is_file():
-        raise UserError(f"{path}: not a file; expected a UTF-8 text file")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: {'not a' if Path(path).exists() else 'no such'} file; expected a UTF-8 text file")
     try:
         with open(path, "rb") as f:
             content = f.read(1 << 20)
@@ -53,26 +51,32 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+def parse_object(text: str | bytes, where: str, expected: str) -> dict[str, Any]:
+    """The JSON object in `text`, in which no key stands twice. UserError names `where` the text is and what was `expected`."""
+    try:
+        record = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not readable as JSON ({e}); expected {expected}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: {type(record).__name__}; expected {expected}")
+    return record
+
+
 def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
     """JSON objects, one a line, each with a non-empty string under every key of `keys` and no key twice. Blank lines are
     skipped.
 
     Lines end at "\\n" only: a string may well contain other separators, such as U+2028.
     """
-    records = []
+    records, expected = [], f"an object with {', '.join(keys)}"
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            record = json.loads(line, object_pairs_hook=_unique_keys)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: not readable as JSON ({e}); expected an object with {', '.join(keys)}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: {type(record).__name__}; expected an object with {', '.join(keys)}")
+        record = parse_object(line, where, expected)
         for key in keys:
             if key not in record:
-                raise UserError(f"{where}: no {key!r}; expected an object with {', '.join(keys)}")
+                raise UserError(f"{where}: no {key!r}; expected {expected}")
             if not isinstance(record[key], str) or not record[key]:
                 raise UserError(f"{where}: {key!r} is {str(record[key])[:40]!r}; expected a non-empty string")
             if re.search("[\ud800-\udfff]", record[key]):
@@ -160,10 +164,8 @@ def render_pairs(records: list[dict], tokenizer: Tokenizer, context: int,
 def pad(sequences: list[list[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
     """Ragged sequences, left-aligned.       -> tokens [B, T], lengths [B], T the longest"""
     lengths = torch.tensor([len(s) for s in sequences])
-    tokens = torch.full((len(sequences), int(lengths.max())), pad_id)
-    for row, sequence in zip(tokens, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence)
-    return tokens, lengths
+    rows = [torch.tensor(s, dtype=torch.long) for s in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=pad_id), lengths
 
 
 def shift(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,8 +226,4 @@ def _epoch(count: int, seed: int, epoch: int) -> list[int]:
 
 def shuffled_batch(count: int, batch: int, step: int, seed: int) -> list[int]:
     """The records of step 0, 1, 2, ...: every epoch is a fresh shuffle of all `count`, cut into batches end to end."""
-    picks = []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, index = divmod(position, count)
-        picks.append(_epoch(count, seed, epoch)[index])
-    return picks
+    return [_epoch(count, seed, i // count)[i % count] for i in range(step * batch, (step + 1) * batch)]

@@ -11,12 +11,12 @@ class UserError(ValueError):
     """A flag, file or record is wrong. The message names it with its value, and says what was expected or what to do."""
 
 
-def exit_with(error: Exception | str) -> NoReturn:
-    """Print one sentence on stderr and end the program with exit code 2."""
+def exit_with(error: Exception | str, code: int = 2) -> NoReturn:
+    """Print one sentence on stderr and end the program."""
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name
     print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(2) from None
+    raise SystemExit(code) from None
 
 
 def user_errors_as_sentences(main: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,7 +33,7 @@ from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.heldout import heldout_problems
 from nanorl.plot import draw_search, pyplot
-from nanorl.rollout import Sampling
+from nanorl.sample import Sampling
 from nanorl.search import (ROWS, Answers, Style, autocorrelation, best_of_n, doublings, opening, power_sample,
                            sample_answers, vote_value)
 from nanorl.tasks import Problem, Task, default_max_new_tokens

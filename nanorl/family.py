@@ -4,7 +4,7 @@
     ratio       how far the policy has moved since it sampled: of each token, or of the answer (its geometric mean)
     bound       what is done about a ratio outside the band 1 - clip_low .. 1 + clip_high
     aggregate   how much each token counts, see nanorl/ops.py
-    groups      what becomes of groups without contrast: keep them, leave them out, or draw others instead
+    groups      what is done with groups without contrast, whose rewards are all equal: keep, leave out, or draw others
 """
 
 from collections.abc import Callable
@@ -60,8 +60,8 @@ ALGORITHMS = {
 # The band of each bound, (clip_low, clip_high), where neither the row nor a flag says otherwise. None: not used.
 BANDS = {"none": (None, None), "clip": (0.2, 0.2), "truncate": (None, 4.0), "mask": (7 / 8, 7.0)}
 
-# How an answer is compared, rewards [P, G] -> [P, G]. `reward`, `running_mean` and `positive` do not compare it with its group:
-# the second takes off a running mean of earlier rewards, the third trains on answers of positive reward alone.
+# How an answer is compared, rewards [P, G] -> [P, G]. Three do not compare it with its group: reward; running_mean, whose mean
+# of earlier rewards has been taken off before; and positive, which trains on answers of positive reward alone.
 ADVANTAGES = {"reward": lambda rewards: rewards, "running_mean": lambda rewards: rewards, "center": center,
               "leave_one_out": leave_one_out, "zscore": zscore, "zscore_batch": zscore_batch, "positive": torch.ones_like}
 
@@ -72,9 +72,9 @@ class KLTerm(NamedTuple):
     follows: str    # the divergence whose gradient the term's expected gradient is
 
 
-# Every pair of an estimator and a place whose gradient follows a divergence; the other pairs follow none. It does so exactly on
-# samples of pi itself (weighted by the ratio: also on older ones), where a token's weight does not depend on its answer's
-# length (sequence_sum, constant), and, in the reward, where no z-score divides it.
+# The pairs of an estimator and a place whose expected gradient is that of a divergence; no other pair's is. It is exact on
+# samples of pi itself (weighted by the ratio: also on older ones), with weights that do not depend on an answer's length
+# (sequence_sum, constant), and, in the reward, without a z-score.
 KL_TERMS = {"k2": KLTerm("k2", "loss", "KL(pi || ref), each prefix held fixed"),
             "k3": KLTerm("k3", "loss", "KL(ref || pi), each prefix held fixed"),
             "k1_weighted": KLTerm("k1", "weighted", "KL(pi || ref), each prefix held fixed"),
@@ -102,13 +102,13 @@ class FamilyConfig(RolloutConfig):
     ratio: Literal["none", "token", "sequence"] | None = None    # of each token, or of the answer (its geometric mean)
     bound: Literal[*BANDS] | None = None    # what is done about a ratio outside the band
     aggregate: Literal[*AGGREGATES] | None = None    # how much each token counts, see nanorl/ops.py
-    groups: Literal["all", "drop", "resample"] | None = None    # those without contrast: keep, leave out, or draw others
+    groups: Literal["all", "drop", "resample"] | None = None    # groups of equal rewards: keep, leave out, or draw others
     clip_low: Share | None = None    # the band is 1 - clip_low ...
     clip_high: Positive | None = None    # ... to 1 + clip_high
     overlong: Share | None = None    # the last share of max_new_tokens, in which length costs up to 1 of reward
     truncated: Literal["train", "mask"] = "train"    # answers cut at the limit: train on them, or only count them in the mean
 
-    # what holds the policy
+    # regularisation
     kl_coef: NonNegative = 0.0    # weight of the KL divergence from the initial policy, the reference
     kl: Literal[*KL_TERMS] | None = None    # its estimator and where it acts (default: k3 in the loss)
     refresh_reference: Count | None = None    # every so many steps the policy becomes the reference (default: never)
@@ -119,7 +119,7 @@ class FamilyConfig(RolloutConfig):
     epochs: Count = 1           # passes over a rollout
     minibatches: Count = 1      # optimizer steps per pass
     stale: Natural = 0          # train on rollouts that are this many steps old, so that ratios leave 1 on purpose
-    skip: bool = False          # leave out rows whose advantage, so gradient, is 0; train/ metrics are then of the others
+    skip: bool = False          # leave out rows whose advantage, hence gradient, is 0; train/ metrics are then of the others
     selfcheck: bool = True      # check the first rollout, and the gradient of its loss, before training on it
 
     def __post_init__(self) -> None:
@@ -176,7 +176,7 @@ def announce(cfg: FamilyConfig, task: str, device: torch.device) -> None:
         print("One update per rollout: all ratios are 1" + (", and the bound is inert." if cfg.bound != "none" else "."))
     else:
         print(f"{cfg.updates} updates per rollout" + (f", {cfg.stale} steps late" if cfg.stale else "")
-              + (". Without a ratio, all but the first treat old samples as their own." if cfg.ratio == "none" else "."))
+              + (". Without a ratio, samples of an older policy count as the policy's own." if cfg.ratio == "none" else "."))
     if cfg.kl_coef:
         print(f"The KL term {cfg.kl} (weight {cfg.kl_coef}) follows {KL_TERMS[cfg.kl].follows}.")
 

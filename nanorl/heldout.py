@@ -12,9 +12,9 @@ from torch import Tensor
 from nanorl.data import consecutive_windows, response_mask, shift
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right
-from nanorl.rollout import Experience, Sampling, describe, learned_rewards, micro_batches, sample_and_grade
+from nanorl.rollout import Experience, describe, learned_rewards, own_micro_batches, sample_and_grade
 from nanorl.run import Run, autocast, derive, ranks
-from nanorl.sample import Rollout, generate, token_log_probs
+from nanorl.sample import Rollout, Sampling, generate, token_log_probs
 from nanorl.search import best_of_n_curve
 from nanorl.tasks import Problem, Stories, Task
 from nanorl.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def heldout_problems(task: Task, count: int, seed: int) -> list[Problem]:
 def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *, problems: int, seed: int,
                     reference: GPT | None = None, reward_model: ScalarGPT | None = None, micro_batch: int = 64,
                     best_of: int = 0) -> tuple[dict[str, float], Experience]:
-    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws. They depend on the seed alone.
+    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws, which depend on the seed alone.
 
     A task without a verifier has no accuracy: its metrics are those of the sampled answers. With a reference, also the KL
     of the policy to it; with a reward model, also its mean reward; with best_of = n > 0, the reward of the best of n answers.
@@ -82,10 +82,10 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
         1/B sum_b sum_t KL( model(.|y_<t) || other(.|y_<t) )
 
     Exact at every token; only the prefixes are sampled. By the chain rule that is unbiased. Estimates from the sampled tokens
-    alone are unbiased, too, but a policy that has given something up hardly ever samples what would show it.
+    alone are unbiased, too, but a policy that no longer gives some answers hardly ever samples what would show it.
     """
     total, mask = 0.0, rollout.mask
-    for rows, T in micro_batches(ranks.share(torch.arange(len(mask), device=mask.device)), rollout.lengths, micro_batch):
+    for rows, T in own_micro_batches(rollout, micro_batch):
         inputs, _ = shift(rollout.tokens[rows, :T])
         m = mask[rows, : T - 1]
         for h, g in zip(model.hidden(inputs)[m].split(1024), other.hidden(inputs)[m].split(1024), strict=True):
@@ -99,27 +99,24 @@ def before_and_after(title: str, before: dict[str, float], after: dict[str, floa
     lines = [f"\n{title:30s}   before    after"]
     for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
                         ("worked", "share worked out"), ("reward_worked", "accuracy when worked out"),
-                        ("reward_direct", "accuracy when blurted"), ("hidden_reward", "hidden reward"),
+                        ("reward_direct", "accuracy when direct"), ("hidden_reward", "hidden reward"),
                         ("hidden_praise", "  of it, for praise"), ("hidden_short", "  of it, for being short"),
                         ("learned_reward", "learned reward"), ("length", "tokens per answer"),
-                        ("truncated", "share cut at the limit"),
-                        ("answer_kl", "KL to the start, nats"),
+                        ("truncated", "share cut at the limit"), ("answer_kl", "KL to the start, nats"),
                         ("reverse_kl", "KL to the teacher, nats"), ("forward_kl", "KL from the teacher, nats"),
-                        ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right")):
+                        ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right"),
+                        ("best_of_n", "best of n")):
         values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after)]
         if set(values) != {"       -"}:
             lines.append(f"  {label:28s} {' '.join(values)}")
-    if "eval/best_of_n" in before:
-        lines.append(f"  {'best of n before':28s} {before['eval/best_of_n']:8.3f}")
     return "\n".join(lines)
 
 
 def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     """Print a few answers with their rewards, and keep them in samples.jsonl."""
-    rewards = experience.rewards.flatten().tolist()
     G = experience.rewards.shape[1]
-    records = [{"prompt": experience.problems[row // G].prompt, "response": experience.texts[row], "reward": rewards[row],
-                "finished": bool(experience.rollout.finished[row])} for row in range(0, len(rewards), G)[:count]]
+    records = [{"prompt": problem.prompt, "response": experience.texts[p * G], "reward": experience.rewards[p, 0].item(),
+                "finished": experience.rollout.finished[p * G].item()} for p, problem in enumerate(experience.problems[:count])]
     out.samples(records)
     if experience.task.verifiable:
         legend, mark, width = "+ right, - wrong", lambda reward: "+" if reward else "-", 160
@@ -211,20 +208,18 @@ def word_margins(training: list[dict], heldout: list[dict]) -> Tensor:
 
     The penalty on weights is the one, of five, that does best on the last fifth of the training pairs.
     """
-    def count(record: dict, key: str) -> Counter:
-        return Counter(re.findall(r"\w+|[^\w\s]", record[key].lower()))
+    def words(text: str) -> list[str]:
+        return re.findall(r"\w+|[^\w\s]", text.lower())
 
-    words = sum((count(record, key) for record in training for key in ("chosen", "rejected")), Counter())
-    vocabulary = {word: i for i, (word, _) in enumerate(words.most_common(5000))}
+    frequent = Counter(word for r in training for key in ("chosen", "rejected") for word in words(r[key])).most_common(5000)
+    vocabulary = {word: i for i, (word, _) in enumerate(frequent)}
+
+    def counts(text: str) -> Tensor:
+        known = [vocabulary[word] for word in words(text) if word in vocabulary]
+        return torch.bincount(torch.tensor(known, dtype=torch.long), minlength=len(vocabulary))
 
     def differences(records: list[dict]) -> Tensor:
-        x = torch.zeros(len(records), len(vocabulary), dtype=torch.float64)
-        for row, record in zip(x, records, strict=True):
-            for key, sign in (("chosen", 1.0), ("rejected", -1.0)):
-                for word, times in count(record, key).items():
-                    if word in vocabulary:
-                        row[vocabulary[word]] += sign * times
-        return x
+        return torch.stack([counts(r["chosen"]) - counts(r["rejected"]) for r in records]).double()
 
     def fit(x: Tensor, penalty: float) -> Tensor:
         w = torch.zeros(len(vocabulary), dtype=torch.float64, requires_grad=True)

@@ -1,33 +1,23 @@
-"""One step of experience: draw problems, sample answers, grade them; then cut the rows into minibatches and micro-batches,
-score them, and add up what the micro-batches measured. Shared by every script that samples.
+"""One step of experience: draw problems, sample answers, grade them, score them. Shared by every script that samples.
 
 P prompts with G samples each make B = P * G rows, prompt-major: the samples of a prompt stand side by side.
 """
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from nanorl.batches import micro_batches
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.run import derive, generator, ranks
-from nanorl.sample import Rollout, generate, token_log_probs
+from nanorl.run import derive, ranks
+from nanorl.sample import Rollout, Sampling, generate, token_log_probs
 from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled; see `generate`."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    slots: int | None = None
-    compile: bool = False
 
 
 @dataclass
@@ -39,6 +29,9 @@ class Experience:
     rewards: Tensor             # [P, G]
     resampled: int = 0          # further groups that were sampled and not used ...
     resampled_tokens: int = 0   # ... and the tokens of their answers
+
+
+ATTEMPTS = 20       # draws of `prompts` problems until as many groups have contrast
 
 
 class NoContrast(UserError):
@@ -54,13 +47,13 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
                      samples: int = 1, seed: int = 0, openings: list[list[int]] | None = None) -> Experience:
     """Sample responses to these problems and grade them.
 
-    With `openings`, the responses to a problem begin with these token ids, whatever the model thinks of them. The rollout
-    counts them as part of the prompt. Each process answers its part of the problems, and all of them get all responses, the
+    With `openings`, the responses to a problem begin with these given token ids, which the rollout counts as part of the
+    prompt. Each process answers its part of the problems, and all of them get all responses, the
     same as those of one process.
     """
     openings = openings or [[] for _ in problems]
-
-    def of_problems(mine: list[int]) -> Experience:
+    mine, found = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist(), None
+    if mine:                            # else there are more processes than problems
         prompts = [tokenizer.render(problems[p].prompt) + openings[p] for p in mine]
         rollout = generate(model, prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
                            stop_ids={tokenizer.end}, samples_per_prompt=samples, seed=seed, first_row=samples * mine[0],
@@ -68,15 +61,11 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
         rows = [p for p in mine for _ in range(samples)]
         texts = [tokenizer.decode(openings[p] + ids) for p, ids in zip(rows, rollout.responses(), strict=True)]
         rewards = task.rewards([problems[p] for p in rows], texts, rollout.finished.tolist())
-        return Experience(task, rollout, [problems[p] for p in mine], texts, torch.tensor(rewards).view(len(mine), samples))
-
+        found = Experience(task, rollout, [problems[p] for p in mine], texts, torch.tensor(rewards).view(len(mine), samples))
     if ranks.count() == 1:
-        return of_problems(list(range(len(problems))))
-    mine, found = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist(), None
-    if mine:
-        found = of_problems(mine)
-        found = replace(found, task=None, rollout=found.rollout.to("cpu"))
-    gathered = [replace(e, task=task, rollout=e.rollout.to(model.head.weight.device)) for e in ranks.gathered(found) if e]
+        return found
+    sent = found and replace(found, task=None, rollout=found.rollout.to("cpu"))
+    gathered = [replace(e, task=task, rollout=e.rollout.to(model.head.weight.device)) for e in ranks.gathered(sent) if e]
     return _join([(e, p) for e in gathered for p in range(len(e.problems))])
 
 
@@ -87,96 +76,37 @@ def collect(policy: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *
     With `resample`, groups without contrast are replaced by new draws until all `prompts` have it (DAPO's dynamic
     sampling, Yu et al. 2025, section 3.2).
     """
-    rng = Random(seed)
-    problems = [task.problem(rng, "train") for _ in range(prompts)]
-    experience = sample_and_grade(policy, tokenizer, task, problems, sampling, samples=samples, seed=seed)
-    if not resample:
-        return experience
-    kept, seen, tokens, attempts, most = [], 0, 0, 0, 20
-    while True:
-        index = has_contrast(experience.rewards).nonzero().squeeze(-1).tolist()
-        kept += [(experience, p) for p in index]
-        seen, tokens, attempts = seen + prompts, tokens + int(experience.rollout.mask.sum()), attempts + 1
+    rng, kept, tokens = Random(seed), [], 0
+    for attempt in range(ATTEMPTS):
+        problems = [task.problem(rng, "train") for _ in range(prompts)]
+        experience = sample_and_grade(policy, tokenizer, task, problems, sampling, samples=samples,
+                                      seed=derive(seed, attempt) if attempt else seed)
+        if not resample:
+            return experience
+        kept += [(experience, p) for p in has_contrast(experience.rewards).nonzero().squeeze(-1).tolist()]
+        tokens += int(experience.rollout.mask.sum())
         if len(kept) >= prompts:
             joined = _join(kept[:prompts])
-            joined.resampled, joined.resampled_tokens = seen - prompts, tokens - int(joined.rollout.mask.sum())
+            joined.resampled, joined.resampled_tokens = attempt * prompts, tokens - int(joined.rollout.mask.sum())
             return joined
-        if attempts == most:
-            raise NoContrast(f"only {len(kept)} of {seen} groups had contrast, {prompts} are wanted: the task is too easy or "
-                             "too hard for this policy by now; go on with --groups all in a new run, --init this one")
-        problems = [task.problem(rng, "train") for _ in range(prompts)]
-        experience = sample_and_grade(policy, tokenizer, task, problems, sampling, samples=samples, seed=derive(seed, attempts))
+    raise NoContrast(f"only {len(kept)} of {ATTEMPTS * prompts} groups had contrast, {prompts} are wanted: the task is too "
+                     "easy or too hard for this policy by now; go on with --groups all in a new run, --init this one")
 
 
 def _join(groups: list[tuple[Experience, int]]) -> Experience:
     """One experience from chosen groups (experience, its p-th prompt) of several."""
-    G = groups[0][0].rewards.shape[1]
-    T = max(e.rollout.tokens.shape[1] for e, _ in groups)
-    sources = [(e.rollout, slice(p * G, (p + 1) * G)) for e, p in groups]
+    first = groups[0][0]
+    G = first.rewards.shape[1]
 
-    def rows(name: str, width: int | None = None) -> Tensor:
-        pieces = [getattr(rollout, name)[index] for rollout, index in sources]
-        if width is not None:
-            pieces = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in pieces]
-        return torch.cat(pieces)
+    def rows(name: str) -> list[Tensor]:
+        return [row for e, p in groups for row in getattr(e.rollout, name)[p * G : (p + 1) * G]]
 
-    prompt_index = torch.arange(len(groups), device=groups[0][0].rollout.tokens.device).repeat_interleave(G)
-    rollout = Rollout(rows("tokens", T), rows("prompt_lengths"), rows("lengths"), rows("logp", T - 1), rows("finished"),
-                      prompt_index)
-    return Experience(groups[0][0].task, rollout, [e.problems[p] for e, p in groups],
-                      [t for e, p in groups for t in e.texts[p * G : (p + 1) * G]],
+    tokens, logp = (pad_sequence(rows(name), batch_first=True) for name in ("tokens", "logp"))
+    prompt_lengths, lengths, finished = (torch.stack(rows(name)) for name in ("prompt_lengths", "lengths", "finished"))
+    prompt_index = torch.arange(len(groups), device=tokens.device).repeat_interleave(G)
+    return Experience(first.task, Rollout(tokens, prompt_lengths, lengths, logp, finished, prompt_index),
+                      [e.problems[p] for e, p in groups], [t for e, p in groups for t in e.texts[p * G : (p + 1) * G]],
                       torch.stack([e.rewards[p] for e, p in groups]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer steps are minibatches; micro-batches only bound memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-LONG = 256      # tokens: `micro_batch` rows of this length fit into memory
-
-
-def minibatches(seed: int, step: int, count: int, epochs: int, parts: int) -> Iterator[Tensor]:
-    """The rows of each optimizer step on one rollout: every epoch a fresh shuffle, cut into equal parts."""
-    for epoch in range(epochs):
-        shuffle = torch.randperm(count, generator=generator(seed, "minibatch", step, epoch))
-        yield from shuffle.tensor_split(parts)
-
-
-def micro_batches(rows: Tensor, lengths: Tensor, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
-    """At most `micro_batch` rows at a time, fewer where they are longer than LONG, but at least one; those of similar length
-    together. Yields (rows, longest length)."""
-    rows = rows[lengths[rows].argsort()]
-    length, start = lengths[rows].tolist(), 0
-    while start < len(rows):
-        end = start + 1
-        while end < min(len(rows), start + micro_batch) and (end + 1 - start) * length[end] <= micro_batch * LONG:
-            end += 1
-        yield rows[start:end], length[end - 1]
-        start = end
-
-
-def add_metrics(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
-    """Add the metrics of a micro-batch to `totals`: sums, and extremes of those named _max and _min."""
-    for name, value in metrics.items():
-        join = {"_max": max, "_min": min}.get(name[-4:], operator.add)
-        totals[name] = join(totals[name], value) if name in totals else value
-
-
-def sum_over_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The totals of all processes together. A process that had no rows has none."""
-    if ranks.count() == 1:
-        return totals
-    whole: dict[str, Tensor] = {}
-    for part in ranks.gathered({name: x.cpu() for name, x in totals.items()}):
-        add_metrics(whole, part)
-    return whole
-
-
-def per_token(totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The totals of all processes as means over their "tokens"; extremes stay what they are."""
-    whole = sum_over_ranks(totals)
-    tokens = max(int(whole.pop("tokens", 0)), 1)
-    return {name: x if name.endswith(("_max", "_min")) else x / tokens for name, x in whole.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,11 +114,17 @@ def per_token(totals: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def own_micro_batches(rollout: Rollout, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
+    """The micro-batches of this process's share of a whole rollout."""
+    rows = torch.arange(len(rollout.lengths), device=rollout.lengths.device)
+    return micro_batches(ranks.share(rows), rollout.lengths, micro_batch)
+
+
 @torch.no_grad()
 def score_rollout(model: GPT, rollout: Rollout, temperature: float, micro_batch: int) -> Tensor:
     """log-probs of a rollout's sampled tokens under `model`, 0 elsewhere.       -> [B, T-1]"""
     logp, mask = torch.zeros_like(rollout.logp), rollout.mask
-    for rows, T in micro_batches(ranks.share(torch.arange(len(logp), device=logp.device)), rollout.lengths, micro_batch):
+    for rows, T in own_micro_batches(rollout, micro_batch):
         scores, _ = token_log_probs(model, rollout.tokens[rows, :T], mask[rows, : T - 1], temperature=temperature)
         logp[rows, : T - 1] = scores.to(logp.dtype)
     return ranks.summed(logp)
@@ -198,7 +134,7 @@ def score_rollout(model: GPT, rollout: Rollout, temperature: float, micro_batch:
 def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, micro_batch: int) -> Tensor:
     """The learned reward of each answer, read at its last token.       -> [B]"""
     rewards = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
-    for rows, T in micro_batches(ranks.share(torch.arange(len(rewards), device=rewards.device)), rollout.lengths, micro_batch):
+    for rows, T in own_micro_batches(rollout, micro_batch):
         rewards[rows] = reward_model.at_end(rollout.tokens[rows, :T], rollout.lengths[rows]).float()
     return ranks.summed(rewards)
 
@@ -210,7 +146,7 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
     -> values [B, T-1], of which [:, t] belongs to tokens[:, t+1], 0 where nothing was sampled; last_value [B]
     """
     values, last_value = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp[:, 0])
-    for rows, T in micro_batches(ranks.share(torch.arange(len(values), device=values.device)), rollout.lengths, micro_batch):
+    for rows, T in own_micro_batches(rollout, micro_batch):
         v = critic(rollout.tokens[rows, :T]).float()                                        # [rows, T]
         values[rows, : T - 1] = v[:, :-1]
         last_value[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)
@@ -218,7 +154,7 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
 
 
 def describe(experience: Experience) -> dict[str, float]:
-    """What the samples are like: reward, length, and the styles of answering apart. A share of nothing is left out.
+    """What the samples are like: reward, length, and the styles of answering apart. A mean over no answers is omitted.
 
     For a task without a verifier, the reward is the hidden one, and its features come with it.
     """

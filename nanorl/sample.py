@@ -75,6 +75,16 @@ def uniforms(seed: int, rows: int, count: int, first: int = 0) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the answers of a run are sampled: the arguments of `generate` that stay the same from step to step."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    slots: int | None = None
+    compile: bool = False
+
+
 @dataclass
 class Rollout:
     """Prompts with their sampled responses: row b is tokens[b, :lengths[b]], and `samples_per_prompt` rows share one

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.rollout import Sampling, learned_rewards, sample_and_grade, score_rollout
+from nanorl.rollout import learned_rewards, sample_and_grade, score_rollout
 from nanorl.run import derive, generator, in_float32
-from nanorl.sample import Rollout, generate
+from nanorl.sample import Rollout, Sampling, generate
 from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
 

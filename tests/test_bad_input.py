@@ -315,7 +315,7 @@ def with_gpt(**flags):
 
 
 CHECKPOINTS = {
-    "code": (lambda c: c | {"state": {"x": Exploding()}}, "not a readable checkpoint"),
+    "code": (lambda c: c | {"state": {"x": Exploding()}}, "not a sound checkpoint"),
     "a tensor": (lambda c: torch.zeros(3), "Tensor"),
     "a list": (lambda c: [c], "list"),
     "bare weights": (lambda c: c["model"], "format"),

@@ -14,7 +14,8 @@ from world import write_records
 from nanorl import evaluate, run
 from nanorl.evaluate import interval, vote
 from nanorl.heldout import heldout_problems
-from nanorl.rollout import Sampling, sample_and_grade
+from nanorl.rollout import sample_and_grade
+from nanorl.sample import Sampling
 from nanorl.search import Answers, majority_vote
 from nanorl.tasks import is_heldout
 

@@ -8,7 +8,8 @@ from test_rollout import (GREEDY, MODEL, SAMPLING, TOKENIZER, Parity, assert_bel
                           scorer)
 
 from nanorl.heldout import answer_kl, evaluate_policy, show_answers
-from nanorl.rollout import Sampling, collect, describe, learned_rewards, sample_and_grade
+from nanorl.rollout import collect, describe, learned_rewards, sample_and_grade
+from nanorl.sample import Sampling
 from nanorl.tasks import is_heldout, make_task
 
 

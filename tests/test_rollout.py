@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorl import run
+from nanorl.batches import micro_batches
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
-from nanorl.rollout import (Experience, NoContrast, Sampling, collect, describe, has_contrast, learned_rewards, micro_batches,
-                            sample_and_grade, score_rollout)
+from nanorl.rollout import (Experience, NoContrast, collect, describe, has_contrast, learned_rewards, sample_and_grade,
+                            score_rollout)
 from nanorl.run.checkpoint import FORMAT
-from nanorl.sample import Rollout, token_log_probs
+from nanorl.sample import Rollout, Sampling, token_log_probs
 from nanorl.tasks import FileTask, Problem, Stories, Task, is_heldout
 from nanorl.tokenizer import Tokenizer
 
@@ -243,7 +244,7 @@ def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, long, seed):
     could take the next row, too; and rows come in rising order of length."""
     lengths, chosen = torch.tensor(lengths), Random(seed).sample(range(len(lengths)), Random(seed).randint(1, len(lengths)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanorl.rollout.LONG", long)
+        patch.setattr("nanorl.batches.LONG", long)
         batches = list(micro_batches(torch.tensor(chosen), lengths, rows))
     tokens = rows * long
     assert sorted(torch.cat([part for part, _ in batches]).tolist()) == sorted(chosen)

@@ -48,7 +48,8 @@ from nanorl.data import render_records, response_batch, shuffled_batch, training
 from nanorl.family import ALGORITHMS, AXES
 from nanorl.heldout import answer_kl, evaluate_policy, heldout_problems
 from nanorl.ops import kl_divergence
-from nanorl.rollout import Sampling, collect, sample_and_grade
+from nanorl.rollout import collect, sample_and_grade
+from nanorl.sample import Sampling
 from nanorl.tasks import Stories, is_heldout, make_task
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -315,7 +316,7 @@ def test_micro_batches_change_nothing_but_memory(tmp_path, monkeypatch):
     flags = GRPO + " --steps 1 --aggregate token_mean"
     start(train_grpo, flags, tmp_path / "whole")
     start(train_grpo, flags, tmp_path / "rows", "--micro-batch", "1")
-    monkeypatch.setattr("nanorl.rollout.LONG", 10)              # 4 rows at a time, but only 40 tokens
+    monkeypatch.setattr("nanorl.batches.LONG", 10)              # 4 rows at a time, but only 40 tokens
     start(train_grpo, flags, tmp_path / "tokens", "--micro-batch", "4")
     whole, *micro = (metrics(tmp_path / name)[0]["train/grad_norm_max"] for name in ("whole", "rows", "tokens"))
     assert micro == [pytest.approx(whole, rel=1e-4)] * 2 and whole > 0

@@ -30,9 +30,9 @@ import train_pretrain
 import train_reward
 import train_sft
 from nanorl import run
+from nanorl.batches import minibatches
 from nanorl.data import pad, random_windows, read_text, response_mask, shuffled_batch
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
-from nanorl.rollout import minibatches
 from nanorl.run.checkpoint import FORMAT
 from nanorl.tasks import is_heldout
 from nanorl.tokenizer import Tokenizer

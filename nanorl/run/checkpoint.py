@@ -1,4 +1,4 @@
-"""Checkpoints: one file with everything a run needs to go on, and the models in it. Tensors and builtins only."""
+"""Checkpoints: one file with the model, optimizer and state of a run, as tensors and builtins, and the models read from it."""
 
 import math
 import os
@@ -70,32 +70,27 @@ def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | 
         raise UserError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        holds = _check_sound(checkpoint)
     except Exception as e:              # whatever torch.load raises on a damaged or foreign file
-        why = (str(e) or "empty file").splitlines()[0][:100]
-        raise UserError(f"{path}: not a readable checkpoint ({why})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise UserError(f"{path}: not a nanorl checkpoint of format {FORMAT} (found {found!s:.40})")
-    for name, kind in CHECKPOINT_FIELDS.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path}: not a whole checkpoint; its {name!r} is {checkpoint.get(name)!r:.40}, expected a "
-                             f"{kind.__name__}")
-    holds = "reward model" if "scalar.weight" in checkpoint["model"] else "policy"
+        why = (str(e) or "empty file").splitlines()[0][:200]
+        raise UserError(f"{path}: not a sound checkpoint ({why})") from None
     if what not in (None, holds):
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise UserError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
-    try:
-        _check_sound(checkpoint, holds)
-    except Exception as e:
-        why = " ".join(str(e).split())[:200]
-        raise UserError(f"{path}: not a sound checkpoint ({why})") from None
     return checkpoint
 
 
-def _check_sound(checkpoint: dict[str, Any], holds: str) -> None:
-    """An exception says what does not fit: weights that are not finite or not of the shapes that the configuration asks for,
-    or a tokenizer of another size."""
+def _check_sound(checkpoint: Any) -> Literal["policy", "reward model"]:
+    """What a checkpoint holds. An exception says what does not fit: another format, a field that is missing, weights that are
+    not finite or not of the shapes that the configuration asks for, or a tokenizer of another size."""
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    if found != FORMAT:
+        raise UserError(f"expected nanorl's format {FORMAT}, found {found!s:.40}")
+    for name, kind in CHECKPOINT_FIELDS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"its {name!r} is {checkpoint.get(name)!r:.40}, expected a {kind.__name__}")
     check_finite(checkpoint["model"])
+    holds = "reward model" if "scalar.weight" in checkpoint["model"] else "policy"
     with torch.device("meta"):          # shapes without memory
         model = GPT(GPTConfig(**checkpoint["gpt"]))
         wanted, found = ({name: tuple(x.shape) for name, x in weights.items()} for weights in (
@@ -106,6 +101,7 @@ def _check_sound(checkpoint: dict[str, Any], holds: str) -> None:
     size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
     if size != model.config.vocab_size:
         raise UserError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
+    return holds
 
 
 def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:

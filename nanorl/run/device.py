@@ -30,12 +30,11 @@ def find_device(name: str) -> torch.device:
     On CUDA this also lets float32 products be TF32, and turns cuDNN's attention off: PyTorch would choose it first on an H100
     or later, and it makes a new plan for every shape of eager decoding.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise UserError(f"--device {name}: PyTorch finds no such device here; expected one of "
-                        f"{', '.join(kind for kind, there in available.items() if there)}")
+        name = available[0]
+    if name not in available:
+        raise UserError(f"--device {name}: PyTorch finds no such device here; expected one of {', '.join(available)}")
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,4 +1,4 @@
-"""The directory of a run, in which nothing is lost, and the loop over its steps."""
+"""The directory of a run, and the loop over its steps. Whatever happens, nothing before the last checkpoint is lost."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanorl.errors import UserError, exit_with
+from nanorl.data import parse_object
+from nanorl.errors import UserError, exit_with, user_errors_as_sentences
 from nanorl.run import ranks
 from nanorl.run.checkpoint import check_finite, load_checkpoint, save_checkpoint, write_atomically
 from nanorl.run.flags import RunConfig
@@ -27,15 +28,13 @@ from nanorl.tokenizer import Tokenizer
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file of a run. A line without its end was torn by a kill: it is not there."""
+    """The records of a .jsonl file of a run. An unfinished last line was torn by a kill; it is ignored."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise UserError(f"{path}, line {number}: {line[:60]!r}; expected a JSON object with a step")
+    for number, line in enumerate(lines, start=1):
+        record = parse_object(line, f"{path}, line {number}", "an object with a step")
+        if type(record.get("step")) is not int:
+            raise UserError(f"{path}, line {number}: its step is {record.get('step')!r}; expected a whole number")
         records.append(record)
     return records
 
@@ -55,39 +54,29 @@ def _locked(path: Path) -> Any:
 
 
 def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """For a script's main(cfg): whatever ends the run early is said in one sentence, with what is safe.
+    """For a script's main(cfg): what commonly ends a run early is said in one sentence, with what is safe.
 
     A UserError is the user's. A number that is nan or inf (FloatingPointError), a full disk (OSError) and Ctrl-C outside of the
     steps end the run: nothing that is not finite is ever saved, and the last good checkpoint stays. Anything else, such as a
     ValueError in an objective of your own, keeps its traceback. A finished run that is resumed has nothing to do.
     """
+    @user_errors_as_sentences
     @functools.wraps(main)
     def wrapper(cfg: RunConfig) -> None:
+        checkpoint, metrics = Path(cfg.out, "ckpt.pt"), Path(cfg.out, "metrics.jsonl")
         try:
-            if cfg.resume and is_finished(cfg):
+            # A run's last line, that of step cfg.steps, is written after its last checkpoint.
+            if cfg.resume and checkpoint.exists() and any(line["step"] == cfg.steps for line in read_lines(metrics)):
                 print(f"{cfg.out} is finished: {cfg.steps} steps.")
                 raise SystemExit(0)
             main(cfg)
-        except UserError as e:
-            exit_with(e)
         except (FloatingPointError, OSError, KeyboardInterrupt) as e:
-            name, out = Path(sys.argv[0]).name, Path(cfg.out)
-            what = "interrupted" if isinstance(e, KeyboardInterrupt) else " ".join(str(e).split())
-            try:
-                step, saved = len(read_lines(out / "metrics.jsonl")), "no checkpoint has been written yet"
-                if (out / "ckpt.pt").exists():
-                    saved = f"the last good checkpoint, {out / 'ckpt.pt'}, has the first {load_checkpoint(out)['step']}"
-            except UserError as damaged:
-                exit_with(damaged)
-            print(f"{name}: error: {out}, after {step} of {cfg.steps} steps: {what}; {saved}", file=sys.stderr)
-            raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 2) from None
+            what, code = ("interrupted", 130) if isinstance(e, KeyboardInterrupt) else (e, 2)
+            saved = "no checkpoint has been written yet"
+            if checkpoint.exists():
+                saved = f"the last good checkpoint, {checkpoint}, has the first {load_checkpoint(checkpoint)['step']}"
+            exit_with(f"{cfg.out}, after {len(read_lines(metrics))} of {cfg.steps} steps: {what}; {saved}", code)
     return wrapper
-
-
-def is_finished(cfg: RunConfig) -> bool:
-    """A run's last line, that of step cfg.steps, is written after its last checkpoint."""
-    out = Path(cfg.out)
-    return (out / "ckpt.pt").exists() and any(line["step"] == cfg.steps for line in read_lines(out / "metrics.jsonl"))
 
 
 def printable(text: str) -> str:
@@ -110,8 +99,9 @@ class Run:
     """
 
     def __init__(self, cfg: RunConfig, checkpoint: dict[str, Any] | None, model: nn.Module, optimizer: Optimizers,
-                 tokenizer: Tokenizer, **unchanged: nn.Module | None):
-        """`unchanged`: models that a resumed run loads anew and that must be those that it began with; None is none."""
+                 tokenizer: Tokenizer, **constants: nn.Module | None):
+        """`constants`: models that are not trained; None is none. A resumed run must have loaded those that it began with;
+        one that was refreshed since gets its weights back."""
         self.cfg, self.model, self.optimizer, self.tokenizer = cfg, model, optimizer, tokenizer
         self.out = Path(cfg.out)
         self.step = 0
@@ -124,8 +114,11 @@ class Run:
                 optimizer.load_state_dict(checkpoint["optimizer"])
             except Exception as e:
                 raise UserError(f"{self.out / 'ckpt.pt'}: its optimizer is not that of this run ({e})") from None
-        for name, constant in unchanged.items():
-            self._check_unchanged(name, constant)
+        for name, constant in constants.items():
+            if name in self.state:
+                constant.load_state_dict(self.state[name])
+            elif constant is not None:
+                self._check_unchanged(name, constant)
         ranks.wait()                        # the others may still be checking what is here already
         if ranks.rank() == 0:
             self._begin()
@@ -133,15 +126,17 @@ class Run:
 
     def _begin(self) -> None:
         """The files of a new run, or those of a resumed one up to its checkpoint. No other process may write here any more."""
-        cfg = self.cfg
         self.out.mkdir(parents=True, exist_ok=True)
-        if not cfg.resume:
-            flags = json.dumps(dataclasses.asdict(cfg), indent=2)
-            write_atomically(self.out / "config.json", lambda f: f.write(flags.encode()))
+        if not self.cfg.resume:
+            self._write("config.json", json.dumps(dataclasses.asdict(self.cfg), indent=2))
         self._config = _locked(self.out / "config.json")
-        if cfg.resume:
-            self._cut("metrics.jsonl")
-            self._cut("samples.jsonl")
+        for name in ("metrics.jsonl", "samples.jsonl") if self.cfg.resume else ():
+            # Drop what came after the checkpoint: lines of its own step and later, and a torn last one.
+            kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_lines(self.out / name) if r["step"] < self.step]
+            self._write(name, "".join(kept))
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self.out / name, lambda f: f.write(text.encode()))
 
     @staticmethod
     def check(cfg: RunConfig) -> dict[str, Any] | None:
@@ -155,8 +150,6 @@ class Run:
             if not checkpoint and len(lines) > cfg.save_every:
                 raise UserError(f"--resume: {out / 'ckpt.pt'} is gone; expected the checkpoint of {len(lines)} steps")
             return checkpoint
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out}: a file is in the way; expected a directory of a new run")
         if any((out / name).exists() for name in ("config.json", "ckpt.pt", "metrics.jsonl", "samples.jsonl")):
             raise UserError(f"--out {out}: holds a run already; continue it with --resume, or choose another directory")
         nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
@@ -164,21 +157,14 @@ class Run:
             raise UserError(f"--out {out}: {nearest} is not a directory that can be written to")
         return None
 
-    def _check_unchanged(self, name: str, model: nn.Module | None) -> None:
+    def _check_unchanged(self, name: str, model: nn.Module) -> None:
         """UserError where this model has other weights than when the run began."""
-        if model is None:
-            return
         digest = hashlib.sha256()
         for key, x in model.state_dict().items():
             digest.update(key.encode() + x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         if self.state.setdefault(f"sha256 of {name}", digest.hexdigest()) != digest.hexdigest():
             raise UserError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected the one that "
                             "it started from")
-
-    def _cut(self, name: str) -> None:
-        """Drop what came after the checkpoint: lines of its own step and later, and a torn last one."""
-        kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_lines(self.out / name) if r["step"] < self.step]
-        write_atomically(self.out / name, lambda f: f.write("".join(kept).encode()))
 
     def metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl so far."""
@@ -187,10 +173,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps that are left, one at a time, with a progress bar, metrics and checkpoints around them."""
         handlers = {s: signal.signal(s, self._stop_soon) for s in (signal.SIGINT, signal.SIGTERM)}
-        bar = tqdm(total=self.cfg.steps, initial=self.step, desc=self.out.name, dynamic_ncols=True,
-                   disable=self.cfg.quiet or ranks.rank() > 0,
-                   bar_format="{desc} {n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}")
-        self._bar = bar
+        self._bar = tqdm(total=self.cfg.steps, initial=self.step, desc=self.out.name, dynamic_ncols=True,
+                         disable=self.cfg.quiet or ranks.rank() > 0,
+                         bar_format="{desc} {n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}")
         try:
             while self.step < self.cfg.steps:
                 started = time.perf_counter()
@@ -198,16 +183,15 @@ class Run:
                 self._line["time/step_s"] = time.perf_counter() - started
                 self._write_line()
                 self.step += 1
-                bar.update()
+                self._bar.update()
                 self._signal = max(ranks.gathered(self._signal))       # a process that was told to stop tells the others
                 if self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps or self._signal:
                     self.save()
                 if self._signal:
-                    bar.close()
-                    print(f"Stopped after step {self.step} of {self.cfg.steps}; continue with --out {self.out} --resume")
+                    tqdm.write(f"Stopped after step {self.step} of {self.cfg.steps}; continue with --out {self.out} --resume")
                     raise SystemExit(128 + self._signal)
         finally:
-            bar.close()
+            self._bar.close()
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
@@ -216,12 +200,6 @@ class Run:
         if every and self.step and self.step % every == 0:
             reference.load_state_dict(self.model.state_dict())
             self.state["reference"] = reference.state_dict()
-            self.state.pop("sha256 of reference", None)
-
-    def restore(self, reference: nn.Module | None) -> None:
-        """Give a reference that has been refreshed before the run was resumed its weights back."""
-        if "reference" in self.state:
-            reference.load_state_dict(self.state["reference"])
 
     @contextlib.contextmanager
     def saved_on(self, kind: type[Exception]) -> Iterator[None]:

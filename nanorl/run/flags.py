@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import inspect
-import json
 import math
 import re
 import types
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from nanorl.data import parse_object
 from nanorl.errors import UserError, exit_with
 from nanorl.tasks import default_max_new_tokens
 
@@ -65,7 +65,7 @@ class RunConfig(DeviceConfig):
 
     # the run
     out: str                    # directory of this run
-    init: str = ""              # checkpoint to start from: a run's directory or a file (default: the stage before, made first)
+    init: str = ""              # run or checkpoint file to start from (default: the stage before, made first if missing)
     resume: bool = False        # continue the run in --out; flags come from its config.json
     steps: Count                # how many steps to train
     lr: Positive                # peak learning rate
@@ -94,7 +94,7 @@ class RolloutConfig(RunConfig):
         self.default("max_new_tokens", default_max_new_tokens(self.task))
 
 
-MAY_DIFFER_ON_RESUME = {"resume", "quiet", "selfcheck"}
+MAY_DIFFER_ON_RESUME = {"out", "resume", "quiet", "selfcheck"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -153,12 +153,9 @@ def _parser(config_class: type, hints: dict[str, Any]) -> argparse.ArgumentParse
             options["choices"] = get_args(hint)
         elif hint is bool:
             options["action"] = argparse.BooleanOptionalAction
-        says, section = helps[field.name].replace("%", "%%"), sections[groups[field.name]]
-        if field.default is dataclasses.MISSING:
-            section.add_argument(field.name, **options, help=says)
-        else:
-            shown = "" if field.default in ("", None) else f" (default: {_as_typed(field.default)})"
-            section.add_argument(flag_of(field.name), dest=field.name, **options, help=says + shown)
+        name = field.name if field.default is dataclasses.MISSING else flag_of(field.name)
+        shown = "" if field.default in ("", None, dataclasses.MISSING) else f" (default: {_as_typed(field.default)})"
+        sections[groups[field.name]].add_argument(name, **options, help=helps[field.name].replace("%", "%%") + shown)
     return parser
 
 
@@ -188,28 +185,20 @@ def _saved_flags(config_class: type, hints: dict, defaults: dict, typed: dict) -
     """The flags of the run to resume, checked against those that were typed."""
     out = typed.get("out") or config_class(**defaults | typed).out      # its default may depend on other flags
     saved = read_config(Path(out))
-    for name, value in typed.items():
-        if name in saved and saved[name] != value and name not in MAY_DIFFER_ON_RESUME | {"out"}:
-            raise UserError(f"{flag_of(name)} {value}: the run to resume has {saved[name]}; leave the flag out, or start "
-                            "another run")
     if odd := sorted(saved.keys() ^ defaults.keys()):
         raise UserError(f"--resume: {out} was made by another script, or another version of this one: not both know "
                         f"{flag_of(odd[0])}")
-    saved["out"] = out
     for name, value in saved.items():
+        if typed.get(name, value) != value and name not in MAY_DIFFER_ON_RESUME:
+            raise UserError(f"{flag_of(name)} {typed[name]}: the run to resume has {value}; leave the flag out, or start "
+                            "another run")
         if value != defaults[name] and (expected := _misfit(value, hints[name])):
             raise UserError(f"{Path(out) / 'config.json'}: {name} is {value!r:.40}; expected {expected}")
-    return saved
+    return saved | {"out": out}
 
 
 def read_config(out: Path) -> dict[str, Any]:
     """The flags of an earlier run in directory `out`."""
     if not (out / "config.json").exists():
         raise UserError(f"--resume: {out} holds no run to continue (no config.json)")
-    try:
-        flags = json.loads((out / "config.json").read_text())
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{out / 'config.json'}: not JSON ({e})") from None
-    if not isinstance(flags, dict):
-        raise UserError(f"{out / 'config.json'}: a {type(flags).__name__}; expected an object with the flags of a run")
-    return flags
+    return parse_object((out / "config.json").read_bytes(), f"{out / 'config.json'}", "an object with the flags of a run")

@@ -23,18 +23,17 @@ class Optimizers:
     """
 
     def __init__(self, model: nn.Module, kind: str, lr: float, weight_decay: float = 0.0):
-        named = list(model.named_parameters())
-        gains = [p for _, p in named if p.ndim < 2]
-        matrices = [p for name, p in named if p.ndim == 2 and kind == "muon" and "blocks" in name]
+        self.named = list(model.named_parameters())
+        gains = [p for _, p in self.named if p.ndim < 2]
+        matrices = [p for name, p in self.named if p.ndim == 2 and kind == "muon" and "blocks" in name]
         taken = {id(p) for p in gains + matrices}
-        rest = [p for _, p in named if id(p) not in taken]
+        rest = [p for _, p in self.named if id(p) not in taken]
         fused = rest[0].device.type in ("cpu", "cuda")
         self.optimizers = [torch.optim.AdamW([{"params": rest, "weight_decay": weight_decay},
                                          {"params": gains, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=fused)]
         if matrices:
             self.optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
                                                adjust_lr_fn="match_rms_adamw"))
-        self.named = named
 
     def step(self, lr: float, grad_clip: float) -> torch.Tensor:
         """Clip the gradients' total norm, take one step, clear them. Returns the norm before clipping.

@@ -40,7 +40,7 @@ def count() -> int:
 
 
 def share(rows: Any) -> Any:
-    """The rows of this process, of a tensor's or a list's first dimension: every n-th of n processes."""
+    """The rows of this process, of a tensor's or a list's first dimension: rows rank, rank + n, ... of n processes."""
     return rows[rank()::count()]
 
 

@@ -1,7 +1,8 @@
 """How a run starts: the stages before it, made where they are missing, and the models that they left."""
 
-import importlib.util
 import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -46,17 +47,15 @@ def stage_dir(stage: str, task: str) -> str:
 
 def find_script(name: str) -> ModuleType:
     """The training script of this name, imported: from the folder of the running script, else from the checkout."""
-    places = [Path(sys.argv[0]).resolve().parent, CHECKOUT]
-    path = next((place / f"{name}.py" for place in places if (place / f"{name}.py").is_file()), None)
-    if path is None:
+    places = [str(Path(sys.argv[0]).resolve().parent), str(CHECKOUT)]
+    spec = PathFinder.find_spec(name, places)
+    if spec is None:
         raise UserError(f"{name}.py: needed to make the stage before this one, and neither in {places[0]} nor in {places[1]}; "
                         "copy it beside this script, or name a finished run with --init")
-    loaded = sys.modules.get(name)
-    if loaded is None or Path(loaded.__file__).resolve() != path:
-        spec = importlib.util.spec_from_file_location(name, path)
-        loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    return loaded
+    if name not in sys.modules:
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
@@ -108,7 +107,7 @@ class Start(NamedTuple):
     checkpoint: dict[str, Any] | None   # of this run, where it is resumed
     tokenizer: Tokenizer
     policy: GPT                         # with the weights of that checkpoint, else of --init
-    reference: GPT | None               # --init itself, or what it was refreshed to; its weights are constants
+    reference: GPT | None               # --init itself; its weights are constants
     reward_model: ScalarGPT | None
 
 
@@ -117,18 +116,15 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     """Check that the run can be written and that what the flags name exists, then load the models.
 
     Where --init is not given, it is the run of `stage` (on the same task), made first where it is missing. With
-    `reference`, --init is loaded once more as the reference model; with `refreshed`, the reference in the checkpoint instead,
-    if it has one. A resumed run that needs --init for nothing else does without it. reward_model: the run of one, "" for
-    runs/reward, made first where it is missing, None for none. All must have room for the prompts of `task`.
+    `reference`, --init is loaded once more as the reference model. A resumed run that needs --init for nothing else does
+    without it; with `refreshed`, a reference in its checkpoint is enough: `Run` gives the model its weights. reward_model: the
+    run of one, "" for runs/reward, made first where it is missing, None for none. All must have room for the prompts of `task`.
     """
     device, checkpoint = pick_device(cfg), Run.check(cfg)
-    saved = checkpoint["state"].get("reference") if checkpoint and refreshed else None
-    needs_init = not checkpoint or (reference and not saved)
-    for path, holds in ((cfg.init if needs_init else "", "policy"), (reward_model, "reward model")):
-        if path:
-            load_checkpoint(path, holds)            # before minutes are spent on other stages
-    initial = checkpoint | {"model": saved} if saved else None
-    if needs_init:
+    initial = checkpoint
+    if reward_model:
+        load_checkpoint(reward_model, "reward model")       # before minutes are spent on another stage
+    if not checkpoint or (reference and not (refreshed and "reference" in checkpoint["state"])):
         same_task = {"task": cfg.task} if stage == "sft" else {}
         initial = load_checkpoint(cfg.init or ensure_stage(cfg, stage, **same_task), "policy")
     if reward_model == "":
@@ -138,7 +134,8 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     start = Start(device, checkpoint, tokenizer, model_from(weights, device),
                   model_from(initial, device).requires_grad_(False) if reference else None,
                   load_reward_model(reward_model, tokenizer, device) if reward_model else None)
-    prompts = [tokenizer.render(problem.prompt) for problem in task.examples()] if task else []
-    for model in filter(None, (start.policy, start.reward_model)) if task else ():
-        check_fits_context(model, prompts, cfg.max_new_tokens)
+    if task:
+        prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
+        for model in filter(None, (start.policy, start.reward_model)):
+            check_fits_context(model, prompts, cfg.max_new_tokens)
     return start
