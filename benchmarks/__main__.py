@@ -468,13 +468,13 @@ def learn(bench: Benchmark) -> None:
                       tokens=float(tokens[step])))
 
 
+@run.user_errors_as_sentences
 def main(cfg: Config) -> None:
     begun = time.perf_counter()
-    with run.user_errors():
-        device = run.find_device(cfg.device)
-        cfg = settled(cfg, device)
-        if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
-            raise ValueError(f"--out {cfg.out}: expected a file in a directory that exists")
+    device = run.find_device(cfg.device)
+    cfg = settled(cfg, device)
+    if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
+        raise run.UserError(f"--out {cfg.out}: expected a file in a directory that exists")
     if cfg.memory_of:
         print_memory(cfg, device)
         return

@@ -181,7 +181,7 @@ def test_help_prints_the_table_with_its_sources(capsys):
 
 GROUPS = {train_pretrain: "text and model", train_sft: "demonstrations", train_reward: "pairs",
           train_dpo: "pairs, the algorithm", train_group_dpo: "rollouts, the algorithm",
-          train_grpo: "rollouts, the algorithm, what holds the policy, updates",
+          train_grpo: "rollouts, the algorithm, regularisation, updates",
           train_ppo: "rollouts, the reward, the algorithm, updates", train_distill: "teacher and answers"}
 
 
