@@ -15,7 +15,7 @@ from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.rollout import (Experience, NoContrast, collect, describe, has_contrast, learned_rewards, sample_and_grade,
                             score_rollout)
 from nanorl.run.checkpoint import FORMAT
-from nanorl.sample import Rollout, Sampling, token_log_probs
+from nanorl.sample import Rollout, Sampling, generate, token_log_probs
 from nanorl.tasks import FileTask, Problem, Stories, Task, is_heldout
 from nanorl.tokenizer import Tokenizer
 
@@ -170,6 +170,19 @@ def test_resampling_keeps_what_the_first_draw_gave():
     assert full.texts[: 2 * len(index)] == [plain.texts[2 * p + g] for p in index for g in range(2)]
     assert torch.equal(full.rewards[: len(index)], plain.rewards[index])
     assert full.resampled >= 12 - len(index)
+
+
+def test_every_draw_of_a_resampled_step_has_numbers_of_its_own(monkeypatch):
+    """Replacements are sampled with other seeds than the groups that they replace."""
+    seeds = []
+
+    def sampled(*args, seed, **kwargs):
+        seeds.append(seed)
+        return generate(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr("nanorl.rollout.generate", sampled)
+    collect(MODEL, TOKENIZER, Parity(), SAMPLING, prompts=12, samples=2, seed=3, resample=True)
+    assert len(seeds) == len(set(seeds)) > 1
 
 
 def test_resampling_gives_up_with_a_clear_error():

@@ -297,6 +297,18 @@ def test_a_refreshed_reference_needs_no_file_to_resume(tmp_path):
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("script", "flags"), [(train_grpo, GRPO + " --kl-coef 0.1"), (train_dpo, DPO)], ids=["grpo", "dpo"])
+def test_a_run_resumed_between_two_refreshes_has_the_reference_of_the_first(script, flags, tmp_path, monkeypatch):
+    """Stopped in the fourth step, after the refresh at the third: the rest is that of the uninterrupted run."""
+    flags += " --steps 4 --refresh-reference 2"
+    start(script, flags, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run.Run, "_write_line", lambda out, write=run.Run._write_line: exit() if out.step == 3 else write(out))
+        start(script, flags, tmp_path / "stopped")
+    start(script, "--resume", tmp_path / "stopped")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
 def test_the_running_mean_is_of_earlier_rewards(tmp_path):
     """The first step subtracts nothing; the second subtracts the first step's mean, and its own mean joins with weight 0.1."""
     start(train_grpo, GRPO + " --algo reinforce --advantage running_mean --steps 2", tmp_path / "run")
