@@ -113,96 +113,6 @@ def with_tail(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.cat((log_p.gather(-1, ids), logsumexp(others)[..., None]), dim=-1)
 
 
-def _chunk_log_softmax(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """log_softmax(hidden weight^T / temperature), and memory of its size to write into.       [n, d], [V, d] -> [n, V] twice
-
-    The same sums as `log_softmax`, in place: of a vocabulary's width, every temporary costs as much as the product itself.
-    """
-    z = (hidden @ weight.T).to(dtype).div_(temperature)
-    z -= z.amax(-1, keepdim=True)
-    scratch = z.exp()
-    z -= scratch.sum(-1, keepdim=True).log_()
-    return z, scratch
-
-
-def _chunk_scores(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The log-probs of ids and the entropies.       [n, d], [V, d], [n] -> [n], [n]"""
-    log_p, p = _chunk_log_softmax(hidden, weight, temperature, dtype)                       # [n, V]
-    entropy = -torch.exp(log_p, out=p).mul_(log_p).sum(-1)
-    return log_p.gather(-1, ids[:, None]).squeeze(-1), entropy
-
-
-def _chunk_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, entropy: Tensor, g_logp: Tensor,
-                    g_entropy: Tensor | None) -> Tensor:
-    """The gradient of the loss in hidden weight^T, from those in the log-probs and the entropies.       -> [n, V]
-
-        d logp / dz = onehot - p          dH / dz = -p (log p + H)
-    """
-    log_p, p = _chunk_log_softmax(hidden, weight, temperature, entropy.dtype)
-    g_logp, grad_z = g_logp[:, None], torch.exp(log_p, out=p).neg_()
-    if g_entropy is None:
-        grad_z *= g_logp
-    else:
-        grad_z *= log_p.add_(entropy[:, None]).mul_(g_entropy[:, None]).add_(g_logp)
-    grad_z.scatter_add_(-1, ids[:, None], g_logp)
-    return grad_z.div_(temperature).to(hidden.dtype)
-
-
-@functools.cache
-def _compiled(f: Callable) -> Callable:
-    """For any number of rows: what follows the product becomes a pass or two over its logits."""
-    return torch.compile(f, dynamic=True)
-
-
-class _LinearLogProbs(torch.autograd.Function):
-    """See linear_log_probs. The backward pass computes the logits again instead of keeping them."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, ids, temperature, chunk_size, compile):
-        scores, dtype = (_compiled(_chunk_scores) if compile else _chunk_scores), _at_least_float32(hidden).dtype
-        logp, entropy = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(2))
-        for start in range(0, len(ids), chunk_size):
-            rows = slice(start, start + chunk_size)
-            logp[rows], entropy[rows] = scores(hidden[rows], weight, ids[rows], temperature, dtype)
-        ctx.save_for_backward(hidden, weight, ids, entropy)
-        ctx.temperature, ctx.chunk_size, ctx.compile = temperature, chunk_size, compile
-        ctx.set_materialize_grads(False)
-        return logp, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, ids, entropy = ctx.saved_tensors
-        gradient = _compiled(_chunk_gradient) if ctx.compile else _chunk_gradient
-        grad_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=entropy.dtype)
-        for start in range(0, len(ids), ctx.chunk_size):
-            rows = slice(start, start + ctx.chunk_size)
-            grad_z = gradient(hidden[rows], weight, ids[rows], ctx.temperature, entropy[rows], grad_logp[rows],
-                              None if grad_entropy is None else grad_entropy[rows])
-            grad_hidden[rows] = grad_z @ weight
-            grad_weight += grad_z.T @ hidden[rows]
-        return grad_hidden, grad_weight, None, None, None, None
-
-
-def linear_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, chunk_size: int | None = None,
-                     compile: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-prob of `ids` and entropy, straight from hidden states: z = hidden weight^T / temperature.
-
-        logp_n = z_{n, ids_n} - LSE(z_n)          H_n = -sum_i p_{n,i} log p_{n,i}
-
-    hidden [N, d], weight [V, d], ids [N] -> (logp [N], entropy [N]) in nats, both differentiable in hidden and weight.
-    The [N, V] logits are what fills a GPU's memory, not the model: here only [chunk_size, V] of them exist at a time,
-    forward and backward, at the price of computing them twice. Any chunk size gives the same values; by default it is 1024,
-    or less where the vocabulary is large: 8 million logits, but at least 128 rows. `compile` fuses what is done to them.
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    chunk_size = chunk_size or min(1024, max(128, 2**23 // len(weight)))
-    return _LinearLogProbs.apply(hidden, weight.to(hidden.dtype), ids, temperature, chunk_size, compile)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Kullback-Leibler divergence from samples                                        (Schulman 2020, "Approximating KL Divergence")
 #
@@ -500,3 +410,98 @@ def token_weights(mask: Tensor, prompt_index: Tensor, how: str, max_new_tokens: 
     else:
         raise ValueError(f"token_weights: how={how!r} is none of {', '.join(AGGREGATES)}")
     return mask / count.clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The one kernel: log-probs and entropies straight from hidden states, without all logits in memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _chunk_log_softmax(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """log_softmax(hidden weight^T / temperature), and memory of its size to write into.       [n, d], [V, d] -> [n, V] twice
+
+    The same sums as `log_softmax`, in place: of a vocabulary's width, every temporary costs as much as the product itself.
+    """
+    z = (hidden @ weight.T).to(dtype).div_(temperature)
+    z -= z.amax(-1, keepdim=True)
+    scratch = z.exp()
+    z -= scratch.sum(-1, keepdim=True).log_()
+    return z, scratch
+
+
+def _chunk_scores(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The log-probs of ids and the entropies.       [n, d], [V, d], [n] -> [n], [n]"""
+    log_p, p = _chunk_log_softmax(hidden, weight, temperature, dtype)                       # [n, V]
+    entropy = -torch.exp(log_p, out=p).mul_(log_p).sum(-1)
+    return log_p.gather(-1, ids[:, None]).squeeze(-1), entropy
+
+
+def _chunk_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, entropy: Tensor, g_logp: Tensor,
+                    g_entropy: Tensor | None) -> Tensor:
+    """The gradient of the loss in hidden weight^T, from those in the log-probs and the entropies.       -> [n, V]
+
+        d logp / dz = onehot - p          dH / dz = -p (log p + H)
+    """
+    log_p, p = _chunk_log_softmax(hidden, weight, temperature, entropy.dtype)
+    g_logp, grad_z = g_logp[:, None], torch.exp(log_p, out=p).neg_()
+    if g_entropy is None:
+        grad_z *= g_logp
+    else:
+        grad_z *= log_p.add_(entropy[:, None]).mul_(g_entropy[:, None]).add_(g_logp)
+    grad_z.scatter_add_(-1, ids[:, None], g_logp)
+    return grad_z.div_(temperature).to(hidden.dtype)
+
+
+@functools.cache
+def _compiled(f: Callable) -> Callable:
+    """For any number of rows: what follows the product becomes a pass or two over its logits."""
+    return torch.compile(f, dynamic=True)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """See linear_log_probs. The backward pass computes the logits again instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, temperature, chunk_size, compile):
+        scores, dtype = (_compiled(_chunk_scores) if compile else _chunk_scores), _at_least_float32(hidden).dtype
+        logp, entropy = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(2))
+        for start in range(0, len(ids), chunk_size):
+            rows = slice(start, start + chunk_size)
+            logp[rows], entropy[rows] = scores(hidden[rows], weight, ids[rows], temperature, dtype)
+        ctx.save_for_backward(hidden, weight, ids, entropy)
+        ctx.temperature, ctx.chunk_size, ctx.compile = temperature, chunk_size, compile
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, ids, entropy = ctx.saved_tensors
+        gradient = _compiled(_chunk_gradient) if ctx.compile else _chunk_gradient
+        grad_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=entropy.dtype)
+        for start in range(0, len(ids), ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
+            grad_z = gradient(hidden[rows], weight, ids[rows], ctx.temperature, entropy[rows], grad_logp[rows],
+                              None if grad_entropy is None else grad_entropy[rows])
+            grad_hidden[rows] = grad_z @ weight
+            grad_weight += grad_z.T @ hidden[rows]
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def linear_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, chunk_size: int | None = None,
+                     compile: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-prob of `ids` and entropy, straight from hidden states: z = hidden weight^T / temperature.
+
+        logp_n = z_{n, ids_n} - LSE(z_n)          H_n = -sum_i p_{n,i} log p_{n,i}
+
+    hidden [N, d], weight [V, d], ids [N] -> (logp [N], entropy [N]) in nats, both differentiable in hidden and weight.
+    The [N, V] logits are what fills a GPU's memory, not the model: here only [chunk_size, V] of them exist at a time,
+    forward and backward, at the price of computing them twice. Any chunk size gives the same values; by default it is 1024,
+    or less where the vocabulary is large: 8 million logits, but at least 128 rows. `compile` fuses what is done to them.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    chunk_size = chunk_size or min(1024, max(128, 2**23 // len(weight)))
+    return _LinearLogProbs.apply(hidden, weight.to(hidden.dtype), ids, temperature, chunk_size, compile)
