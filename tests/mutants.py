@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     table, killed = ["| fault | where | killed by | seconds |", "|---|---|---|--:|"], 0
     with forks.Pool(args.jobs, maxtasksperchild=1) as pool, tqdm(total=len(mutants), unit="fault") as bar:
         # Slow beyond measure is noticed as well.
-        verdicts = pool.imap(partial(run_tests, limit=60 + 10 * usual), mutants, chunksize=1)
+        verdicts = pool.imap(partial(run_tests, limit=60 + 2 * usual), mutants, chunksize=1)
         for mutant, line, (killer, seconds) in zip(mutants, lines, verdicts, strict=True):
             killed += bool(killer)
             table.append(f"| {mutant.fault} | {mutant.file}:{line} | {killer or '**survived**'} | {seconds:.0f} |")
