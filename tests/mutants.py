@@ -13,7 +13,7 @@ torch already.
 
 import argparse
 import importlib
-import multiprocessing
+import json
 import os
 import re
 import shutil
@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -107,6 +108,28 @@ def run_tests(mutant: Mutant | None, limit: float | None = None) -> tuple[str, f
     return (failed[1] if failed else "(collection)" if mutant else said[-3000:]), seconds
 
 
+def forked(jobs: list[Callable[[], tuple[str, float]]], at_a_time: int, bar: tqdm) -> list[tuple[str, float]]:
+    """What these jobs return, each in a fork of this process. The bar counts those that are done, and the faults killed."""
+    waiting, running, results = list(enumerate(jobs)), {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < at_a_time:
+                number, job = waiting.pop(0)
+                if (child := os.fork()) == 0:
+                    try:
+                        Path(folder, str(number)).write_text(json.dumps(job()))
+                    finally:
+                        os._exit(0)
+                running[child] = number
+            child, _ = os.wait()
+            number = running.pop(child)
+            result = Path(folder, str(number))
+            results[number] = json.loads(result.read_text()) if result.exists() else ("(the process died)", 0.0)
+            bar.update()
+            bar.set_postfix(killed=sum(bool(killer) for killer, _ in results.values()))
+    return [results[number] for number in range(len(jobs))]
+
+
 def interrupted(*_: object) -> None:
     raise TimeoutError("the tests take far longer than they usually do")
 
@@ -132,21 +155,17 @@ def main(argv: list[str] | None = None) -> None:
     for package in ("einops", "hypothesis", "numpy", "tiktoken", "torch._dynamo"):
         importlib.import_module(package)
     signal.signal(signal.SIGALRM, interrupted)
-    forks = multiprocessing.get_context("fork")
-    with forks.Pool(1, maxtasksperchild=1) as pool:
-        failed, usual = pool.apply(run_tests, (None,))
+    (failed, usual), = forked([partial(run_tests, None)], 1, tqdm(disable=True))
     if failed:
         sys.exit(f"Without any fault, {failed} fails; expected tests that pass.")
 
+    # Slow beyond measure is noticed as well.
+    with tqdm(total=len(mutants), unit="fault") as bar:
+        verdicts = forked([partial(run_tests, mutant, 60 + 2 * usual) for mutant in mutants], args.jobs, bar)
     table, killed = ["| fault | where | killed by | seconds |", "|---|---|---|--:|"], 0
-    with forks.Pool(args.jobs, maxtasksperchild=1) as pool, tqdm(total=len(mutants), unit="fault") as bar:
-        # Slow beyond measure is noticed as well.
-        verdicts = pool.imap(partial(run_tests, limit=60 + 2 * usual), mutants, chunksize=1)
-        for mutant, line, (killer, seconds) in zip(mutants, lines, verdicts, strict=True):
-            killed += bool(killer)
-            table.append(f"| {mutant.fault} | {mutant.file}:{line} | {killer or '**survived**'} | {seconds:.0f} |")
-            bar.update()
-            bar.set_postfix(killed=killed, survived=bar.n - killed)
+    for mutant, line, (killer, seconds) in zip(mutants, lines, verdicts, strict=True):
+        killed += bool(killer)
+        table.append(f"| {mutant.fault} | {mutant.file}:{line} | {killer or '**survived**'} | {seconds:.0f} |")
     table += ["", f"{killed} of {len(mutants)} killed"]
     print(*table, sep="\n")
     if args.table:
