@@ -109,7 +109,7 @@ class Config(run.RunConfig):
     # pairs
     data: str = ""              # JSONL records {"prompt", "chosen", "rejected"} (default: data/preferences.jsonl)
     batch: run.Count = 32       # pairs per step
-    micro_batch: run.Count = 32  # pairs in memory at a time
+    micro_batch: run.Count = 32  # pairs, of two rows each, in memory at a time
     online: bool = False        # sample fresh pairs from the policy instead of reading them
     judge: Literal["hidden", "model", "verifier"] | None = None    # online: who prefers (default: model or verifier)
     reward_model: str = ""      # a run of train_reward.py: judges with --judge model (default: runs/reward), else only logged
@@ -156,18 +156,18 @@ def main(cfg: Config) -> None:
     if not cfg.online:
         records, training, heldout, identical = read_pairs(cfg.data)
     reward_model = cfg.reward_model if cfg.reward_model or cfg.judge == "model" else None
-    device, checkpoint, tokenizer, policy, start, reward_model = run.begin(
+    device, checkpoint, tokenizer, policy, initial_policy, reward_model = run.begin(
         cfg, "sft", task=None if cfg.data else task, reference=True, reward_model=reward_model)
     prompts, chosen, rejected = render_pairs(records, tokenizer, policy.config.context, cfg.data)
     if cfg.data:
         run.check_fits_context(policy, prompts, cfg.max_new_tokens)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
-    reference = copy.deepcopy(start) if cfg.refresh_reference else start
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=start, reference=reference,
+    reference = copy.deepcopy(initial_policy) if cfg.refresh_reference else initial_policy
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=initial_policy, reference=reference,
                   reward_model=reward_model)
     del checkpoint
-    compiled = run.compile_models(cfg, device, *{policy, start, reference})
+    compiled = run.compile_models(cfg, device, *{policy, initial_policy, reference})
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, loss=cfg.loss, beta=cfg.beta, label_noise=cfg.label_noise, delta=cfg.delta,
                              gamma=cfg.gamma, nll_coef=cfg.nll_coef)
@@ -195,10 +195,11 @@ def main(cfg: Config) -> None:
             part = picks[i : i + cfg.micro_batch]
             yield [x.to(device) for x in pair_batch(prompts, chosen, rejected, part, tokenizer.pad)], part
 
-    # The initial policy never changes: its log-probs of every pair that is compared with it are computed once.       [pairs, 2]
+    # The initial policy's log-probs of every pair that is compared with it, computed at every start.              [pairs, 2]
+    # With --refresh-reference these are the held-out pairs; the others are scored by `reference` in each step.
     reference_cache = torch.zeros(len(records), 2, device=device)
     for batch, part in from_file(heldout if cfg.refresh_reference else training + heldout):
-        reference_cache[part] = torch.stack(with_reference(start, batch)[3:], dim=1)
+        reference_cache[part] = torch.stack(with_reference(initial_policy, batch)[3:], dim=1)
 
     def pair_loss(tokens, prompt_lengths, lengths, ref_chosen, ref_rejected, count):
         """Loss and metrics of a few of `count` pairs."""
@@ -212,7 +213,8 @@ def main(cfg: Config) -> None:
                 shown = [records[i]["prompt"] for i in (heldout or training)[:4]]
                 show_responses(out, policy, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
             else:
-                metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=start, reward_model=reward_model)
+                metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=initial_policy,
+                                            reward_model=reward_model)
         with torch.no_grad():
             for batch, part in from_file(heldout):
                 add_metrics(totals, pair_loss(*batch, *reference_cache[part].unbind(1), len(heldout))[1])

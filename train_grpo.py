@@ -21,8 +21,9 @@ With one update per rollout, the default, every ratio is 1 and a bound has nothi
 or bound are then the same. The value of GRPO's loss is then 0, because the advantages of a group sum to 0 and all its answers
 weigh the same. A loss says nothing about progress here and is not logged. Watch the reward.
 
-To change the loss: a branch in `objective`, its keyword where main makes `loss`, a flag in Config. Then check that it is sound:
-python -m nanorl.checks train_grpo.py:objective --clip 0.2 0.2
+To change the loss: a branch in `objective`, its keyword where main makes `loss`, a flag in Config. The surrogates and the token
+weights are in nanorl/ops.py, the advantages in `advantages` below, the named algorithms in nanorl/family.py. Then check that it
+is sound: python -m nanorl.checks train_grpo.py:objective --clip 0.2 0.2
 """
 
 import functools
@@ -136,6 +137,7 @@ def main(cfg: Config) -> None:
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, reference=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
+    # One temperature for the whole run: sampling, `score`, both calls of `score_rollout` and the evaluations use it.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     kl = family.KL_TERMS[cfg.kl or "k3"]
     loss = functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high,

@@ -1,5 +1,5 @@
 """The check of the first rollout: what must be true before anything is learned, tested on the live model, task, sampler and
-objective, in a second or two.
+objective, in a second or two. train_grpo.py runs it once per start; what changes later shows in train/mismatch_kl.
 
 A broken rollout still trains: the reward just does not rise, or rises for the wrong reason. Each failure here is one
 sentence that says what was found and what was expected.

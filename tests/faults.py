@@ -786,7 +786,7 @@ LOOPS = [
     Mutant("online DPO: judged by the hidden reward with --judge model", DPO,
            'if cfg.judge == "model":', 'if cfg.judge == "nobody":'),
     Mutant("online DPO: asks the initial policy", DPO,
-           "batches = (with_reference(reference, (rollout", "batches = (with_reference(start, (rollout"),
+           "batches = (with_reference(reference, (rollout", "batches = (with_reference(initial_policy, (rollout"),
     Mutant("DPO: a resumed run forgets its refreshed reference", DPO,
            "initial_policy=start, reference=reference,", "initial_policy=start,"),
 

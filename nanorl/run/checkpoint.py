@@ -1,4 +1,7 @@
-"""Checkpoints: one file with the model, optimizer and state of a run, as tensors and builtins, and the models read from it."""
+"""Checkpoints: one file with the model, optimizer and state of a run, as tensors and builtins, and the models read from it.
+
+What a resumed run reads, and what it cuts off, is in directory.py.
+"""
 
 import math
 import os

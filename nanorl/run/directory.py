@@ -100,8 +100,8 @@ class Run:
 
     def __init__(self, cfg: RunConfig, checkpoint: dict[str, Any] | None, model: nn.Module, optimizer: Optimizers,
                  tokenizer: Tokenizer, **constants: nn.Module | None):
-        """`constants`: models that are not trained; None is skipped. A resumed run must have loaded those that it began with; one
-        that has been refreshed since then gets its weights back."""
+        """`constants`: models that are not trained; None is skipped. A resumed run must have loaded those that it began with;
+        one that has been refreshed since then gets its weights back."""
         self.cfg, self.model, self.optimizer, self.tokenizer = cfg, model, optimizer, tokenizer
         self.out = Path(cfg.out)
         self.step = 0

@@ -42,7 +42,11 @@ def integers(text: str) -> list[int]:
 
 
 class Task:
-    """A family of problems. A subclass says how to `draw` one and how to `work` it out; the rest is shared."""
+    """A family of problems. A subclass says how to `draw` one and how to `work` it out; the rest is shared.
+
+    `verify` must take any string and give 0.0 or 1.0 in bounded time, without raising: 1.0 for `direct`, 0.0 for `adversarial`
+    ones. nanorl/first_step.py checks that on `examples`.
+    """
 
     name: str
     verifiable = True
@@ -74,7 +78,7 @@ class Task:
         return MARKER + problem.answer
 
     def examples(self) -> list[Problem]:
-        """Enough problems of either split to see how long a prompt can be."""
+        """Enough problems of either split to see how long a prompt can be, and to check the verifier."""
         return [self.draw(Random(i)) for i in range(1000)]
 
     def problem(self, rng: Random, split: str) -> Problem:
