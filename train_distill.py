@@ -32,8 +32,8 @@ from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import render_records, response_batch, shift, shuffled_batch, training_records
 from nanorl.heldout import answer_kl, before_and_after, evaluate_and_show, heldout_problems
-from nanorl.ops import (entropy_from_logits, jensen_shannon, kl_divergence, leave_one_out, selective_log_softmax, token_weights,
-                        with_tail)
+from nanorl.ops import (cumulative_sum, entropy_from_logits, jensen_shannon, kl_divergence, leave_one_out,
+                        selective_log_softmax, token_weights, with_tail)
 from nanorl.rollout import collect, describe, sample_and_grade
 from nanorl.run import ranks
 from nanorl.sample import Sampling
@@ -72,7 +72,7 @@ def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1
     loss = tau**2 * (weights * D).sum()
     if gradient == "sequence":
         logp = torch.zeros_like(D).masked_scatter(mask, selective_log_softmax(student, ids))
-        to_go = D.detach().sum(-1, keepdim=True) - D.detach().cumsum(-1)                    # sum over s > t
+        to_go = D.detach().sum(-1, keepdim=True) - cumulative_sum(D.detach())               # sum over s > t
         advantage = leave_one_out(to_go.view(-1, group, to_go.shape[1]).transpose(1, 2))    # [P, T, G]
         loss = loss + (weights * advantage.transpose(1, 2).reshape(to_go.shape) * logp).sum()
     metrics = {"divergence": D.sum(), "entropy": entropy_from_logits(student).sum()}

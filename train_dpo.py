@@ -164,11 +164,11 @@ def main(cfg: Config) -> None:
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     reference = copy.deepcopy(initial_policy) if cfg.refresh_reference else initial_policy
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=initial_policy, reference=reference,
-                  reward_model=reward_model)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=initial_policy,
+                  reference=reference if cfg.refresh_reference else None, reward_model=reward_model)
     del checkpoint
     compiled = run.compile_models(cfg, device, *{policy, initial_policy, reference})
-    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=32 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, loss=cfg.loss, beta=cfg.beta, label_noise=cfg.label_noise, delta=cfg.delta,
                              gamma=cfg.gamma, nll_coef=cfg.nll_coef)
     source = f"fresh pairs, judged by the {cfg.judge}" if cfg.online else f"{len(training):,} pairs of {cfg.data or str(task)}"

@@ -69,6 +69,8 @@ class Config(run.RolloutConfig):
     lr: run.Positive = 1e-4
     eval_every: run.Count = 10
 
+    micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group; 16 times as many to sample
+
     # the algorithm
     loss: Literal["pairs", "scaled", "mean", "hinge"] = "mean"    # see the table above
     beta: run.Positive = 0.1    # implicit reward per nat of log(pi/ref)

@@ -128,9 +128,10 @@ def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, cfg.data)
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
-    stories = read_text(DATA / "stories_heldout.txt")
+    text = read_text(DATA / "stories_heldout.txt")
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(
         cfg, "sft", task=task, reference=cfg.kl_coef > 0, refreshed=True)
+    stories = tokenizer.encode(text)
     demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task))
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)

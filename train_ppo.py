@@ -197,8 +197,8 @@ def main(cfg: Config) -> None:
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")
             for rows, T in micro_batches(ranks.share(minibatch), rollout.lengths, cfg.micro_batch):
                 m = mask[rows, : T - 1]
-                logp, entropy = score(rollout.tokens[rows, :T], m)
-                with run.autocast(device, cfg.dtype):
+                with run.autocast(device, cfg.dtype):       # one context for both: a shared trunk's weights are cast once
+                    logp, entropy = score(rollout.tokens[rows, :T], m)
                     values = critic(rollout.tokens[rows, : T - 1]).float()
                 old, a, w, v, R = (x[rows, : T - 1] for x in (old_logp, adv, weights, old_values, returns))
                 micro_loss, metrics = loss(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy)

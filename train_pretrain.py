@@ -72,9 +72,9 @@ def main(cfg: Config) -> None:
         config = GPTConfig(tokenizer.vocab_size, **PRESETS[cfg.preset] | {"positions": cfg.positions})
         model = GPT(config, run.generator(cfg.seed, "init")).to(device)
     cfg.require(cfg.length <= model.config.context, "length", f"the model has a context of {model.config.context}")
-    train_ids, heldout_count = torch.tensor(tokenizer.encode(training)), len(tokenizer.encode(heldout))
-    cfg.require(len(train_ids) >= cfg.length and heldout_count >= 2, "text",
-                f"{len(train_ids)} tokens to train on, {heldout_count} held out; expected at least --length {cfg.length} and 2")
+    train_ids, heldout_ids = torch.tensor(tokenizer.encode(training)), tokenizer.encode(heldout)
+    cfg.require(len(train_ids) >= cfg.length and len(heldout_ids) >= 2, "text", f"{len(train_ids)} tokens to train on, "
+                f"{len(heldout_ids)} held out; expected at least --length {cfg.length} and 2")
 
     optimizer = run.Optimizers(model, cfg.optimizer, cfg.lr, weight_decay=0.1)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
@@ -90,7 +90,7 @@ def main(cfg: Config) -> None:
         with run.autocast(device, cfg.dtype):
             rollout = generate(model, [[tokenizer.bos]], max_new_tokens=min(80, cfg.length), stop_ids={tokenizer.end},
                                seed=run.derive(cfg.seed, "sample"))
-            metrics = text_loss(model, tokenizer, heldout, cfg.length)
+            metrics = text_loss(model, tokenizer, heldout_ids, cfg.length)
         text = tokenizer.decode(rollout.responses()[0])
         out.samples([{"text": text}])
         out.say(f"\nA sample after {out.step} steps: {text}\n")

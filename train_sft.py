@@ -17,7 +17,7 @@ from nanorl.heldout import evaluate_and_show, show_responses, total_loss
 from nanorl.ops import masked_sum, token_weights
 from nanorl.run import ranks
 from nanorl.sample import Sampling, token_log_probs
-from nanorl.tasks import default_max_new_tokens
+from nanorl.tasks import default_max_new_tokens, make_task
 
 
 def objective(logp, mask, weights):
@@ -46,6 +46,7 @@ class Config(run.RunConfig):
     eval_problems: run.Count = 500    # held-out problems in an evaluation
 
     def __post_init__(self):
+        make_task(self.task, needs_verifier=False)          # or an error: with --data nobody else asks for it
         self.default("out", run.stage_dir("sft", self.task))
         self.default("max_new_tokens", default_max_new_tokens(self.task))
 

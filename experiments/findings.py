@@ -25,7 +25,7 @@ import train_sft
 from experiments.runs import ROOT
 from nanorl import run
 from nanorl.data import DATA, read_text
-from nanorl.errors import user_errors_as_sentences
+from nanorl.errors import UserError, user_errors_as_sentences
 from nanorl.evaluate import interval
 from nanorl.gpt import GPT
 from nanorl.ops import log_softmax
@@ -178,7 +178,7 @@ def kept(module: ModuleType) -> dict[str, Finding]:
     """The findings of the last run."""
     path = RESULTS / f"{name_of(module)}.json"
     if not path.exists():
-        raise ValueError(f"{path}: no such file; run python -m experiments.{name_of(module)} first")
+        raise UserError(f"{path}: no such file; run python -m experiments.{name_of(module)} first")
     findings = [Finding(**{k: v for k, v in x.items() if k != "verdict"}) for x in json.loads(path.read_text())["findings"]]
     return {finding.claim: finding for finding in findings}
 

@@ -24,9 +24,9 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 text file."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: {'not a' if Path(path).exists() else 'no such'} file; expected a UTF-8 text file")
     try:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: {'not a' if Path(path).exists() else 'no such'} file; expected a UTF-8 text file")
         with open(path, "rb") as f:
             content = f.read(1 << 20)
             if b"\0" not in content:    # else a binary file, or a hole of a gigabyte: no need to read it all

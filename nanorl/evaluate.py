@@ -32,7 +32,7 @@ from nanorl import run
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.heldout import heldout_problems
-from nanorl.plot import draw_search, pyplot
+from nanorl.plot import check_can_draw, draw_search
 from nanorl.sample import Sampling
 from nanorl.search import (ROWS, Answers, Style, autocorrelation, best_of_n, doublings, opening, power_sample,
                            sample_answers, vote_value)
@@ -234,12 +234,12 @@ def load_runs(cfg: Config) -> list[Evaluation]:
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path}: not a file that can be written; expected one in a directory that exists")
     if cfg.plot:
-        pyplot()
+        check_can_draw(Path(cfg.plot))
     checkpoints = {path: run.load_checkpoint(path, "policy") for path in cfg.runs}
     trained = checkpoints[cfg.runs[0]]["config"]
     if not cfg.task and not cfg.data and trained.get("data"):
         raise UserError(f"{cfg.runs[0]}: was trained on {trained['data']}; say what to ask, with --task or --data")
-    name = cfg.task or trained.get("task", "addition")
+    name = cfg.task or "-".join(str(trained[flag]) for flag in ("task", "difficulty") if trained.get(flag)) or "addition"
     task = run.choose_task(name, cfg.data, needs_verifier=False)
     comparing = {"majority", "weighted", "direct", "worked"}.intersection(cfg.method)
     if comparing and not task.verifiable:

@@ -61,7 +61,7 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
 
 def evaluate_and_show(out: Run, model: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *,
                       reference: GPT | None = None, reward_model: ScalarGPT | None = None,
-                      stories: str = "") -> dict[str, float]:
+                      stories: list[int] | None = None) -> dict[str, float]:
     """`evaluate_policy` with the flags of a run, and some of its answers shown; with `stories`, also the loss on that text.
     Best-of-n only before the first step."""
     cfg, best_of = out.cfg, getattr(out.cfg, "best_of", 0) if out.step == 0 else 0
@@ -152,12 +152,12 @@ def total_loss(model: GPT, tokens: Tensor, mask: Tensor, batch: int = 64) -> flo
     return nats
 
 
-def text_loss(model: GPT, tokenizer: Tokenizer, text: str, width: int) -> dict[str, float]:
+def text_loss(model: GPT, tokenizer: Tokenizer, ids: list[int], width: int) -> dict[str, float]:
     """Mean loss on a text, every token predicted once: nats per token, bits per byte, perplexity."""
-    tokens, lengths = consecutive_windows(torch.tensor(tokenizer.encode(text)), tokenizer.bos, width)
+    tokens, lengths = consecutive_windows(torch.tensor(ids), tokenizer.bos, width)
     mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])
     nats, count = total_loss(model, tokens, mask), int(mask.sum())
-    return {"eval/text_loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / len(text.encode()),
+    return {"eval/text_loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / tokenizer.num_bytes(ids),
             "eval/perplexity": math.exp(min(nats / count, 700.0))}
 
 

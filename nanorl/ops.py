@@ -412,6 +412,21 @@ def token_weights(mask: Tensor, prompt_index: Tensor, how: str, max_new_tokens: 
     return mask / count.clamp(min=1)
 
 
+def cumulative_sum(x: Tensor) -> Tensor:
+    """The sums of the first 1, 2, ... entries of the last dimension.       [..., n] -> [..., n]
+
+    torch.cumsum, also under strict determinism: PyTorch lists it as having no deterministic kernel on CUDA for floats.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(-1)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        return x.cumsum(-1)
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The one kernel: log-probs and entropies straight from hidden states, without all logits in memory
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def pyplot():
-    """matplotlib.pyplot, drawing into files; ValueError says how to get it."""
+    """matplotlib.pyplot, drawing into files; UserError says how to get it."""
     try:
         import matplotlib
     except ImportError:
@@ -150,11 +150,19 @@ def draw_fit(runs: list[Path], out: Path) -> None:
     save(figure, out)
 
 
+def check_can_draw(path: Path) -> None:
+    """UserError where there is no matplotlib, or where it does not write files of this kind."""
+    kinds = pyplot().FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:] not in kinds:
+        raise UserError(f"{path}: no such kind of picture; expected a name that ends in one of .{', .'.join(sorted(kinds))}")
+
+
 @user_errors_as_sentences
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(Config, argv)
     runs = [Path(run) for run in cfg.runs]
     out = Path(cfg.out) if cfg.out else runs[0] / ("fit.png" if cfg.fit else "curves.png")
+    check_can_draw(out)
     try:
         (draw_fit if cfg.fit else draw)(runs, out)
     except OSError as e:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanorl.data import pad, response_mask, shift
 from nanorl.gpt import GPT, KVCache
-from nanorl.ops import linear_log_probs, log_softmax
+from nanorl.ops import cumulative_sum, linear_log_probs, log_softmax
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From logits to a token
@@ -39,7 +39,7 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
         return logits
     sorted_logp, order = log_softmax(logits).sort(dim=-1, descending=True, stable=True)
     probability = sorted_logp.exp()
-    outside = (probability.cumsum(-1) - probability) >= p
+    outside = (cumulative_sum(probability) - probability) >= p
     return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
@@ -56,7 +56,7 @@ def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     interval; a token of probability zero owns none.
     """
     logp = log_softmax(logits)
-    cdf = logp.exp().cumsum(-1)                                                             # [B, V]
+    cdf = cumulative_sum(logp.exp())                                                        # [B, V]
     # Rounding may leave the last entry off 1, and u may round up to 1: stay strictly below the last entry.
     u = u.to(cdf.dtype).clamp(max=1 - 2 * torch.finfo(cdf.dtype).eps)[:, None] * cdf[:, -1:]
     ids = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[-1] - 1)    # [B, 1], valid ids even of nans

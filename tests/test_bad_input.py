@@ -70,6 +70,8 @@ BAD = [
     (train_sft, "--data missing.jsonl", "missing.jsonl"), (train_sft, "--data bad.jsonl --init pretrain", "bad.jsonl, line 2"),
     (train_sft, "--task cooking --init pretrain", "cooking"), (train_sft, "--task addition-99 --init pretrain", "addition-99"),
     (train_sft, "--init nowhere", "nowhere"), (train_sft, "--init text.txt", "text.txt"),
+    (train_sft, "--data letters.jsonl --task cooking", "--task cooking"),
+    *((train_sft, f"{flag} {'x' * 300}", "xxx: ") for flag in ("--out", "--init", "--data")),
     (train_sft, "--data long.jsonl --init pretrain", "record 1"),
     (train_pretrain, "--init pretrain --preset mini", "--preset mini"), (train_pretrain, "--out text.txt/new", "text.txt"),
     (train_grpo, "--init sft --data one.jsonl", "one.jsonl"), (train_grpo, "--init nowhere", "nowhere"),

@@ -95,3 +95,9 @@ def test_a_run_without_rewards_cannot_be_fitted(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         plot.main(["--fit", str(write_run(tmp_path / "sft", [{"step": 0, "train/loss": 1.0}]))])
     assert exit.value.code == 2 and "sft: 0 points are too few" in capsys.readouterr().err
+
+
+def test_a_kind_of_picture_that_cannot_be_drawn_is_refused_before_any_work(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        plot.main(["nowhere", "--out", str(tmp_path / "curves.foo")])
+    assert exit.value.code == 2 and "curves.foo: no such kind of picture; expected a name that" in capsys.readouterr().err

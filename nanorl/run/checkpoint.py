@@ -67,9 +67,12 @@ def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | 
 
     UserError when there is none, when it is damaged, or when `what` is given and it holds something else.
     """
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.exists():
+    try:
+        path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
+        there = path.exists()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    if not there:
         raise UserError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

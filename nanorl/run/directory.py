@@ -65,9 +65,9 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
     def wrapper(cfg: RunConfig) -> None:
         checkpoint, metrics = Path(cfg.out, "ckpt.pt"), Path(cfg.out, "metrics.jsonl")
         try:
-            # A run's last line, that of step cfg.steps, is written after its last checkpoint.
-            if cfg.resume and checkpoint.exists() and any(line["step"] == cfg.steps for line in read_lines(metrics)):
-                print(f"{cfg.out} is finished: {cfg.steps} steps.")
+            if cfg.resume and _is_finished(cfg, checkpoint, metrics):
+                if os.environ.get("RANK", "0") == "0":          # torchrun's processes have not met yet
+                    print(f"{cfg.out} is finished: {cfg.steps} steps.")
                 raise SystemExit(0)
             main(cfg)
         except (FloatingPointError, OSError, KeyboardInterrupt) as e:
@@ -77,6 +77,12 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
                 saved = f"the last good checkpoint, {checkpoint}, has the first {load_checkpoint(checkpoint)['step']}"
             exit_with(f"{cfg.out}, after {len(read_lines(metrics))} of {cfg.steps} steps: {what}; {saved}", code)
     return wrapper
+
+
+def _is_finished(cfg: RunConfig, checkpoint: Path, metrics: Path) -> bool:
+    """Whether a run has both its last checkpoint and its last line, that of step cfg.steps."""
+    return (checkpoint.exists() and any(line["step"] == cfg.steps for line in read_lines(metrics))
+            and load_checkpoint(checkpoint)["step"] >= cfg.steps)
 
 
 def printable(text: str) -> str:
@@ -144,15 +150,19 @@ class Run:
         if not cfg.out:
             raise UserError("--out '': expected a directory")
         out = Path(cfg.out)
+        try:
+            there = [name for name in ("config.json", "ckpt.pt", "metrics.jsonl", "samples.jsonl") if (out / name).exists()]
+            nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+        except OSError as e:
+            raise UserError(f"--out {out}: {e.strerror}; expected a directory") from None
         if cfg.resume:
             checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
             lines, _ = read_lines(out / "metrics.jsonl"), read_lines(out / "samples.jsonl")     # or refused, before any work
             if not checkpoint and len(lines) > cfg.save_every:
                 raise UserError(f"--resume: {out / 'ckpt.pt'} is gone; expected the checkpoint of {len(lines)} steps")
             return checkpoint
-        if any((out / name).exists() for name in ("config.json", "ckpt.pt", "metrics.jsonl", "samples.jsonl")):
+        if there:
             raise UserError(f"--out {out}: holds a run already; continue it with --resume, or choose another directory")
-        nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
             raise UserError(f"--out {out}: {nearest} is not a directory that can be written to")
         return None

@@ -29,11 +29,11 @@ class Optimizers:
         taken = {id(p) for p in gains + matrices}
         rest = [p for _, p in self.named if id(p) not in taken]
         fused = rest[0].device.type in ("cpu", "cuda")
-        self.optimizers = [torch.optim.AdamW([{"params": rest, "weight_decay": weight_decay},
-                                         {"params": gains, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=fused)]
+        groups = [{"params": rest, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
+        self.optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)]
         if matrices:
             self.optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
-                                               adjust_lr_fn="match_rms_adamw"))
+                                                    adjust_lr_fn="match_rms_adamw"))
 
     def step(self, lr: float, grad_clip: float) -> torch.Tensor:
         """Clip the gradients' total norm, take one step, clear them. Returns the norm before clipping.
