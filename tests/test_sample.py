@@ -205,10 +205,11 @@ def test_half_precision_logits_are_sampled_in_float32():
 @given(st.integers(0, 2**63 - 1), st.integers(1, 5), st.integers(1, 9), st.integers(0, 3), st.integers(0, 9))
 @quick
 def test_a_uniform_depends_on_seed_row_and_position_only(seed, rows, count, more_rows, more):
-    """Asking for more rows or positions changes none of the old ones."""
+    """Asking for more rows or positions, or only for later rows, changes none of the old ones."""
     u = uniforms(seed, rows, count)
     assert u.shape == (rows, count) and (u >= 0).all() and (u < 1).all()
     assert torch.equal(uniforms(seed, rows + more_rows, count + more)[:rows, :count], u)
+    assert torch.equal(uniforms(seed, 1, count, first=rows - 1), u[-1:])
 
 
 def test_uniforms_never_repeat():
