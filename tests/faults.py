@@ -685,8 +685,6 @@ LOOPS = [
     Mutant("held-out text is trained on", DATA, "return text[:cut], text[cut:]", "return text, text[cut:]"),
     Mutant("random windows never reach the end of the text", DATA,
            "torch.randint(len(ids) - width + 2,", "torch.randint(len(ids) - width + 1,"),
-    Mutant("a prompt's side depends on its length alone", TASKS,
-           "int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0", "len(prompt) % 10 == 0"),
     Mutant("an unfinished answer is paid", TASKS,
            "[self.verify(problem, response) if done else 0.0", "[self.verify(problem, response)"),
     Mutant("a task's verifier pays for anything", TASKS,

@@ -9,16 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorl.data import (
-    consecutive_windows,
-    pad,
-    random_windows,
-    read_records,
-    read_text,
-    response_mask,
-    shift,
-    shuffled_batch,
-)
+from nanorl.data import (consecutive_windows, pad, random_windows, read_pairs, read_records, read_text, response_mask,
+                         shift, shuffled_batch, training_records)
+from nanorl.tasks import is_heldout
 
 quick = settings(max_examples=50, deadline=None)
 KEYS = ("prompt", "response")
@@ -232,3 +225,20 @@ def test_a_batch_is_a_function_of_seed_and_position(count, batch, step, seed):
 def test_epochs_and_seeds_are_shuffled_anew():
     orders = [tuple(shuffled_batch(20, 20, step, seed)) for seed in range(5) for step in range(5)]
     assert len(set(orders)) == 25 and tuple(range(20)) not in orders
+
+
+# ---- What is trained on ----
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    """Of a file of demonstrations, only the records of the training split; of pairs, only those that differ."""
+    records = [{"prompt": f"Say {i}.", "response": "x", "chosen": "a", "rejected": "ab"[i % 3 > 0]} for i in range(60)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    demonstrations = training_records(str(tmp_path / "records.jsonl"), None)
+    assert [r["prompt"] for r in demonstrations] == [r["prompt"] for r in records if not is_heldout(r["prompt"])]
+    assert 40 < len(demonstrations) < 60
+
+    _, training, heldout, identical = read_pairs(str(tmp_path / "records.jsonl"))
+    different = [i for i, r in enumerate(records) if r["chosen"] != r["rejected"]]
+    assert sorted(training + heldout) == different and identical == 20
+    assert all(is_heldout(records[i]["prompt"]) == (i in heldout) for i in different)

@@ -4,12 +4,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_rollout import (GREEDY, MODEL, SAMPLING, TOKENIZER, Parity, assert_belongs_together, experience_of, make_model,
                           scorer)
 
-from nanorl.heldout import answer_kl, evaluate_policy, show_answers
+from nanorl.heldout import answer_kl, evaluate_policy, show_answers, total_loss
 from nanorl.rollout import collect, describe, learned_rewards, sample_and_grade
-from nanorl.sample import Sampling
+from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import is_heldout, make_task
 
 
@@ -68,3 +69,12 @@ def test_shown_answers_keep_prompt_response_and_reward_together(count):
                 for n, reward in enumerate([1.0, 0.0, 1.0, 0.0])][:count]
     assert records == expected and json.loads(json.dumps(records)) == records
     assert all(f"{'+' if r['reward'] else '-'} {r['prompt']} {r['response']}" in lines[0] for r in expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 64])
+def test_the_loss_of_a_text_is_a_sum_whatever_the_batch(batch):
+    """Batches only limit memory: the last one, which may be smaller, counts by its tokens."""
+    tokens = torch.arange(35).view(7, 5) % TOKENIZER.vocab_size
+    mask = torch.ones(7, 4, dtype=torch.bool)
+    expected = -sum(float(token_log_probs(MODEL, row[None], m[None])[0].sum()) for row, m in zip(tokens, mask, strict=True))
+    assert total_loss(MODEL, tokens, mask, batch) == pytest.approx(expected, rel=1e-5)

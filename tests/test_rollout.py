@@ -172,6 +172,14 @@ def test_resampling_keeps_what_the_first_draw_gave():
     assert full.resampled >= 12 - len(index)
 
 
+def test_a_text_begins_with_its_opening():
+    """What was forced is part of the answer that the verifier reads, and of the prompt that the mask leaves out."""
+    problems, opening = [Problem("What is 1+2?", "3")] * 2, TOKENIZER.encode("Answer")
+    found = sample_and_grade(MODEL, TOKENIZER, Parity(), problems, SAMPLING, openings=[opening, []])
+    assert found.texts[0].startswith("Answer") and not found.texts[1].startswith("Answer")
+    assert found.rollout.prompt_lengths[0] == found.rollout.prompt_lengths[1] + len(opening)
+
+
 def test_every_draw_of_a_resampled_step_has_numbers_of_its_own(monkeypatch):
     """Replacements are sampled with other seeds than the groups that they replace."""
     seeds = []
@@ -251,7 +259,7 @@ def scorer(seed: int = 0) -> ScalarGPT:
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 9), st.integers(1, 40), seeds)
-@quick
+@settings(max_examples=300, deadline=None)
 def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, long, seed):
     """No batch has more rows, or more tokens than that many rows of LONG, padding included, unless it is a single row; none
     could take the next row, too; and rows come in rising order of length."""
