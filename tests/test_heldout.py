@@ -76,5 +76,6 @@ def test_the_loss_of_a_text_is_a_sum_whatever_the_batch(batch):
     """Batches only limit memory: the last one, which may be smaller, counts by its tokens."""
     tokens = torch.arange(35).view(7, 5) % TOKENIZER.vocab_size
     mask = torch.ones(7, 4, dtype=torch.bool)
-    expected = -sum(float(token_log_probs(MODEL, row[None], m[None])[0].detach().sum()) for row, m in zip(tokens, mask, strict=True))
+    rows = zip(tokens, mask, strict=True)
+    expected = -sum(token_log_probs(MODEL, row[None], m[None])[0].sum().item() for row, m in rows)
     assert total_loss(MODEL, tokens, mask, batch) == pytest.approx(expected, rel=1e-5)
