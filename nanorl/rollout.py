@@ -48,8 +48,8 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
     """Sample responses to these problems and grade them.
 
     With `openings`, the responses to a problem begin with these given token ids, which the rollout counts as part of the
-    prompt. Each process answers its part of the problems, and all of them get all responses, the
-    same as those of one process.
+    prompt. Each process answers its part of the problems, and all of them get all responses, the same as those of one
+    process.
     """
     openings = openings or [[] for _ in problems]
     mine, found = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist(), None
