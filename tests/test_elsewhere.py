@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -101,7 +101,7 @@ def test_a_stage_is_the_script_beside_the_running_one_then_the_checkouts_then_a_
         assert named in error
 
 
-@pytest.mark.skipif(not (find_spec("pip") and find_spec("setuptools")), reason="installing offline needs pip and setuptools")
+@pytest.mark.skipif(not all(map(PathFinder.find_spec, ("pip", "setuptools"))), reason="installs offline, by pip and setuptools")
 def test_the_installed_package_is_whole_and_imports_from_any_folder(elsewhere):
     """Not editable, from a copy without the scripts and data: every module of it, and only those, is there."""
     source, target = elsewhere.parent / "source", elsewhere.parent / "target"
