@@ -194,8 +194,8 @@ def main(cfg: Config) -> None:
             m = mask[part, : T - 1]
             with run.autocast(device, cfg.dtype):
                 with torch.no_grad():
-                    teacher_logits = teacher.head(teacher.hidden(inputs)[m])                # [N, V]
-                student_logits = student.head(student.hidden(inputs)[m])
+                    teacher_logits = teacher.head(teacher.hidden_at(inputs, m)[0])          # [N, V]
+                student_logits = student.head(student.hidden_at(inputs, m)[0])
             micro_loss, metrics = loss(student_logits, teacher_logits, targets[m], m, weights[part, : T - 1])
             micro_loss.backward()
             add_metrics(totals, metrics)

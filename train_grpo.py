@@ -40,7 +40,6 @@ from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum,
                         masked_surrogate, overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
-from nanorl.run import ranks
 from nanorl.sample import Rollout, Sampling, token_log_probs
 
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
@@ -195,7 +194,7 @@ def main(cfg: Config) -> None:
                                                cfg.max_new_tokens)
             # Rows with a token to train on; with --skip, only those with an advantage: the others' gradient is 0.
             trained = mask[minibatch].any(-1) & ((adv[minibatch] != 0).any(-1) | (not cfg.skip))
-            for rows, T in micro_batches(ranks.share(minibatch[trained]), rollout.lengths, cfg.micro_batch):
+            for rows, T in micro_batches(minibatch[trained], rollout, cfg.micro_batch):
                 m = mask[rows, : T - 1]
                 logp, entropy = score(rollout.tokens[rows, :T], m)
                 old = logp.detach() if cfg.on_policy else old_logp[rows, : T - 1]           # so that ratios are exactly 1

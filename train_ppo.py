@@ -34,7 +34,6 @@ from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import (clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1, masked_sum,
                         token_weights, whiten)
 from nanorl.rollout import collect, describe, learned_rewards, score_rollout, state_values
-from nanorl.run import ranks
 from nanorl.sample import Sampling, token_log_probs
 
 
@@ -195,11 +194,11 @@ def main(cfg: Config) -> None:
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")
-            for rows, T in micro_batches(ranks.share(minibatch), rollout.lengths, cfg.micro_batch):
+            for rows, T in micro_batches(minibatch, rollout, cfg.micro_batch):
                 m = mask[rows, : T - 1]
                 with run.autocast(device, cfg.dtype):       # one context for both: a shared trunk's weights are cast once
                     logp, entropy = score(rollout.tokens[rows, :T], m)
-                    values = critic(rollout.tokens[rows, : T - 1]).float()
+                    values = critic(rollout.tokens[rows, : T - 1], m).float()
                 old, a, w, v, R = (x[rows, : T - 1] for x in (old_logp, adv, weights, old_values, returns))
                 micro_loss, metrics = loss(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy)
                 micro_loss.backward()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanorl.run import generator, ranks
+from nanorl.sample import Rollout
 
 LONG = 256      # tokens: `micro_batch` rows of this length fit into memory
 
@@ -22,16 +23,26 @@ def minibatches(seed: int, step: int, count: int, epochs: int, parts: int) -> It
         yield from shuffle.tensor_split(parts)
 
 
-def micro_batches(rows: Tensor, lengths: Tensor, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
-    """At most `micro_batch` rows at a time, fewer where they are longer than LONG, but at least one; those of similar length
-    together. Yields (rows, longest length)."""
-    rows = rows[lengths[rows].argsort()]
-    length, start = lengths[rows].tolist(), 0
-    while start < len(rows):
+def micro_batches(rows: Tensor, rollout: Rollout, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
+    """At most `micro_batch` of these rows at a time, fewer where they are longer than LONG, but at least one; of several
+    processes, each has its share of the prompts. Yields (rows, longest length).
+
+    The rows of one prompt stay together, for the model reads their prompt once (GPT.hidden_at), and prompts whose longest
+    answers are alike.
+    """
+    prompt, length = rollout.prompt_index[rows].tolist(), rollout.lengths[rows].tolist()
+    longest: dict[int, int] = {}
+    for p, n in zip(prompt, length, strict=True):
+        longest[p] = max(n, longest.get(p, 0))
+    mine = set(ranks.share(sorted(longest)))
+    order = sorted((longest[p], p, i) for i, p in enumerate(prompt) if p in mine)
+    start = 0
+    while start < len(order):
         end = start + 1
-        while end < min(len(rows), start + micro_batch) and (end + 1 - start) * length[end] <= micro_batch * LONG:
+        while end < min(len(order), start + micro_batch) and (end + 1 - start) * order[end][0] <= micro_batch * LONG:
             end += 1
-        yield rows[start:end], length[end - 1]
+        part = [i for _, _, i in order[start:end]]
+        yield rows[part], max(length[i] for i in part)
         start = end
 
 

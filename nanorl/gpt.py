@@ -7,7 +7,7 @@ biases, no dropout. Reading order: GPTConfig, GPT.hidden, Block, Attention. Ther
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,23 +68,25 @@ PRESETS = {
 
 
 def rope_angles(positions: Tensor, head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles m theta_i, theta_i = base^(-2i / D).       [...] -> two of [..., D/2]"""
+    """cos and signed sin of the angles m theta_i, theta_i = base^(-2i / D), of both coordinates of each pair.
+
+        cos = (cos m theta, cos m theta)          sin = (-sin m theta, sin m theta)          [...] -> two of [..., D]
+    """
     theta = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[..., None] * theta
-    return angles.cos(), angles.sin()
+    cos, sin = (f(positions[..., None] * theta) for f in (torch.cos, torch.sin))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: turn each pair (x_i, x_{i+D/2}) by the angle m theta_i.       (Su et al. 2021, eq. 34)
 
-        R_m x = (x_1 cos - x_2 sin,  x_2 cos + x_1 sin)
+        R_m x = (x_1 cos - x_2 sin,  x_2 cos + x_1 sin) = (x_1, x_2) * (cos, cos) + (x_2, x_1) * (-sin, sin)
 
-    x [B, H, T, D]; cos, sin [..., T, D/2]. Norms stay; <R_m q, R_n k> depends on m - n only; position 0 turns nothing.
+    x [..., D]; cos, sin [..., D] from rope_angles. Norms stay; <R_m q, R_n k> depends on m - n only; position 0 turns nothing.
     The paper pairs neighbours (x_2i, x_2i+1). Pairing halves, as GPT-NeoX does, is the same but for the order of the
     coordinates, and needs no interleaving.
     """
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,11 +128,73 @@ def decoding_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (weights * v).sum(2, keepdim=True).to(v.dtype)
 
 
+SHARE_BELOW = 0.9       # of the tokens: fewer must be left when prefixes are read once, or that does not pay
+
+
+class Shared(NamedTuple):
+    """Rows [B, T] that begin alike, as one sequence of N = P Tp + B Ta tokens: P prefixes of Tp, then what each row has after
+    its prefix, Ta."""
+
+    tokens: Tensor          # [1, N]
+    positions: Tensor       # [1, N] of these tokens in their rows
+    places: Tensor          # [M] of the tokens that were asked for, among these N
+    prefix: Tensor          # [B] the prefix of each row
+    lengths: Tensor         # [B] its length
+    widths: tuple[int, int]     # Tp, Ta
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of the rows' tokens, -inf where they may not attend.       [B, 1, Ta, Tp + Ta]"""
+        B, (Tp, Ta), device = len(self.prefix), self.widths, self.prefix.device
+        held = (torch.arange(Tp, device=device) < self.lengths[:, None])[:, None].expand(B, Ta, Tp)
+        own = torch.ones(Ta, Ta, dtype=torch.bool, device=device).tril().expand(B, Ta, Ta)
+        hidden = ~torch.cat((held, own), dim=2)[:, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
+
+
+def share_prefixes(tokens: Tensor, where: Tensor) -> Shared | None:
+    """Rows that have the same tokens before their first True share them. None where that saves little.
+
+    tokens, where [B, T], both on the CPU.
+    """
+    B, T = tokens.shape
+    lengths = where.int().argmax(-1)                                                        # [B], 0 of a row without True
+    Tp, Ta = int(lengths.max()), int((where * (torch.arange(T) - lengths[:, None])).max()) + 1
+    rows: dict[tuple, int] = {}
+    first = [rows.setdefault(tuple(row[:n]), b) for b, (row, n) in enumerate(zip(tokens.tolist(), lengths, strict=True))]
+    readers, prefix = torch.tensor(first).unique(return_inverse=True)                       # [P], [B]
+    if not Tp or len(readers) * Tp + B * Ta > SHARE_BELOW * B * T:
+        return None
+    after = (lengths[:, None] + torch.arange(Ta)).clamp(max=T - 1)                          # [B, Ta]
+    row, t = where.nonzero().unbind(1)
+    return Shared(torch.cat((tokens[readers, :Tp].flatten(), tokens.gather(1, after).flatten()))[None],
+                  torch.cat((torch.arange(Tp).repeat(len(readers)), after.flatten()))[None],
+                  len(readers) * Tp + row * Ta + t - lengths[row], prefix, lengths, (Tp, Ta))
+
+
+def shared_attention(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, mask: Tensor) -> Tensor:
+    """Causal attention of `Shared` sequences: a prefix attends to itself, a row to its prefix and to itself.
+
+    q, k, v [1, N, H or Hkv, D], N = P Tp + B Ta -> [1, N, H, D]
+    """
+    B, Ta, Tp = len(prefix), mask.shape[2], mask.shape[3] - mask.shape[2]
+
+    def apart(x: Tensor) -> tuple[Tensor, Tensor]:                          # [P, H, Tp, D], [B, H, Ta, D]
+        prefixes, rows = x[0].split((len(x[0]) - B * Ta, B * Ta))
+        return prefixes.unflatten(0, (-1, Tp)).transpose(1, 2), rows.unflatten(0, (B, Ta)).transpose(1, 2)
+
+    (q_prefix, q), (k_prefix, k), (v_prefix, v) = map(apart, (q, k, v))
+    k, v = (torch.cat((shared.index_select(0, prefix), own), dim=2) for shared, own in ((k_prefix, k), (v_prefix, v)))
+    parts = fused_attention(q_prefix, k_prefix, v_prefix), fused_attention(q, k, v, mask)
+    return torch.cat([y.transpose(1, 2).flatten(0, 1) for y in parts])[None]
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, so that the next token costs one position instead of all of them.
 
-    keys, values: for each layer [B, Hkv, capacity, D]; length [B] is each row's write position, the position of its next
-    token. Rows are left-aligned and may differ in length: what is stored at or beyond a row's length is never attended to.
+    keys, values: for each layer [B, Hkv, capacity, D]. A column holds one token of every row: prompts begin in column 0, and
+    each decoding step fills one column more, of all rows, wherever their prompts ended. Where a row has no token, `mask`
+    [B, 1, 1, capacity], which is added to the scores, is -inf. length [B] is the position of each row's next token; whoever
+    decodes counts it.
     """
 
     def __init__(self, config: GPTConfig, rows: int, capacity: int, device=None, dtype=None):
@@ -138,32 +202,33 @@ class KVCache:
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
                                   for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.visible = 0        # attention reads so many positions, whatever the rows' lengths
+        self.mask = torch.full((rows, 1, 1, capacity), -torch.inf, device=device, dtype=dtype)
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)      # where the next step writes
+        self.visible = 0        # a step attends to so many columns; 0 is an empty cache
 
-    def addresses(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """These positions of all rows and heads, as indices of a layer's memory.
-
-        [B, T] -> [B, 1, 1], [Hkv, 1], [B, 1, T]
-        """
-        rows, heads = (torch.arange(n, device=positions.device) for n in self.keys[0].shape[:2])
-        return rows[:, None, None], heads[:, None], positions[:, None]
-
-    def write(self, layer: int, addresses: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v [B, Hkv, T, D] there; return all that `layer` has, [B, Hkv, visible, D] each."""
-        keys, values = self.keys[layer], self.values[layer]
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v [B, Hkv, T, D], and attend: whole prompts causally, a step to all that its row has."""
+        keys, values, visible = self.keys[layer], self.values[layer], self.visible
+        if not visible:
+            for memory, x in ((keys, k), (values, v)):
+                memory[:, :, : x.shape[2]] = x
+            return fused_attention(q, k, v)
         for memory, x in ((keys, k), (values, v)):
-            memory[addresses] = x.to(memory.dtype)      # of a view of it, torch.compile in PyTorch 2.11 would copy everything
-        return keys[:, :, : self.visible], values[:, :, : self.visible]
+            memory.index_copy_(2, self.column, x.to(memory.dtype))
+        seen = keys[:, :, :visible], values[:, :, :visible], self.mask[..., :visible]
+        return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, *seen)
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
-        """Start these rows over with what `other` has seen: its first row goes to the first of them, as many to each."""
-        times, seen = len(rows) // len(other.length), other.visible
+        """Start these rows over with the prompts that `other` has read: the first goes to the first rows, as many to each."""
+        times, width = len(rows) // len(other.length), other.mask.shape[-1]
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for x, y in zip(mine, theirs, strict=True):
-                x[rows, :, :seen] = y[:, :, :seen].repeat_interleave(times, dim=0)
-                x[rows, :, seen:] = 0.0     # what stood there may be nan, which even a weight of 0 would let through
+                x[rows, :, :width] = y.repeat_interleave(times, dim=0)
+                x[rows, :, width:] = 0.0    # what stood there may be nan, which even a weight of 0 would let through
         self.length[rows] = other.length.repeat_interleave(times)
-        self.visible = max(self.visible, seen)
+        held = torch.arange(self.mask.shape[-1], device=rows.device) < self.length[rows, None, None, None]
+        self.mask[rows] = torch.zeros_like(self.mask[rows]).masked_fill(~held, -torch.inf)
+        self.visible = max(self.visible, width)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows: they move to the front of the same memory."""
@@ -172,7 +237,7 @@ class KVCache:
             for layer, x in enumerate(part):
                 x[:count, :, seen] = x[rows, :, seen]
                 part[layer] = x[:count]
-        self.length = self.length[rows]
+        self.length, self.mask = self.length[rows], self.mask[rows]
 
 
 class Attention(nn.Module):
@@ -186,17 +251,18 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, addresses: tuple | None) -> Tensor:
-        q = self.q_norm(rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads))
-        k = self.k_norm(rearrange(self.k(x), "b t (h d) -> b h t d", h=self.kv_heads))
-        v = rearrange(self.v(x), "b t (h d) -> b h t d", h=self.kv_heads)
+    def forward(self, x: Tensor, rope, cache: KVCache | None, shared: tuple | None) -> Tensor:
+        q = self.q_norm(rearrange(self.q(x), "b t (h d) -> b t h d", h=self.heads))
+        k = self.k_norm(rearrange(self.k(x), "b t (h d) -> b t h d", h=self.kv_heads))
+        v = rearrange(self.v(x), "b t (h d) -> b t h d", h=self.kv_heads)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
-            k, v = cache.write(self.layer, addresses, k, v)
-        decoding = cache is not None and q.shape[2] == 1 and torch.compiler.is_compiling()
-        attend = decoding_attention if decoding else fused_attention
-        return self.out(rearrange(attend(q, k, v, mask), "b h t d -> b t (h d)"))
+            q, k = apply_rope(torch.cat((q, k), dim=2), *rope).split((self.heads, self.kv_heads), dim=2)
+        if shared is not None:
+            y = shared_attention(q, k, v, *shared)
+        else:
+            q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                # [B, H, T, D]
+            y = (fused_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)).transpose(1, 2)
+        return self.out(rearrange(y, "b t h d -> b t (h d)"))
 
 
 class MLP(nn.Module):
@@ -220,8 +286,8 @@ class Block(nn.Module):
         self.attention_norm, self.attention = nn.RMSNorm(config.width, eps=1e-6), Attention(config, layer)
         self.mlp_norm, self.mlp = nn.RMSNorm(config.width, eps=1e-6), MLP(config)
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, addresses: tuple | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, addresses)
+    def forward(self, x: Tensor, rope, cache: KVCache | None = None, shared: tuple | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache, shared)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -242,6 +308,9 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        if config.positions == "rope":
+            angles = rope_angles(torch.arange(config.context), config.head_dim, config.rope_base)
+            self.register_buffer("rope", torch.stack(angles, dim=1)[:, :, None], persistent=False)  # [context, 2, 1, D]
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -262,34 +331,47 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm.       tokens [B, T] int64 -> [B, T, width]
 
-        Without a cache: the whole sequences, causally. With one: `tokens` continue each row at its own cache.length,
-        see everything before them and are written into the cache.
+        Whole sequences, causally; an empty cache keeps their keys and values. With one that has prompts, `tokens` [B, 1] are
+        the next of each row, at position cache.length.
         """
-        T = tokens.shape[1]
-        x = self.embedding(tokens)                                                          # [B, T, width]
-        positions, mask, addresses, longest = torch.arange(T, device=tokens.device)[None], None, None, T     # [1, T]
-        if cache is not None:
-            positions = cache.length[:, None] + positions                                   # [B, T]
-            addresses = cache.addresses(positions)
-            cache.length += T
-            cache.visible += T
-            longest = cache.visible
-            unseen = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]   # [B, 1, T, visible]
-            mask = x.new_zeros(unseen.shape).masked_fill(unseen, -torch.inf)                # added to the scores
-        if longest > self.config.context:
-            raise ValueError(f"a sequence of {longest} tokens does not fit the model's context of {self.config.context}")
+        if cache is not None and cache.visible:
+            cache.mask.index_fill_(3, cache.column, 0.0)
+            return self._blocks(tokens, cache.length[:, None], cache)
+        length, limit = tokens.shape[1], self.config.context
+        if length > limit:
+            raise ValueError(f"a sequence of {length} tokens does not fit the model's context of {limit}")
+        return self._blocks(tokens, slice(length), cache)
 
-        rope = None
+    def hidden_at(self, tokens: Tensor, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """hidden(tokens)[where] [N, width], and the places of these N in a flattened [B, T].       tokens, where [B, T]
+
+        Rows may be alike up to their first True. Where it pays, such a prefix is read once: samples of one prompt share it.
+        """
+        if where is None:
+            return self.hidden(tokens).flatten(0, 1), torch.arange(tokens.numel(), device=tokens.device)
+        device, (host, chosen) = tokens.device, torch.stack((tokens, where)).cpu()      # the host waits for the device: once
+        places = chosen.flatten().nonzero().squeeze(-1).to(device)                          # [N]
+        shared = share_prefixes(host, chosen.bool())
+        if shared is None:
+            return self.hidden(tokens).flatten(0, 1)[places], places
+        shared = Shared(*(x.to(device) for x in shared[:-1]), shared.widths)
+        layout = shared.prefix, shared.mask(self.embedding.weight.dtype)
+        return self._blocks(shared.tokens, shared.positions, shared=layout)[0, shared.places], places
+
+    def _blocks(self, tokens: Tensor, positions: Tensor | slice, cache: KVCache | None = None,
+                shared: tuple | None = None) -> Tensor:
+        """tokens [B, T], and where in their sequences they are -> [B, T, width]"""
+        x, rope = self.embedding(tokens), None
         if self.config.positions == "learned":
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding.weight[positions]
         elif self.config.positions == "rope":
-            rope = rope_angles(positions[:, None], self.config.head_dim, self.config.rope_base)  # two of [B, 1, T, D/2]
+            rope = self.rope[positions].unbind(-3)                                          # two of [..., T, 1, D]
         for block in self.blocks:
             # A block may have been compiled for training; with a cache, the engine compiles the whole step instead.
             run = block if cache is None else block.forward
             if self.recompute and torch.is_grad_enabled():
                 run = functools.partial(checkpoint, run, use_reentrant=False)
-            x = run(x, rope, mask, cache, addresses)
+            x = run(x, rope, cache, shared)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -308,6 +390,11 @@ class GPT(nn.Module):
         return 6 * matrices + 6 * self.config.layers * self.config.width * T
 
 
+def scatter(x: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """x [N] at these places of a flattened tensor of this shape, and 0 elsewhere."""
+    return x.new_zeros(shape.numel()).index_copy(0, places, x).view(shape)
+
+
 class ScalarGPT(nn.Module):
     """A GPT trunk with one number per position in place of logits: a reward or a value.       tokens [B, T] -> [B, T]
 
@@ -323,10 +410,11 @@ class ScalarGPT(nn.Module):
         nn.init.zeros_(self.scalar.weight)
         nn.init.zeros_(self.scalar.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.trunk.hidden(tokens)
+    def forward(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
+        """`where` [B, T] bool: at these positions only, and 0 at the others."""
+        hidden, places = self.trunk.hidden_at(tokens, where)
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.scalar(hidden).squeeze(-1)
+            return scatter(self.scalar(hidden).squeeze(-1), places, tokens.shape)
 
     def at_end(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """The number at each row's last token, whatever comes after it.       tokens [B, T], lengths [B] -> [B]"""

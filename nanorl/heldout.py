@@ -88,7 +88,7 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
     for rows, T in own_micro_batches(rollout, micro_batch):
         inputs, _ = shift(rollout.tokens[rows, :T])
         m = mask[rows, : T - 1]
-        for h, g in zip(model.hidden(inputs)[m].split(1024), other.hidden(inputs)[m].split(1024), strict=True):
+        for h, g in zip(*(net.hidden_at(inputs, m)[0].split(1024) for net in (model, other)), strict=True):
             p, q = (net.head(x).float() / temperature for net, x in ((model, h), (other, g)))
             total += float(kl_divergence(p, q).sum())
     return sum(ranks.gathered(total)) / len(mask)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -116,8 +117,7 @@ def _join(groups: list[tuple[Experience, int]]) -> Experience:
 
 def own_micro_batches(rollout: Rollout, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
     """The micro-batches of this process's share of a whole rollout."""
-    rows = torch.arange(len(rollout.lengths), device=rollout.lengths.device)
-    return micro_batches(ranks.share(rows), rollout.lengths, micro_batch)
+    return micro_batches(torch.arange(len(rollout.lengths), device=rollout.lengths.device), rollout, micro_batch)
 
 
 @torch.no_grad()
@@ -147,10 +147,11 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
     """
     values, last_value = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp[:, 0])
     for rows, T in own_micro_batches(rollout, micro_batch):
-        v = critic(rollout.tokens[rows, :T]).float()                                        # [rows, T]
-        values[rows, : T - 1] = v[:, :-1]
-        last_value[rows] = v.gather(-1, rollout.lengths[rows, None] - 1).squeeze(-1)
-    return ranks.summed(values.masked_fill(~rollout.mask, 0.0)), ranks.summed(last_value)
+        mask, end = rollout.mask[rows, : T - 1], rollout.lengths[rows, None] - 1
+        v = critic(rollout.tokens[rows, :T], F.pad(mask, (0, 1)).scatter(-1, end, True)).float()        # [rows, T]
+        values[rows, : T - 1] = v[:, :-1].masked_fill(~mask, 0.0)
+        last_value[rows] = v.gather(-1, end).squeeze(-1)
+    return ranks.summed(values), ranks.summed(last_value)
 
 
 def describe(experience: Experience) -> dict[str, float]:

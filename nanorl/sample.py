@@ -7,14 +7,16 @@ the softmax, in at least float32, so for equal weights the ratio of their probab
 import itertools
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanorl.data import pad, response_mask, shift
-from nanorl.gpt import GPT, KVCache
+from nanorl.gpt import GPT, GPTConfig, KVCache, scatter
 from nanorl.ops import cumulative_sum, linear_log_probs, log_softmax
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,10 +45,13 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
-def sampling_logits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits of the distribution that is really sampled: temperature, then top-k, then top-p.       [B, V] -> [B, V]"""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return top_p_filter(top_k_filter(logits, top_k), top_p)
+def sampling_logits(logits: Tensor, temperature: float | Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits of the distribution that is really sampled: temperature, then top-k, then top-p.       [B, V] -> [B, V]
+
+    The largest is 0: taken off before the division, it cannot overflow at a temperature near 0.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return top_p_filter(top_k_filter((logits - logits.amax(-1, keepdim=True)) / temperature, top_k), top_p)
 
 
 def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,12 +60,16 @@ def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     logits [B, V], u [B] in [0, 1) -> ids [B], logp [B]. A token of probability p owns a stretch of length p of u's
     interval; a token of probability zero owns none.
     """
-    logp = log_softmax(logits)
-    cdf = cumulative_sum(logp.exp())                                                        # [B, V]
-    # Rounding may leave the last entry off 1, and u may round up to 1: stay strictly below the last entry.
-    u = u.to(cdf.dtype).clamp(max=1 - 2 * torch.finfo(cdf.dtype).eps)[:, None] * cdf[:, -1:]
-    ids = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[-1] - 1)    # [B, 1], valid ids even of nans
-    return ids.squeeze(-1), logp.gather(-1, ids).squeeze(-1)
+    top, best = logits.max(-1, keepdim=True)
+    p = (logits - top).exp()                                                                # [B, V], times the constant `total`
+    cdf = cumulative_sum(p)
+    total = cdf[:, -1:]
+    # Rounding may leave u at 1: stay strictly below the last entry.
+    target = u.to(cdf.dtype).clamp(max=1 - 2 * torch.finfo(cdf.dtype).eps)[:, None] * total
+    ids = torch.searchsorted(cdf, target, right=True).clamp(max=logits.shape[-1] - 1)      # [B, 1], valid ids even of nans
+    # On a GPU a cumulative sum is added up in pieces, and may rise where p is 0.
+    ids = torch.where(p.gather(-1, ids) > 0, ids, best)
+    return ids.squeeze(-1), (p.gather(-1, ids) / total).log().squeeze(-1)
 
 
 def uniforms(seed: int, rows: int, count: int, first: int = 0) -> Tensor:
@@ -90,7 +99,7 @@ class Rollout:
     """Prompts with their sampled responses: row b is tokens[b, :lengths[b]], and `samples_per_prompt` rows share one
     prompt, side by side."""
 
-    tokens: Tensor           # [B, T] int64, left-aligned; beyond a row's length it is arbitrary
+    tokens: Tensor           # [B, T] int64, left-aligned; 0 beyond a row's length, which is an ordinary id
     prompt_lengths: Tensor   # [B]
     lengths: Tensor          # [B] prompt and response, the stop token included
     logp: Tensor             # [B, T-1] log-prob of tokens[:, t+1] under the distribution it was drawn from; else 0
@@ -111,46 +120,94 @@ class Rollout:
         return [row[start:end] for row, start, end in zip(self.tokens.tolist(), starts, ends, strict=True)]
 
 
-def _next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    """One decoding step.       ids [B] -> [B, V]"""
-    return model(ids[:, None], cache)[:, -1]
+class Slots:
+    """All that a decoding step reads and writes, in memory that never moves: a row of the rollout in each slot.
+
+    A place is a column of the rollout [B, T + 1], flattened. A row that is done goes on in the column after its last token,
+    where nobody reads, until its slot is taken.
+    """
+
+    def __init__(self, config: GPTConfig, slots: int, capacity: int, rows: int, columns: int, device: torch.device,
+                 dtype: torch.dtype):
+        self.cache = KVCache(config, slots, capacity, device, dtype)
+        self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
+        self.logp, self.u = (torch.zeros(rows, columns, device=device) for _ in range(2))       # u draws the token that is here
+        self.ids, self.place, self.last = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(3))
+        self.alive = torch.zeros(slots, dtype=torch.bool, device=device)        # has neither stopped nor come to its last place
+        self.goes_on = torch.ones(config.vocab_size, dtype=torch.bool, device=device)           # False of stop tokens
+        self.temperature = torch.ones((), dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+    def fill(self, free: Tensor, model: GPT, prompts: Tensor, lengths: Tensor, place: Tensor, last: Tensor) -> None:
+        """Start with new prompts [P, T] in the free slots, as many with each, whose answers begin and may end at these places.
+
+        The last token of a prompt is not read yet: it is the first to be fed. All arguments are on the model's device.
+        """
+        read = KVCache(model.config, len(prompts), prompts.shape[1] - 1, prompts.device, self.cache.mask.dtype)
+        if prompts.shape[1] > 1:
+            model.hidden(prompts[:, :-1], read)
+        read.length = lengths - 1
+        self.cache.put(free, read)
+        newest = prompts.gather(1, read.length[:, None]).squeeze(-1)
+        self.ids[free], self.place[free], self.last[free] = newest.repeat_interleave(len(free) // len(prompts)), place, last
+        self.alive[free] = True
+
+    def step(self, model: GPT, top_k: int, top_p: float) -> None:
+        """Feed the newest token of every slot, draw the next, and write it down."""
+        logits = model(self.ids[:, None], self.cache)[:, 0]                                     # [S, V]
+        u = self.u.view(-1).index_select(0, self.place)
+        ids, logp = draw(sampling_logits(logits, self.temperature, top_k, top_p), u)
+        self.ids.copy_(ids)
+        self.tokens.view(-1).index_copy_(0, self.place, ids)
+        self.logp.view(-1).index_copy_(0, self.place, logp.to(self.logp.dtype))
+        more = self.goes_on.index_select(0, ids).logical_and_(self.place < self.last)
+        self.place += self.alive
+        self.cache.length += self.alive
+        self.alive &= more
+
+    def keep(self, slots: Tensor) -> None:
+        """Only these."""
+        self.cache.keep(slots)
+        self.ids, self.place, self.last, self.alive = (x[slots] for x in (self.ids, self.place, self.last, self.alive))
 
 
 # To ask the device whether rows have finished, the host must wait for it: not after every token where that is expensive.
 CHECK_EVERY = {"cuda": 8}
 
-# A compiled step is tied to the memory of its cache, so that memory is kept between calls. Its contents are not: every row
-# starts over, with `put`.
+# A compiled step is tied to the memory of its slots, so that memory is kept between calls. Its contents are not.
 _compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
 KEPT = 4                                    # shapes for each model: of a rollout, an evaluation, and two more
+KEPT_BYTES = 2**31
 
 
-def _compiled_step(model: GPT, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
-    """The decoding step compiled for a cache of this shape, and the cache, whose address never moves."""
+def _compiled_slots(model: GPT, *shape) -> tuple[Callable, Slots]:
+    """The step compiled for slots of this shape, and the slots, whose addresses never move."""
     steps = _compiled.setdefault(model, {})
-    kind = (rows, capacity, device, dtype)
-    if kind in steps:
-        steps[kind] = steps.pop(kind)       # the last one used is the last to go
+    if shape in steps:
+        steps[shape] = steps.pop(shape)     # the last one used is the last to go
     else:
         if len(steps) == KEPT:
             del steps[next(iter(steps))]
-        static = KVCache(model.config, *kind)
-        for x in (*static.keys, *static.values, static.length):
+        slots = Slots(model.config, *shape)
+        for x in _tensors(slots):
             torch._dynamo.mark_static_address(x)
-        # Each kind of cache is compiled for each stretch that attention reads of it. Beyond its limit, 8 in all, the compiler
+        # The step is compiled for each stretch of the cache that attention reads. Beyond its limit, 8 in all, the compiler
         # would give up without a word.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        mode = "reduce-overhead" if device.type == "cuda" else "default"          # CUDA graphs, where there is CUDA
-        steps[kind] = torch.compile(_next_logits, mode=mode, dynamic=False), static
-    return steps[kind]
+        mode = "reduce-overhead" if slots.ids.is_cuda else "default"            # CUDA graphs, where there is CUDA
+        steps[shape] = torch.compile(Slots.step, mode=mode, dynamic=False), slots
+    return steps[shape]
 
 
-def read_prompts(model: GPT, prompts: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
-    """A cache that has seen these prompts, and the logits of what comes after each.       [P, T], [P] -> [P, V]"""
-    cache = KVCache(model.config, *prompts.shape, prompts.device, dtype)
-    hidden = model.hidden(prompts, cache)                                                   # [P, T, width]
-    cache.length = lengths
-    return cache, model.head(hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1])
+def _tensors(slots: Slots) -> list[Tensor]:
+    cache = slots.cache
+    return [*cache.keys, *cache.values, *(x for part in (slots, cache) for x in vars(part).values() if isinstance(x, Tensor))]
+
+
+def _forget_large(model: GPT) -> None:
+    """Of the slots that are kept, drop the oldest while all together are above KEPT_BYTES."""
+    steps = _compiled[model]
+    while steps and sum(x.nbytes for _, slots in steps.values() for x in _tensors(slots)) > KEPT_BYTES:
+        del steps[next(iter(steps))]
 
 
 def _check_request(model: GPT, prompts: list[list[int]], limits: list[int], temperature: float, top_k: int, top_p: float,
@@ -191,72 +248,68 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     on = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
 
-    # The rollout, which so far holds only the prompts.
-    tokens, prompt_lengths, ends = (x.to(device).repeat_interleave(G, dim=0) for x in (
-        *pad(prompts), torch.tensor([len(x) + n for x, n in zip(prompts, limits, strict=True)])))
-    (B, width), longest = tokens.shape, int(ends.max())
-    tokens = torch.cat((tokens, tokens.new_zeros(B, longest - width)), dim=1)               # [B, T]
-    logp = torch.zeros(B, longest - 1, device=device)
-    lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
-    u = uniforms(seed, B, max(limits), first_row).to(device)
-    stops = torch.tensor(sorted(stop_ids), device=device)
-
-    # A compiled step is made for one capacity, and for the stretch of it that it reads: few different ones, then.
-    capacity = min(-(-longest // 64) * 64, model.config.context) if compile else longest
+    # The rollout, which so far holds the prompts, and the numbers that will draw its answers.
+    prompt_ids, lengths = pad(prompts)                                                          # [P, W], [P]
+    ends = lengths + torch.tensor(limits)
+    B, W, longest = P * G, prompt_ids.shape[1], int(ends.max())
     S = max(1, min(slots or B, B) // G) * G
-    shape = (S, capacity, device, dtype)
-    step, cache = _compiled_step(model, *shape) if compile else (_next_logits, KVCache(model.config, *shape))
+    turns = max(limits)                                 # an answer takes so many, and so many columns of the cache
+    capacity, columns = W - 1 + turns, longest + 1
+    if compile:         # few different shapes
+        capacity, columns = (-(-n // 64) * 64 for n in (capacity, columns))
+    shape = (S, capacity, B, columns, device, dtype)
+    step, state = _compiled_slots(model, *shape) if compile else (Slots.step, Slots(model.config, *shape))
+    u = uniforms(seed, B, turns, first_row) if temperature else torch.zeros(B, turns)
+    at = (lengths.repeat_interleave(G)[:, None] + torch.arange(turns)).clamp(max=columns - 1)
+    state.u.copy_(u.new_zeros(B, columns).scatter(1, at, u))
+    prompt_ids = prompt_ids.to(device)
+    state.tokens[:, :W] = prompt_ids.repeat_interleave(G, dim=0)
+    # Greedy is the limit of a low temperature, and with u = 0 the first of the most likely tokens.
+    state.temperature.fill_(temperature or 1e-30)
+    state.goes_on.fill_(True)
+    state.goes_on[sorted(stop_ids)] = False
+
     check_every = CHECK_EVERY.get(device.type, 1)
-    rows = free = torch.arange(S, device=device)        # the row of the rollout in each slot; slots that wait for a row
-    next_row = 0                                        # the first row that has had no slot
-    logits = torch.zeros(S, model.config.vocab_size, device=device, dtype=dtype)
-
-    for turn in itertools.count(1):
+    free, next_row = torch.arange(S, device=device), 0      # slots without a row, and the first row that has had no slot
+    for turn in itertools.count():
         if len(free):
-            first, next_row = next_row, next_row + len(free)
-            rows = rows.index_copy(0, free, torch.arange(first, next_row, device=device))
-            part = slice(first, next_row, G)            # one row of each prompt
-            read, next_logits = read_prompts(model, tokens[part, : prompt_lengths[part].max()], prompt_lengths[part], dtype)
-            cache.put(free, read)
-            logits = logits.index_copy(0, free, next_logits.repeat_interleave(G, dim=0))
-            seen = int(lengths[rows].max())             # the most tokens that a slot's row has in the cache
+            rows = torch.arange(next_row, next_row + len(free))
+            part, first = slice(next_row // G, (next_row + len(free)) // G), rows * columns
+            answers = (first + lengths[rows // G]).to(device), (first + ends[rows // G] - 1).to(device)
+            state.fill(free, model, prompt_ids[part, : lengths[part].max()], lengths[part].to(device), *answers)
+            next_row += len(free)
 
-        at = lengths[rows].clamp(max=longest - 1)       # a row that is done keeps what stands there
-        if temperature == 0:
-            largest, ids = logits.max(-1)
-            ids_logp = 0.0 * largest                    # 0, unless a logit is nan or inf
-        else:
-            drawn = (at - prompt_lengths[rows]).clamp(max=u.shape[1] - 1)
-            ids, ids_logp = draw(sampling_logits(logits, temperature, top_k, top_p), u[rows, drawn])
-        running = (~finished & (lengths < ends))[rows]
-        tokens[rows, at] = torch.where(running, ids, tokens[rows, at])
-        logp[rows, at - 1] = torch.where(running, ids_logp.to(logp.dtype), logp[rows, at - 1])
-        lengths[rows] += running
-        finished[rows] |= running & torch.isin(ids, stops)
+        # The columns after the prompts are filled in turn, and then again: by then, the rows of the first are done.
+        seen = W + min(turn, turns - 1)
+        state.cache.column.fill_(W - 1 + turn % turns)
+        state.cache.visible = min(capacity, max(64, 1 << (seen - 1).bit_length())) if compile else seen
+        step(state, model, top_k, top_p)
 
-        free = rows[:0]
-        if turn % check_every == 0:
-            running = (~finished & (lengths < ends))[rows]
-            left = int(running.sum())
+        free = free[:0]
+        if (turn + 1) % check_every == 0:
+            left = int(state.alive.sum())
             if left == 0 and next_row == B:
                 break
             # Reading prompts and moving the cache cost about as much as a few steps: wait until a quarter of the slots is free.
-            if left <= 0.75 * len(rows):
+            if left <= 0.75 * len(state.alive):
                 if next_row < B:
-                    free = (~running).nonzero().squeeze(-1)[: min((S - left) // G * G, B - next_row)]
+                    free = (~state.alive).nonzero().squeeze(-1)[: min((S - left) // G * G, B - next_row)]
                 elif not compile:
-                    cache.keep(running.nonzero().squeeze(-1))
-                    rows, ids = rows[running], ids[running]
-        cache.length.clamp_(max=capacity - 1)           # finished rows still run, and overwrite their last position
-        # A step reads one position more than these; compiled, few different numbers of them.
-        cache.visible = (min(capacity, max(64, 1 << seen.bit_length())) if compile else min(seen + 1, capacity)) - 1
-        logits = step(model, ids, cache)
-        seen += 1
+                    state.keep(state.alive.nonzero().squeeze(-1))
 
+    tokens, logp = state.tokens[:, :longest], state.logp[:, 1:longest]
+    prompt_lengths, ends = (x.repeat_interleave(G).to(device) for x in (lengths, ends))
+    stops = ~state.goes_on[tokens] & F.pad(response_mask(prompt_lengths, ends, longest), (1, 0))        # [B, T]
+    finished = stops.any(-1)
+    lengths = torch.where(finished, stops.int().argmax(-1) + 1, ends)
+    T = int(lengths.max())
+    tokens = tokens[:, :T].masked_fill(torch.arange(T, device=device) >= lengths[:, None], 0)
+    logp = logp[:, : T - 1].masked_fill(~response_mask(prompt_lengths, lengths, T), 0.0)
+    if compile:
+        _forget_large(model)
     if not logp.isfinite().all():
         raise FloatingPointError("a logit of the policy is nan or inf")
-    T = int(lengths.max())
-    return Rollout(tokens[:, :T], prompt_lengths, lengths, logp[:, : T - 1], finished,
+    return Rollout(tokens, prompt_lengths, lengths, logp if temperature else torch.zeros_like(logp), finished,
                    torch.arange(P, device=device).repeat_interleave(G))
 
 
@@ -275,8 +328,7 @@ def token_log_probs(model: GPT, tokens: Tensor, mask: Tensor | None = None, *,
     if not 0 < temperature < math.inf:
         raise ValueError(f"token_log_probs: temperature={temperature}; a greedy policy is a point mass, expected > 0")
     inputs, targets = shift(tokens)
-    mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
-    logp, entropy = linear_log_probs(model.hidden(inputs)[mask], model.head.weight, targets[mask], temperature,
+    hidden, places = model.hidden_at(inputs, mask)                                              # [N, width]
+    logp, entropy = linear_log_probs(hidden, model.head.weight, targets.flatten()[places], temperature,
                                      compile=model.compiled)
-    zeros = torch.zeros(mask.shape, dtype=logp.dtype, device=logp.device)
-    return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
+    return scatter(logp, places, targets.shape), scatter(entropy, places, targets.shape)

@@ -2,6 +2,7 @@
 nothing."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -422,48 +423,52 @@ def test_flops_per_token_count_the_matrix_products(positions, changes):
 
 @st.composite
 def cached_runs(draw):
-    """Prompts of ragged lengths, then chunks; between them rows are begun anew or dropped."""
+    """Prompts of ragged lengths, then steps of one token; between them rows are begun anew or dropped."""
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
-    steps = draw(st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["", "keep", "put", "junk"])), max_size=4))
+    steps = draw(st.lists(st.sampled_from(["", "keep", "put", "junk"]), max_size=8))
     return lengths, steps, draw(seeds)
 
 
 def fill_with_junk(cache: KVCache) -> None:
-    """Large finite numbers wherever a row has not been written, the padding of its prompt included."""
-    for row, length in enumerate(cache.length.tolist()):
-        for x in (*cache.keys, *cache.values):
-            x[row, :, length:] = 1e3 * torch.randn(x[row, :, length:].shape, dtype=x.dtype)
+    """Large finite numbers wherever a row has no token, the padding of its prompt included."""
+    for x in (*cache.keys, *cache.values):
+        x.copy_(torch.where(cache.mask[:, 0, 0, :, None].isinf()[:, None], 1e3 * torch.randn(x.shape, dtype=x.dtype), x))
+
+
+def read(model: GPT, prompts: list[list[int]]) -> tuple[KVCache, torch.Tensor]:
+    """A cache that has read these prompts, and what the model made of them."""
+    tokens, lengths = pad(prompts, pad_id=12)
+    cache = KVCache(model.config, *tokens.shape, dtype=torch.float64)
+    hidden = model.hidden(tokens, cache)
+    cache.length = lengths
+    return cache, hidden
 
 
 @every_position
 @given(run=cached_runs())
 @quick
-def test_any_split_through_the_cache_is_the_plain_forward(positions, run):
-    """Hidden states do not tell whether a sequence came whole or in chunks, alone or beside longer rows, with rows
-    dropped or begun anew on the way, in memory that is clean or full of junk."""
+def test_one_token_at_a_time_through_the_cache_is_the_plain_forward(positions, run):
+    """Hidden states do not tell whether a sequence came whole or token by token, alone or beside longer rows, with rows
+    dropped or begun anew on the way, in memory that is clean or full of junk, in which columns are used again and again."""
     lengths, steps, seed = run
     model, generator = tiny(seed % 5, positions=positions), seeded(seed)
-    extra = sum(width for width, _ in steps)
-    sequences = [ids(n + extra, seed=seed + 1 + i).tolist() for i, n in enumerate(lengths)]
+    sequences = [ids(n + len(steps), seed=seed + 1 + i).tolist() for i, n in enumerate(lengths)]
     plain = [model.hidden(torch.tensor([s]))[0] for s in sequences]
-
-    prompts, prompt_lengths = pad([s[:n] for s, n in zip(sequences, lengths, strict=True)], pad_id=12)
-    cache = KVCache(model.config, len(lengths), prompts.shape[1] + extra, dtype=torch.float64)
-    fill_with_junk(cache)
     with torch.no_grad():
-        hidden = model.hidden(prompts, cache)
+        prompts, hidden = read(model, [s[:n] for s, n in zip(sequences, lengths, strict=True)])
         for row, n in enumerate(lengths):
             torch.testing.assert_close(hidden[row, :n], plain[row][:n], **exact)
-        cache.length = prompt_lengths.clone()
 
+        width = max(lengths)
+        cache = KVCache(model.config, len(lengths), width + len(steps), dtype=torch.float64)
+        fill_with_junk(cache)
+        cache.put(torch.arange(len(lengths)), prompts)
         alive = list(range(len(lengths)))                       # which sequence each row of the cache holds
-        for width, event in steps:
+        for turn, event in enumerate(steps):
             if event == "put":                                  # two rows begin with a prompt that was read elsewhere
-                new, rows = int(torch.randint(len(lengths), (1,), generator=generator)), torch.tensor([0, len(alive) - 1])
-                rows = rows.unique()
-                read = KVCache(model.config, 1, lengths[new], dtype=torch.float64)
-                model.hidden(torch.tensor([sequences[new][: lengths[new]]]), read)
-                cache.put(rows, read)
+                new = int(torch.randint(len(lengths), (1,), generator=generator))
+                rows = torch.tensor([0, len(alive) - 1]).unique()
+                cache.put(rows, read(model, [sequences[new][: lengths[new]]])[0])
                 for row in rows.tolist():
                     alive[row] = new
             if event == "keep":
@@ -474,11 +479,13 @@ def test_any_split_through_the_cache_is_the_plain_forward(positions, run):
             if event == "junk":
                 fill_with_junk(cache)
             starts = cache.length.tolist()
-            chunk = [sequences[row][at : at + width] for row, at in zip(alive, starts, strict=True)]
-            hidden = model.hidden(torch.tensor(chunk), cache)
+            tokens = torch.tensor([[sequences[row][at]] for row, at in zip(alive, starts, strict=True)])
+            cache.column.fill_(width + turn)
+            cache.visible = width + turn + 1
+            hidden = model.hidden(tokens, cache)
             for row, at, h in zip(alive, starts, hidden, strict=True):
-                torch.testing.assert_close(h, plain[row][at : at + width], **exact)
-            assert cache.length.tolist() == [at + width for at in starts]
+                torch.testing.assert_close(h[0], plain[row][at], **exact)
+            cache.length += 1
 
 
 def test_a_compiled_decoding_step_attends_by_weighted_sums():
@@ -492,11 +499,64 @@ def test_a_compiled_decoding_step_attends_by_weighted_sums():
     compiled = torch.compile(model.hidden, backend=backend, fullgraph=True, dynamic=False)
     with torch.no_grad():
         plain, cache = model.hidden(tokens), KVCache(model.config, 3, 6, dtype=torch.float64)
-        for part, by_kernels in ((slice(0, 4), True), (slice(4, 5), False)):
-            torch.testing.assert_close(compiled(tokens[:, part], cache), plain[:, part], **exact)
-            assert kernels.pop() == by_kernels
+        torch.testing.assert_close(compiled(tokens[:, :4], cache), plain[:, :4], **exact)
+        assert kernels.pop()
+        cache.mask[..., :4] = 0.0
+        cache.length += 4
+        cache.column += 4
+        cache.visible = 5
+        torch.testing.assert_close(compiled(tokens[:, 4:5], cache), plain[:, 4:5], **exact)
+        assert not kernels.pop()
         torch.testing.assert_close(compiled(tokens[:, :1]), plain[:, :1], **exact)          # a sequence of one token
         assert kernels == [True]
+
+
+# ---- Prefixes that are read once ----
+
+
+@st.composite
+def batches(draw):
+    """Rows that begin with one of a few prompts, in any order, and any positions of interest after it; none in some rows."""
+    prompts = draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=4))
+    rows = draw(st.lists(st.tuples(st.sampled_from(prompts), st.lists(st.integers(0, 12), min_size=1, max_size=6)),
+                         min_size=1, max_size=8))
+    tokens, lengths = pad([prompt + answer for prompt, answer in rows])
+    starts = torch.tensor([len(prompt) for prompt, _ in rows])[:, None]
+    at, chosen = torch.arange(tokens.shape[1]), torch.rand(tokens.shape, generator=seeded(draw(seeds))) < 0.7
+    return tokens, chosen & (at >= starts - draw(st.integers(0, 1))) & (at < lengths[:, None])
+
+
+@every_position
+@pytest.mark.parametrize("shape", [{}, {"kv_heads": 1, "qk_norm": True}], ids=["heads", "grouped"])
+@given(batch=batches(), seed=st.integers(0, 5), recompute=st.booleans())
+@quick
+def test_a_prefix_that_is_read_once_changes_neither_values_nor_gradients(positions, shape, batch, seed, recompute):
+    """hidden_at is hidden(tokens)[where], whichever rows share which prefix, and the gradients are the same."""
+    (tokens, where), model = batch, tiny(seed, positions=positions, **shape)
+    model.recompute = recompute
+    weights = torch.randn(int(where.sum()), model.config.width, generator=seeded(seed), dtype=torch.float64)
+    found, gradients = [], []
+    for share_below in (0.0, 9.0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nanorl.gpt, "SHARE_BELOW", share_below)
+            hidden, places = model.hidden_at(tokens, where)
+        assert torch.equal(places, where.flatten().nonzero().squeeze(-1))
+        found.append(hidden)
+        gradients.append(torch.autograd.grad((weights * hidden).sum(), list(model.blocks.parameters())))
+    torch.testing.assert_close(found[0], model.hidden(tokens)[where], **exact)
+    torch.testing.assert_close(found[1], found[0], **exact)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_samples_of_one_prompt_read_it_once():
+    """Two prompts of seven tokens with three answers of two each: 2 x 6 tokens and 6 x 2, where whole rows would be 6 x 8."""
+    model, prompts = tiny(), ids(2, 7, seed=1)
+    tokens = torch.cat((prompts.repeat_interleave(3, dim=0), ids(6, 2, seed=2)), dim=1)
+    where = (torch.arange(9) >= 6).expand(6, 9) & (torch.arange(9) < 8)
+    with mock.patch.object(model, "_blocks", wraps=model._blocks) as blocks:
+        model.hidden_at(tokens, where)
+    assert blocks.call_args.args[0].shape == (1, 24)
 
 
 @every_position
@@ -585,17 +645,11 @@ def test_odd_heads_are_fine_without_rotary_positions():
 
 @every_position
 def test_a_sequence_beyond_the_context_is_refused_in_one_sentence(positions):
-    """Exactly `context` tokens fit, with and without a cache."""
+    """Exactly `context` tokens fit."""
     model = tiny(positions=positions, context=8)
     assert model(ids(1, 8, seed=9)).shape == (1, 8, 13)
     with pytest.raises(ValueError) as error:
         model(ids(1, 9, seed=9))
-    assert_one_sentence(error, 9, 8)
-
-    cache = KVCache(model.config, 1, 12, dtype=torch.float64)
-    model.hidden(ids(1, 8, seed=9), cache)
-    with pytest.raises(ValueError) as error:
-        model.hidden(ids(1, 1, seed=9), cache)
     assert_one_sentence(error, 9, 8)
 
 

@@ -1,7 +1,7 @@
 """Experience belongs together: each text is its row's, each reward its text's, and no step changes an answer."""
 
 import hashlib
-from itertools import pairwise
+from itertools import groupby, pairwise
 from random import Random
 
 import pytest
@@ -262,18 +262,25 @@ def scorer(seed: int = 0) -> ScalarGPT:
 @settings(max_examples=300, deadline=None)
 def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, long, seed):
     """No batch has more rows, or more tokens than that many rows of LONG, padding included, unless it is a single row; none
-    could take the next row, too; and rows come in rising order of length."""
-    lengths, chosen = torch.tensor(lengths), Random(seed).sample(range(len(lengths)), Random(seed).randint(1, len(lengths)))
+    could take the next row, too. The rows of a prompt come one after the other, and prompts in rising order of their longest
+    row."""
+    rng, count = Random(seed), len(lengths)
+    chosen, prompts = rng.sample(range(count), rng.randint(1, count)), [rng.randrange(4) for _ in range(count)]
+    lengths, index = torch.tensor(lengths), torch.tensor(prompts)
+    rollout = Rollout(torch.zeros(count, 30), lengths, lengths, torch.zeros(count, 29), lengths > 0, index)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanorl.batches.LONG", long)
-        batches = list(micro_batches(torch.tensor(chosen), lengths, rows))
-    tokens = rows * long
-    assert sorted(torch.cat([part for part, _ in batches]).tolist()) == sorted(chosen)
+        batches = list(micro_batches(torch.tensor(chosen), rollout, rows))
+    tokens, order = rows * long, torch.cat([part for part, _ in batches])
+    assert sorted(order.tolist()) == sorted(chosen)
     for part, longest in batches:
         assert longest == max(lengths[part]) and (len(part) == 1 or (len(part) <= rows and len(part) * longest <= tokens))
-    for (part, longest), (after, _) in pairwise(batches):
-        following = int(lengths[after].min())
-        assert longest <= following and (len(part) == rows or (len(part) + 1) * following > tokens)
+    longest_of = {p: max(int(lengths[row]) for row in chosen if prompts[row] == p) for p in index[chosen].tolist()}
+    met = [p for p, _ in groupby(index[order].tolist())]
+    assert len(met) == len(set(met)) and [longest_of[p] for p in met] == sorted(longest_of.values())
+    for (part, _), (after, _) in pairwise(batches):
+        following = longest_of[prompts[int(after[0])]]
+        assert len(part) == rows or (len(part) + 1) * following > tokens
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])

@@ -466,9 +466,9 @@ def test_rows_wait_for_slots(model, request, slots, compile, seed):
 def test_one_long_answer_does_not_hold_the_others(compile):
     """In two slots, an answer of eight tokens beside seven of one: the seven take turns in the other slot."""
     model, prompts = tiny(), [[1]] * 8
-    with fixed_slots, patch.object(sample, "_next_logits", wraps=sample._next_logits) as step:
+    with fixed_slots, patch.object(sample.Slots, "step", autospec=True, side_effect=sample.Slots.step) as step:
         generate(model, prompts, max_new_tokens=[8, *[1] * 7], stop_ids=set(), slots=2, compile=compile)
-    assert step.call_count == 7
+    assert step.call_count == 8
 
 
 @given(models, requests(), truncations)
