@@ -20,9 +20,10 @@ On a GPU, results are kept in benchmarks/results/cuda.json where --out names no 
 every row, so that a run that is cut short leaves what it has measured. Work that no longer fits into the eight minutes is
 left out, and so is what takes long to compile: `generate` is compiled for two batches, and `learn` runs eagerly.
 
-`plain` is the same work as it is usually written (benchmarks/plain.py), in the same run: a ratio of 2 is half its time. The
-roofline is the least time that the FLOPs or the bytes of the work need at this machine's ceilings, which are measured first.
-Below a line stands what the profiler saw inside: the shares of matrix products, of attention and of other operators.
+`plain` is the same work as it is usually written (benchmarks/plain.py), in the same run: a ratio of 2 is half its time. Whole
+steps are done by two plain models: a GPT-2, to which the first ratio belongs, and a Llama, which is nanorl's architecture.
+The roofline is the least time that the FLOPs or the bytes of the work need at this machine's ceilings, which are measured
+first. Below a line stands what the profiler saw inside: the shares of matrix products, of attention and of other operators.
 """
 
 import contextlib
@@ -40,6 +41,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -51,11 +53,12 @@ from benchmarks import plain
 from benchmarks.checks import Finding, run_checks
 from benchmarks.measure import Stopwatch, ceilings, inside, machine, median_ratio, peak_memory, race
 from nanorl import run
+from nanorl.batches import micro_batches, minibatches
 from nanorl.data import DATA
-from nanorl.gpt import GPT, PRESETS, GPTConfig
+from nanorl.gpt import GPT, PRESETS, GPTConfig, KVCache
 from nanorl.ops import entropy_from_logits, linear_log_probs, selective_log_softmax, token_weights
 from nanorl.plot import read_metrics, reward_by_tokens
-from nanorl.sample import Rollout, generate, read_prompts, token_log_probs
+from nanorl.sample import Rollout, generate, token_log_probs
 from train_grpo import objective as grpo_objective
 from train_pretrain import objective as pretrain_objective
 
@@ -93,7 +96,8 @@ class Row:
     who: str
     seconds: float | None = None
     rate: float | None = None           # tokens per second
-    ratio: float | None = None          # how many times as long `plain` takes
+    ratio: float | None = None          # how many times as long `plain` takes, of whole steps a GPT-2 ...
+    llama: float | None = None          # ... and a Llama
     share: float | None = None          # the least time that the roofline allows, in the time; inside, that part's
     memory: float | None = None         # bytes beyond what is there before
     tokens: float | None = None         # answer tokens that were sampled for it
@@ -103,9 +107,12 @@ def model_of(vocab_size: int, device: torch.device, **shape) -> GPT:
     return GPT(GPTConfig(vocab_size, **PRESETS["nano"] | shape), run.generator(0, "benchmark")).to(device)
 
 
-def plain_of(vocab_size: int, device: torch.device, **shape) -> plain.GPT2:
-    shape = PRESETS["nano"] | shape
-    return plain.GPT2(vocab_size, *(shape[name] for name in ("context", "layers", "width", "heads"))).to(device)
+def plain_of(vocab_size: int, device: torch.device, **shape) -> dict[str, torch.nn.Module]:
+    """A GPT-2 and a Llama of the same width and depth."""
+    config = GPTConfig(vocab_size, **PRESETS["nano"] | shape)
+    gpt2 = plain.GPT2(vocab_size, config.context, config.layers, config.width, config.heads)
+    llama = plain.Llama(vocab_size, config.layers, config.width, config.heads, config.mlp_width)
+    return {"plain": gpt2.to(device), "plain Llama": llama.to(device)}
 
 
 def forward_flops(model: GPT, tokens: int, scored: int, length: int) -> float:
@@ -137,8 +144,8 @@ class Benchmark:
         rounds = race(candidates, self.device, 0.0 if self.cfg.smoke else self.cfg.seconds)
         for who, times in rounds.items():
             seconds, ours = statistics.median(times), who.startswith("nanorl")
-            self.add(Row(group, work, who, seconds, tokens / seconds if tokens else None,
-                         median_ratio(rounds["plain"], times) if "plain" in rounds else None,
+            ratios = (median_ratio(rounds[x], times) if x in rounds else None for x in ("plain", "plain Llama"))
+            self.add(Row(group, work, who, seconds, tokens / seconds if tokens else None, *ratios,
                          floor / seconds if floor and ours else None))
             if floor and ours:
                 for part, share in inside(candidates[who], self.device).items():
@@ -169,6 +176,7 @@ class Benchmark:
                  f"{1e3 * row.seconds:9.1f} ms" if row.seconds else " " * 12,
                  f"{row.rate:9,.0f} tok/s" if row.rate else " " * 15,
                  f"{row.ratio:5.2f}x" if row.ratio else " " * 6,
+                 f"{row.llama:5.2f}x" if row.llama else " " * 6,
                  f"{row.share:5.1%} of {'it' if row.work.startswith(INSIDE) else 'roofline'}" if row.share else " " * 18,
                  f"{row.memory / 2**20:8,.0f} MB" if row.memory is not None else "",
                  f"{row.tokens:9,.0f} tokens" if row.tokens is not None else ""]
@@ -214,10 +222,10 @@ def pretrain(bench: Benchmark) -> None:
 def pretrain_at(bench: Benchmark, preset: str, batch: int, length: int, V: int) -> None:
     tokens = torch.randint(V, (batch, length), generator=run.generator(0, "tokens")).to(bench.device)
     model, compiled = (model_of(V, bench.device, **PRESETS[preset]) for _ in range(2))
-    other = plain_of(V, bench.device, **PRESETS[preset])
-    optimizers = [run.Optimizers(model, "adamw", 1e-4), run.Optimizers(compiled, "adamw", 1e-4), adamw(other)]
-    candidates = {"plain": lambda: plain.train_step(other, optimizers[2], tokens),
-                  "nanorl": lambda: train_step(model, optimizers[0], tokens)}
+    optimizers = [run.Optimizers(model, "adamw", 1e-4), run.Optimizers(compiled, "adamw", 1e-4)]
+    candidates = {who: partial(plain.train_step, other, adamw(other), tokens)
+                  for who, other in plain_of(V, bench.device, **PRESETS[preset]).items()}
+    candidates["nanorl"] = lambda: train_step(model, optimizers[0], tokens)
     if bench.cfg.compile:
         run.compile_for_training(compiled)
         candidates["nanorl, compiled"] = lambda: train_step(compiled, optimizers[1], tokens)
@@ -236,11 +244,12 @@ def sampling(bench: Benchmark) -> None:
 def sampling_at(bench: Benchmark, V: int, batch: int, new: int) -> None:
     """Prompts of 12 tokens, all different; nothing stops before the end."""
     context = {"context": max(256, 12 + new)}
-    model, other = model_of(V, bench.device, **context), plain_of(V, bench.device, **context)
+    model = model_of(V, bench.device, **context)
     prompts = torch.randint(V, (batch, 12), generator=run.generator(0, "prompts"))
     how = dict(max_new_tokens=new, stop_ids=set())
-    candidates = {"plain": lambda: plain.generate(other, prompts.to(bench.device), new),
-                  "nanorl": lambda: generate(model, prompts.tolist(), **how)}
+    candidates = {who: partial(plain.generate, other, prompts.to(bench.device), new)
+                  for who, other in plain_of(V, bench.device, **context).items()}
+    candidates["nanorl"] = lambda: generate(model, prompts.tolist(), **how)
     if bench.cfg.compile and (bench.device.type != "cuda" or (V == 256 and batch <= 256)):
         candidates["nanorl, compiled"] = lambda: generate(model, prompts.tolist(), compile=True, **how)
     # Each step reads every weight once, of the embedding only some rows, and every key and value that there is.
@@ -251,14 +260,15 @@ def sampling_at(bench: Benchmark, V: int, batch: int, new: int) -> None:
 
 
 def grpo(bench: Benchmark) -> None:
-    for V in bench.in_time("grpo", [256] if bench.cfg.smoke else [256, 4096]):
-        grpo_at(bench, V, *((2, 2, 4, 4, 2) if bench.cfg.smoke else (32, 8, 12, 32, 64)))
+    shapes = [(256, 12, 32, 1), (4096, 12, 32, 1), (256, 64, 32, 1), (256, 64, 32, 4)]
+    for shape in bench.in_time("grpo", [(256, 4, 4, 2)] if bench.cfg.smoke else shapes):
+        grpo_at(bench, *shape, *((2, 2, 2) if bench.cfg.smoke else (32, 8, 64)))
 
 
-def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, size: int) -> None:
-    """One update in micro-batches of `size` rows, none left out, on answers that do not stop; then the parts of the step."""
-    model, other, B = model_of(V, bench.device), plain_of(V, bench.device), P * G
-    optimizer, other_optimizer = run.Optimizers(model, "adamw", 1e-4), adamw(other)
+def grpo_at(bench: Benchmark, V: int, prompt: int, new: int, updates: int, P: int, G: int, size: int) -> None:
+    """As many updates in micro-batches of `size` rows, none left out, on answers that do not stop; and the parts of one."""
+    model, B = model_of(V, bench.device), P * G
+    optimizer = run.Optimizers(model, "adamw", 1e-4)
     prompts = torch.randint(V, (P, prompt), generator=run.generator(0, "prompts"))
     adv = torch.randn(B, 1, generator=run.generator(0, "advantages")).to(bench.device)
 
@@ -268,18 +278,18 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
     rollout = collect()
     mask = rollout.mask
     weights = token_weights(mask, rollout.prompt_index, "sequence_mean")
+    shuffles = [rows.to(bench.device) for rows in minibatches(0, 0, B, 1, updates)]
 
-    parts = [slice(i, min(i + size, B)) for i in range(0, B, size)]
-
-    def loss(rows: slice) -> Tensor:
+    def loss(rows: Tensor) -> Tensor:
         logp, _ = token_log_probs(model, rollout.tokens[rows], mask[rows])
         return grpo_objective(logp, logp.detach(), adv[rows], mask[rows], weights[rows])[0]
 
     def step(share: int = 1) -> None:
         collect()
-        for rows in parts[: len(parts) // share]:
-            loss(rows).backward()
-        optimizer.step(1e-4, 1.0)
+        for minibatch in shuffles:
+            for rows, _ in micro_batches(minibatch[: len(minibatch) // share], rollout, size):
+                loss(rows).backward()
+            optimizer.step(1e-4, 1.0)
 
     def skipping() -> None:
         """Half of the rows are left out, as --skip does with those that have no advantage."""
@@ -287,11 +297,13 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
 
     def timed_step() -> Stopwatch:
         """The parts of a step, and the score that a reference or an old policy would ask for."""
-        watch, lengths = Stopwatch(bench.device), torch.full((P,), prompt, device=bench.device)
+        watch = Stopwatch(bench.device)
         with watch("prefill"), torch.no_grad():     # once more: it is a part of what follows
-            read_prompts(model, rollout.tokens[::G, :prompt], lengths, getattr(torch, bench.dtype))
+            cache = KVCache(model.config, P, prompt, bench.device, getattr(torch, bench.dtype))
+            model.hidden(rollout.tokens[::G, :prompt], cache)
         with watch("prefill and decode"):
             collect()
+        parts = [rows for rows, _ in micro_batches(torch.arange(B, device=bench.device), rollout, size)]
         with watch("score, if asked for"), torch.no_grad():
             for rows in parts:
                 token_log_probs(model, rollout.tokens[rows], mask[rows])
@@ -304,16 +316,20 @@ def grpo_at(bench: Benchmark, V: int, P: int, G: int, prompt: int, new: int, siz
             optimizer.step(1e-4, 1.0)
         return watch
 
-    def plain_step() -> None:
+    def plain_step(other: torch.nn.Module, other_optimizer: torch.optim.Optimizer) -> None:
         tokens = plain.generate(other, prompts.repeat_interleave(G, dim=0).to(bench.device), new)
-        plain.grpo_step(other, other_optimizer, tokens, prompt, adv.squeeze(-1), size)
+        for rows in shuffles:
+            plain.grpo_step(other, other_optimizer, tokens[rows], prompt, adv.squeeze(-1)[rows], size)
 
-    # The sampler reads each prompt once. The update goes forward, and backward, which is twice that.
+    # A prompt is read once for its group, by the sampler and, of one update, by the update: forward, and backward, which is
+    # twice that.
     length = prompt + new
-    flops = (forward_flops(model, P * prompt + B * (new - 1), P + B * (new - 1), length)
-             + 3 * forward_flops(model, B * (length - 1), B * new, length))
-    work = f"{P} x {G} answers, {prompt} + {new} tokens, V={V}"
-    bench.run("grpo", work, {"plain": plain_step, "nanorl": step, "half skipped": skipping}, B * new, flops)
+    flops = 4 * forward_flops(model, P * (prompt - 1) + B * new, B * new, length)
+    work = f"{P} x {G} answers, {prompt} + {new} tokens, V={V}" + (f", {updates} updates" if updates > 1 else "")
+    candidates = {who: partial(plain_step, other, adamw(other)) for who, other in plain_of(V, bench.device).items()}
+    bench.run("grpo", work, candidates | {"nanorl": step, "half skipped": skipping}, B * new, flops)
+    if updates > 1:
+        return
     timed = run.autocast(bench.device, "auto")(timed_step)
     rounds = [timed().seconds for _ in range(1 if bench.cfg.smoke else 7)]
     for part in rounds[0]:

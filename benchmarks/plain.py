@@ -1,7 +1,8 @@
-"""What nanorl is held against: a GPT-2 and the loops around it as they are usually written, in plain PyTorch.
+"""What nanorl is compared with: a GPT-2, a Llama and the loops around them as they are usually written, in plain PyTorch.
 
-LayerNorm, learned positions, one matrix for queries, keys and values, GELU, a tied head; logits at every position,
-`log_softmax` and `gather`, a cache that grows by `torch.cat`, `torch.multinomial`.
+GPT-2: LayerNorm, learned positions, one matrix for queries, keys and values, GELU, a tied head. Llama: nanorl's architecture,
+RMSNorm, rotary positions by halves, SwiGLU. Logits at every position, `log_softmax` and `gather`, a cache that grows by
+`torch.cat`, `torch.multinomial`.
 """
 
 import math
@@ -51,8 +52,57 @@ class GPT2(nn.Module):
         return self.head(self.norm(x)), now
 
 
+class LlamaBlock(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_width: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, mlp_width, bias=False) for _ in range(2))
+        self.down = nn.Linear(mlp_width, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None):
+        B, T, C = x.shape
+        h = self.norm1(x)
+        q, k, v = (part(h).view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k = (y * cos + rotate_half(y) * sin for y in (q, k))
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h)), (k, v)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+class Llama(nn.Module):
+    def __init__(self, vocab_size: int, layers: int, width: int, heads: int, mlp_width: int):
+        super().__init__()
+        self.head_dim = width // heads
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.blocks = nn.ModuleList(LlamaBlock(width, heads, mlp_width) for _ in range(layers))
+        self.norm, self.head = nn.RMSNorm(width, eps=1e-6), nn.Linear(width, vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, past: list | None = None):
+        """Logits [B, T, V] and the cache, a pair of keys and values for each block."""
+        start = 0 if past is None else past[0][0].shape[2]
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        frequencies = 10_000.0 ** (-torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim)
+        angles = (positions[:, None] * frequencies).repeat(1, 2)
+        x, cos, sin, now = self.tokens(tokens), angles.cos(), angles.sin(), []
+        for i, block in enumerate(self.blocks):
+            x, kv = block(x, cos, sin, None if past is None else past[i])
+            now.append(kv)
+        return self.head(self.norm(x)), now
+
+
 @torch.no_grad()
-def generate(model: GPT2, prompts: Tensor, new_tokens: int) -> Tensor:
+def generate(model: nn.Module, prompts: Tensor, new_tokens: int) -> Tensor:
     """Every row reads its prompt, and goes on to the end.       [B, T] -> [B, T + new_tokens]"""
     tokens, past, step = prompts, None, prompts
     for _ in range(new_tokens):
@@ -73,7 +123,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def train_step(model: GPT2, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
     """Next-token cross-entropy at every position."""
     logits, _ = model(tokens[:, :-1])
     F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
@@ -82,7 +132,7 @@ def train_step(model: GPT2, optimizer: torch.optim.Optimizer, tokens: Tensor) ->
     optimizer.zero_grad(set_to_none=True)
 
 
-def grpo_step(model: GPT2, optimizer: torch.optim.Optimizer, tokens: Tensor, prompt: int, advantages: Tensor,
+def grpo_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, prompt: int, advantages: Tensor,
               micro_batch: int) -> None:
     """GRPO's loss on whole sequences, a share of the rows at a time.       tokens [B, T], advantages [B]"""
     for t, a in zip(tokens.split(micro_batch), advantages.split(micro_batch), strict=True):

@@ -4,7 +4,6 @@ An optimizer step is a minibatch. Its rows go through the model a micro-batch at
 sums whose weights were made for the whole step, so the gradients of its micro-batches add up to its gradient.
 """
 
-import operator
 from collections.abc import Iterator
 
 import torch
@@ -49,14 +48,15 @@ def micro_batches(rows: Tensor, rollout: Rollout, micro_batch: int) -> Iterator[
 def add_metrics(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
     """Add the metrics of a micro-batch to `totals`: sums, and extremes of those named _max and _min."""
     for name, value in metrics.items():
-        join = {"_max": max, "_min": min}.get(name[-4:], operator.add)
+        join = {"_max": torch.maximum, "_min": torch.minimum}.get(name[-4:], torch.add)
         totals[name] = join(totals[name], value) if name in totals else value
 
 
 def sum_over_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     """The totals of all processes together. A process that had no rows has none."""
     whole: dict[str, Tensor] = {}
-    for part in ranks.gathered({name: x.cpu() for name, x in totals.items()}):
+    values = torch.stack(list(totals.values())).cpu() if totals else []                     # the host waits for the device once
+    for part in ranks.gathered(dict(zip(totals, values, strict=True))):
         add_metrics(whole, part)
     return whole
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -151,24 +152,20 @@ class Shared(NamedTuple):
         return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
 
 
-def share_prefixes(tokens: Tensor, where: Tensor) -> Shared | None:
-    """Rows that have the same tokens before their first True share them. None where that saves little.
-
-    tokens, where [B, T], both on the CPU.
-    """
+def share_prefixes(tokens: np.ndarray, where: np.ndarray) -> Shared | None:
+    """Rows [B, T] that have the same tokens before their first True of `where` share them. None where that saves little."""
     B, T = tokens.shape
-    lengths = where.int().argmax(-1)                                                        # [B], 0 of a row without True
-    Tp, Ta = int(lengths.max()), int((where * (torch.arange(T) - lengths[:, None])).max()) + 1
-    rows: dict[tuple, int] = {}
-    first = [rows.setdefault(tuple(row[:n]), b) for b, (row, n) in enumerate(zip(tokens.tolist(), lengths, strict=True))]
-    readers, prefix = torch.tensor(first).unique(return_inverse=True)                       # [P], [B]
-    if not Tp or len(readers) * Tp + B * Ta > SHARE_BELOW * B * T:
+    lengths, (row, at) = where.argmax(1), where.nonzero()                                   # [B] (0 without a True), two of [M]
+    rows: dict[bytes, int] = {}
+    first = [rows.setdefault(tokens[b, :n].tobytes(), b) for b, n in enumerate(lengths)]    # the first row that begins so
+    readers, prefix = np.unique(first, return_inverse=True)                                 # [P], [B]
+    P, Tp, Ta = len(readers), int(lengths.max()), int((at - lengths[row]).max(initial=0)) + 1
+    if not Tp or P * Tp + B * Ta > SHARE_BELOW * B * T:
         return None
-    after = (lengths[:, None] + torch.arange(Ta)).clamp(max=T - 1)                          # [B, Ta]
-    row, t = where.nonzero().unbind(1)
-    return Shared(torch.cat((tokens[readers, :Tp].flatten(), tokens.gather(1, after).flatten()))[None],
-                  torch.cat((torch.arange(Tp).repeat(len(readers)), after.flatten()))[None],
-                  len(readers) * Tp + row * Ta + t - lengths[row], prefix, lengths, (Tp, Ta))
+    after = np.minimum(lengths[:, None] + np.arange(Ta), T - 1)                             # [B, Ta]
+    parts = (np.append(tokens[readers, :Tp], np.take_along_axis(tokens, after, 1))[None],
+             np.append(np.tile(np.arange(Tp), P), after)[None], P * Tp + row * Ta + at - lengths[row], prefix, lengths)
+    return Shared(*map(torch.from_numpy, parts), (Tp, Ta))
 
 
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, mask: Tensor) -> Tensor:
@@ -349,10 +346,9 @@ class GPT(nn.Module):
         """
         if where is None:
             return self.hidden(tokens).flatten(0, 1), torch.arange(tokens.numel(), device=tokens.device)
-        device, (host, chosen) = tokens.device, torch.stack((tokens, where)).cpu()      # the host waits for the device: once
-        places = chosen.flatten().nonzero().squeeze(-1).to(device)                          # [N]
-        shared = share_prefixes(host, chosen.bool())
-        if shared is None:
+        device, (host, chosen) = tokens.device, torch.stack((tokens, where)).cpu().numpy()      # the one wait for the device
+        places = torch.from_numpy(chosen.ravel().nonzero()[0]).to(device)                   # [N]
+        if (shared := share_prefixes(host, chosen.astype(bool))) is None:
             return self.hidden(tokens).flatten(0, 1)[places], places
         shared = Shared(*(x.to(device) for x in shared[:-1]), shared.widths)
         layout = shared.prefix, shared.mask(self.embedding.weight.dtype)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import reduce
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from world import ROOT
 import benchmarks.__main__ as command
 import nanorl.gpt
 from benchmarks import checks, plain
-from benchmarks.__main__ import INSIDE, Benchmark, Config, Row, forward_flops, model_of, settled
+from benchmarks.__main__ import INSIDE, Benchmark, Config, Row, forward_flops, model_of, plain_of, settled
 from benchmarks.measure import Stopwatch, inside, median_ratio, race
 from nanorl.ops import entropy_from_logits, selective_log_softmax
 from train_grpo import objective
@@ -26,6 +27,18 @@ CPU = torch.device("cpu")
 def tiny():
     torch.manual_seed(0)
     return plain.GPT2(vocab_size=11, context=16, layers=2, width=8, heads=2).double()
+
+
+def test_the_plain_llama_is_our_architecture():
+    """Of the same weights, the same logits, read at once and token by token."""
+    ours, theirs = model_of(11, CPU, layers=2, width=16, heads=2), plain_of(11, CPU, layers=2, width=16, heads=2)["plain Llama"]
+    names = [("embedding", "tokens"), ("attention_norm", "norm1"), ("mlp_norm", "norm2"), ("attention.", ""), ("mlp.", "")]
+    theirs.load_state_dict({reduce(lambda name, pair: name.replace(*pair), names, name): weight
+                            for name, weight in ours.state_dict().items()})
+    tokens = torch.randint(11, (3, 9))
+    torch.testing.assert_close(theirs(tokens)[0], ours(tokens), rtol=1e-4, atol=1e-5)
+    _, past = theirs(tokens[:, :8])
+    torch.testing.assert_close(theirs(tokens[:, 8:], past)[0], ours(tokens)[:, 8:], rtol=1e-4, atol=1e-5)
 
 
 def test_the_plain_model_gives_the_same_logits_with_its_cache_and_without():
