@@ -177,12 +177,12 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, mask: Tens
 
     def apart(x: Tensor) -> tuple[Tensor, Tensor]:                          # [P, H, Tp, D], [B, H, Ta, D]
         prefixes, rows = x[0].split((len(x[0]) - B * Ta, B * Ta))
-        return prefixes.unflatten(0, (-1, Tp)).transpose(1, 2), rows.unflatten(0, (B, Ta)).transpose(1, 2)
+        return rearrange(prefixes, "(p t) h d -> p h t d", t=Tp), rearrange(rows, "(b t) h d -> b h t d", t=Ta)
 
     (q_prefix, q), (k_prefix, k), (v_prefix, v) = map(apart, (q, k, v))
     k, v = (torch.cat((shared.index_select(0, prefix), own), dim=2) for shared, own in ((k_prefix, k), (v_prefix, v)))
     parts = fused_attention(q_prefix, k_prefix, v_prefix), fused_attention(q, k, v, mask)
-    return torch.cat([y.transpose(1, 2).flatten(0, 1) for y in parts])[None]
+    return torch.cat([rearrange(y, "b h t d -> (b t) h d") for y in parts])[None]
 
 
 class KVCache:
@@ -220,11 +220,12 @@ class KVCache:
         times, width = len(rows) // len(other.length), other.mask.shape[-1]
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for x, y in zip(mine, theirs, strict=True):
-                x[rows, :, :width] = y.repeat_interleave(times, dim=0)
-                x[rows, :, width:] = 0.0    # what stood there may be nan, which even a weight of 0 would let through
-        self.length[rows] = other.length.repeat_interleave(times)
-        held = torch.arange(self.mask.shape[-1], device=rows.device) < self.length[rows, None, None, None]
-        self.mask[rows] = torch.zeros_like(self.mask[rows]).masked_fill(~held, -torch.inf)
+                x[:, :, :width].index_copy_(0, rows, y.repeat_interleave(times, dim=0))
+                x[:, :, width:].index_fill_(0, rows, 0.0)       # there may be nan, which even a weight of 0 would let through
+        length = other.length.repeat_interleave(times)
+        empty = torch.arange(self.mask.shape[-1], device=rows.device) >= length[:, None, None, None]
+        self.length.index_copy_(0, rows, length)
+        self.mask.index_copy_(0, rows, self.mask.new_zeros(empty.shape).masked_fill(empty, -torch.inf))
         self.visible = max(self.visible, width)
 
     def keep(self, rows: Tensor) -> None:
@@ -240,7 +241,7 @@ class KVCache:
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.heads, self.kv_heads, self.layer = config.heads, config.kv_heads, layer
+        self.heads, self.kv_heads, self.head_dim, self.layer = config.heads, config.kv_heads, config.head_dim, layer
         self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
         self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
@@ -249,9 +250,8 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope, cache: KVCache | None, shared: tuple | None) -> Tensor:
-        q = self.q_norm(rearrange(self.q(x), "b t (h d) -> b t h d", h=self.heads))
-        k = self.k_norm(rearrange(self.k(x), "b t (h d) -> b t h d", h=self.kv_heads))
-        v = rearrange(self.v(x), "b t (h d) -> b t h d", h=self.kv_heads)
+        q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))     # [B, T, H or Hkv, D]
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(torch.cat((q, k), dim=2), *rope).split((self.heads, self.kv_heads), dim=2)
         if shared is not None:
@@ -259,7 +259,7 @@ class Attention(nn.Module):
         else:
             q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                # [B, H, T, D]
             y = (fused_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)).transpose(1, 2)
-        return self.out(rearrange(y, "b t h d -> b t (h d)"))
+        return self.out(y.flatten(2))
 
 
 class MLP(nn.Module):
