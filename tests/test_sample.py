@@ -12,10 +12,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanorl import sample
+from nanorl.batches import add_metrics
 from nanorl.data import pad
-from nanorl.gpt import GPT, GPTConfig
+from nanorl.gpt import GPT, PRESETS, GPTConfig
 from nanorl.ops import kl_divergence, log_softmax
 from nanorl.sample import draw, generate, sampling_logits, token_log_probs, top_k_filter, top_p_filter, uniforms
 
@@ -129,6 +131,23 @@ def test_a_token_of_probability_zero_is_never_drawn(dtype, seed, size, kept):
     for given_u in (u, u.float().clamp(max=1 - 2.0**-24)):
         drawn, logp = draw(z.expand(len(u), -1), given_u)
         assert (z[drawn] > -1e3).all() and logp.isfinite().all()
+
+
+@given(seeds)
+@quick
+def test_a_cumulative_sum_that_rises_where_nothing_is_draws_nothing_there(seed):
+    """As on a GPU, which adds in pieces: between two tokens of probability 0, rounding may lift the sum."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.where(torch.rand(4, 9, generator=generator) < 0.6, -INF, torch.randn(4, 9, generator=generator))
+    z[:, 3] = 0.0
+
+    def lifted(p):
+        return p.cumsum(-1) + 0.05 * torch.arange(1, 10)
+
+    with patch.object(sample, "cumulative_sum", lifted):
+        for u in torch.rand(20, 4, generator=generator):
+            drawn, logp = draw(z, u)
+            assert (z.gather(-1, drawn[:, None]) > -INF).all() and logp.isfinite().all()
 
 
 def test_draw_from_one_token_is_certain():
@@ -551,6 +570,67 @@ def test_compiled_decoding_gives_the_eager_tokens():
         for seed in range(3):
             how = {"max_new_tokens": 6, "stop_ids": STOPS, "samples_per_prompt": 4, "seed": seed}
             same_rollout(generate(model, prompts, **how, compile=True), generate(model, prompts, **how), atol=1e-5)
+
+
+# ---- What a step costs ----
+
+
+class Operators(TorchDispatchMode):
+    """Counts what a GPU would be given to do, views left out, and where the host would wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.waits = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1])
+        self.waits += by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select")
+        self.count += not func.is_view and name != "_unsafe_view"
+        return func(*args, **(kwargs or {}))
+
+
+def one_kernel(x, shape, weight, eps):
+    """RMSNorm as one operator, which it is on a GPU."""
+    return torch.layer_norm(x, shape, weight)
+
+
+def counted(work) -> Operators:
+    with patch("torch.nn.functional.rms_norm", one_kernel), Operators() as operators:
+        work()
+    return operators
+
+
+def nano(V: int = 256) -> GPT:
+    return GPT(GPTConfig(V, **PRESETS["nano"]))
+
+
+def test_a_token_costs_few_operators_and_no_wait():
+    """Of the nano preset, decoded eagerly, rows of different lengths that end at different times, asked about at the end."""
+    def cost(tokens: int) -> Operators:
+        with patient(tokens):
+            return counted(lambda: generate(nano(), [[1, 2, 3], [4, 5]], max_new_tokens=tokens, stop_ids={5}, seed=3,
+                                            samples_per_prompt=2))
+
+    few, many = cost(10), cost(11)
+    assert 50 < many.count - few.count <= 130 and many.waits == few.waits
+    assert counted(lambda: torch.ones(3)[torch.ones(3, dtype=torch.bool)]).waits == 1
+
+
+def test_a_micro_batch_waits_for_the_device_at_most_once():
+    """To see which prompts are alike and which positions are asked for; that copy cannot be seen on a CPU, but no other wait
+    is there, forward or backward, with metrics added up."""
+    model, tokens = nano(), torch.randint(256, (2, 12)).repeat_interleave(4, dim=0)
+    tokens[:, 8:] = torch.randint(256, (8, 4))
+    mask, totals = (torch.arange(11) >= 7).expand(8, 11), {"train/kl_max": torch.tensor(0.1)}
+
+    def work():
+        logp, entropy = token_log_probs(model, tokens, mask)
+        (logp + entropy).sum().backward()
+        add_metrics(totals, {"train/kl_max": logp.detach().max(), "train/entropy": entropy.detach().sum()})
+
+    assert counted(work).waits == 0
 
 
 # ---- The scorer ----
