@@ -541,6 +541,16 @@ def test_a_row_that_goes_on_after_its_end_leaves_nothing_to_the_next():
             same_rollout(generate(model, prompts, **how, slots=3, compile=compile), generate(model, prompts, **how), atol=1e-6)
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_a_row_that_is_done_does_not_run_out_of_the_context(positions):
+    """It fills the context, and its slot goes on for as long as its neighbour's answer takes."""
+    model, prompts = tiny(context=8, positions=positions), [[1, 2, 3, 4, 5, 6], [1]]
+    with fixed_slots:
+        out = generate(model, prompts, max_new_tokens=[2, 7], stop_ids=set(), compile=True)
+    assert out.lengths.tolist() == [8, 8]
+    same_rollout(out, generate(model, prompts, max_new_tokens=[2, 7], stop_ids=set()), atol=1e-6)
+
+
 def test_only_the_last_shapes_are_kept_for_compiled_steps():
     model = tiny()
     with fixed_slots:
