@@ -553,12 +553,13 @@ def test_bfloat16_autocast_trains_on_a_cpu_with_weights_in_float32(name, tmp_pat
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 @pytest.mark.parametrize("name", ["pretrain", "sft", "grpo-full", "reward", "dpo", "rlhf"])
 def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
+    """Which pairs a policy ranks right is left out of the first step: there it is the reference, and all margins are rounding."""
     script, flags = SCRIPTS[name]
     start(script, flags, tmp_path / "compiled", "--compile", "--steps", "2")
     start(script, flags, tmp_path / "eager", "--no-compile", "--steps", "2")
     for compiled, eager in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager"), strict=True):
         assert compiled.keys() == eager.keys()
-        for key in eager:
+        for key in eager.keys() - ({"train/accuracy"} if eager["step"] == 0 else set()):
             assert compiled[key] == pytest.approx(eager[key], rel=1e-2, abs=1e-3), key
 
 
