@@ -4,6 +4,7 @@
 the softmax, in at least float32, so for equal weights the ratio of their probabilities is 1.
 """
 
+import copy
 import itertools
 import math
 import weakref
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanorl.data import pad, response_mask, shift
 from nanorl.gpt import GPT, GPTConfig, KVCache, scatter
@@ -164,6 +165,10 @@ class Slots:
         self.cache.length += self.alive
         self.alive &= more
 
+    def tensors(self) -> list[Tensor]:
+        parts = [*vars(self).values(), *vars(self.cache).values(), *self.cache.keys, *self.cache.values]
+        return [x for x in parts if isinstance(x, Tensor)]
+
     def keep(self, slots: Tensor) -> None:
         """Only these."""
         self.cache.keep(slots)
@@ -173,41 +178,48 @@ class Slots:
 # To ask the device whether rows have finished, the host must wait for it: not after every token where that is expensive.
 CHECK_EVERY = {"cuda": 8}
 
-# A compiled step is tied to the memory of its slots, so that memory is kept between calls. Its contents are not.
-_compiled: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
-KEPT = 4                                    # shapes for each model: of a rollout, an evaluation, and two more
-KEPT_BYTES = 2**31
+KEPT, KEPT_BYTES = 4, 2**31     # shapes for each model: of a rollout, an evaluation, and two more; if they are not too large
 
 
-def _compiled_slots(model: GPT, *shape) -> tuple[Callable, Slots]:
-    """The step compiled for slots of this shape, and the slots, whose addresses never move."""
-    steps = _compiled.setdefault(model, {})
-    if shape in steps:
-        steps[shape] = steps.pop(shape)     # the last one used is the last to go
-    else:
-        if len(steps) == KEPT:
-            del steps[next(iter(steps))]
-        slots = Slots(model.config, *shape)
-        for x in _tensors(slots):
-            torch._dynamo.mark_static_address(x)
-        # The step is compiled for each stretch of the cache that attention reads. Beyond its limit, 8 in all, the compiler
-        # would give up without a word.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        mode = "reduce-overhead" if slots.ids.is_cuda else "default"            # CUDA graphs, where there is CUDA
-        steps[shape] = torch.compile(Slots.step, mode=mode, dynamic=False), slots
-    return steps[shape]
+class _Compiled:
+    """What compiled sampling keeps of a model from call to call: a compiled step is tied to the memory of its slots."""
+
+    def __init__(self):
+        self.steps: dict[tuple, tuple[Callable, Slots]] = {}
+        self.cast: GPT | None = None
+
+    def slots(self, config: GPTConfig, *shape) -> tuple[Callable, Slots]:
+        """The step compiled for slots of this shape, and the slots. Of those last used, only few are kept."""
+        if shape in self.steps:
+            self.steps[shape] = self.steps.pop(shape)
+        else:
+            slots = Slots(config, *shape)
+            for x in slots.tensors():
+                torch._dynamo.mark_static_address(x)
+            # The step is compiled for each stretch of the cache that attention reads. Beyond its limit, 8 in all, the
+            # compiler would give up without a word.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            mode = "reduce-overhead" if slots.ids.is_cuda else "default"        # CUDA graphs, where there is CUDA
+            self.steps[shape] = torch.compile(Slots.step, mode=mode, dynamic=False), slots
+        found = self.steps[shape]
+        while len(self.steps) > KEPT or sum(x.nbytes for _, kept in self.steps.values() for x in kept.tensors()) > KEPT_BYTES:
+            del self.steps[next(iter(self.steps))]
+        return found
+
+    def weights(self, model: GPT, dtype: torch.dtype) -> GPT:
+        """The model with its matrices in this dtype: autocast would cast them for every token."""
+        if dtype == model.head.weight.dtype:
+            return model
+        if self.cast is None:
+            self.cast = copy.deepcopy(model).requires_grad_(False)
+            for module in self.cast.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+        self.cast.load_state_dict(model.state_dict())
+        return self.cast
 
 
-def _tensors(slots: Slots) -> list[Tensor]:
-    cache = slots.cache
-    return [*cache.keys, *cache.values, *(x for part in (slots, cache) for x in vars(part).values() if isinstance(x, Tensor))]
-
-
-def _forget_large(model: GPT) -> None:
-    """Of the slots that are kept, drop the oldest while all together are above KEPT_BYTES."""
-    steps = _compiled[model]
-    while steps and sum(x.nbytes for _, slots in steps.values() for x in _tensors(slots)) > KEPT_BYTES:
-        del steps[next(iter(steps))]
+_compiled: weakref.WeakKeyDictionary[GPT, _Compiled] = weakref.WeakKeyDictionary()
 
 
 def _check_request(model: GPT, prompts: list[list[int]], limits: list[int], temperature: float, top_k: int, top_p: float,
@@ -258,7 +270,11 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     if compile:         # few different shapes
         capacity, columns = (-(-n // 64) * 64 for n in (capacity, columns))
     shape = (S, capacity, B, columns, device, dtype)
-    step, state = _compiled_slots(model, *shape) if compile else (Slots.step, Slots(model.config, *shape))
+    if compile:
+        kept = _compiled.setdefault(model, _Compiled())
+        (step, state), decoder = kept.slots(model.config, *shape), kept.weights(model, dtype)
+    else:
+        step, state, decoder = Slots.step, Slots(model.config, *shape), model
     u = uniforms(seed, B, turns, first_row) if temperature else torch.zeros(B, turns)
     at = (lengths.repeat_interleave(G)[:, None] + torch.arange(turns)).clamp(max=columns - 1)
     state.u.copy_(u.new_zeros(B, columns).scatter(1, at, u))
@@ -283,7 +299,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
         seen = W + min(turn, turns - 1)
         state.cache.column.fill_(W - 1 + turn % turns)
         state.cache.visible = min(capacity, max(64, 1 << (seen - 1).bit_length())) if compile else seen
-        step(state, model, top_k, top_p)
+        step(state, decoder, top_k, top_p)
 
         free = free[:0]
         if (turn + 1) % check_every == 0:
@@ -305,8 +321,6 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     T = int(lengths.max())
     tokens = tokens[:, :T].masked_fill(torch.arange(T, device=device) >= lengths[:, None], 0)
     logp = logp[:, : T - 1].masked_fill(~response_mask(prompt_lengths, lengths, T), 0.0)
-    if compile:
-        _forget_large(model)
     if not logp.isfinite().all():
         raise FloatingPointError("a logit of the policy is nan or inf")
     return Rollout(tokens, prompt_lengths, lengths, logp if temperature else torch.zeros_like(logp), finished,

@@ -556,16 +556,33 @@ def test_only_the_last_shapes_are_kept_for_compiled_steps():
     with fixed_slots:
         for rows in (1, 2, 3, 1, 4, 5, 6):
             generate(model, [[1]] * rows, max_new_tokens=3, stop_ids=STOPS, compile=True)
-    assert [kind[0] for kind in sample._compiled[model]] == [1, 4, 5, 6]
+    assert [shape[0] for shape in sample._compiled[model].steps] == [1, 4, 5, 6]
 
 
 def test_fixed_slots_follow_the_dtype():
-    """One model, first in float32 and then under autocast, as a script that samples in both would have it."""
-    model, how = tiny(dtype=torch.float32), {"max_new_tokens": 4, "stop_ids": STOPS, "compile": True}
+    """One model, first in float32 and then under autocast, as a script that samples in both would have it. There the matrices
+    are cast once for a call, not for every token, and anew after an update; embeddings and norms stay as they are."""
+    model, how = tiny(dtype=torch.float32, tie_embeddings=True), {"max_new_tokens": 4, "stop_ids": STOPS}
     with fixed_slots:
-        generate(model, [[1, 2], [3]], **how)
-        with torch.autocast("cpu", torch.bfloat16):
-            generate(model, [[1, 2], [3]], **how)
+        generate(model, [[1, 2], [3]], **how, compile=True)
+        for change in (0.0, 0.3):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p += change * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            with torch.autocast("cpu", torch.bfloat16):
+                with patch.object(sample.Slots, "step", autospec=True, side_effect=sample.Slots.step) as step:
+                    compiled = generate(model, [[1, 2], [3]], **how, compile=True)
+                same_rollout(compiled, generate(model, [[1, 2], [3]], **how), atol=1e-5)
+            kinds = {name: p.dtype for name, p in step.call_args.args[1].named_parameters()}
+            assert all((dtype == torch.bfloat16) == (p.ndim == 2 and name != "embedding.weight")
+                       for (name, dtype), p in zip(kinds.items(), step.call_args.args[1].parameters(), strict=True))
+
+
+def test_slots_that_are_too_large_are_not_kept():
+    model = tiny()
+    with fixed_slots, patch.object(sample, "KEPT_BYTES", 100):
+        generate(model, [[1]], max_new_tokens=3, stop_ids=STOPS, compile=True)
+    assert not sample._compiled[model].steps
 
 
 @pytest.mark.slow      # half a minute, nearly all of it the C++ compiler's
