@@ -689,6 +689,8 @@ LOOPS = [
            "[self.verify(problem, response) if done else 0.0", "[self.verify(problem, response)"),
     Mutant("a task's verifier pays for anything", TASKS,
            "return float(final_answer(response) == problem.answer)", "return float(final_answer(response) is not None)"),
+    Mutant("a prompt's split depends on its length alone", TASKS,
+           "int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0", "len(prompt) % 10 == 0"),
 
     # ---- Runs ----
     Mutant("the gradient is not cleared", OPTIMIZER, "            optimizer.zero_grad(set_to_none=True)\n", ""),
@@ -785,6 +787,9 @@ LOOPS = [
            'if cfg.judge == "model":', 'if cfg.judge == "nobody":'),
     Mutant("online DPO: asks the initial policy", DPO,
            "batches = (with_reference(reference, (rollout", "batches = (with_reference(initial_policy, (rollout"),
+    Mutant("DPO: a resumed run forgets its refreshed reference", DPO,
+           "reference=reference if cfg.refresh_reference else None, reward_model=reward_model)", "reward_model=reward_model)"),
+
     # ---- Losses over groups ----
     Mutant("group DPO: forgets the temperature where it scores", GROUPS,
            "token_log_probs(policy, rollout.tokens[rows, :T], mask, temperature=cfg.temperature)",
@@ -799,6 +804,8 @@ LOOPS = [
            "ref_logp = score_rollout(reference,", "ref_logp = score_rollout(policy,"),
     Mutant("group DPO: samples at temperature 1", GROUPS,
            "Sampling(cfg.max_new_tokens, cfg.temperature,", "Sampling(cfg.max_new_tokens, 1.0,"),
+    Mutant("group DPO: the margin is averaged over all groups", GROUPS,
+           'max(int(totals.pop("train/groups")), 1)', 'max(int(totals.pop("train/groups")), cfg.prompts)'),
 
     # ---- GRPO and its relatives ----
     Mutant("GRPO: forgets the temperature where it scores", GRPO,
@@ -828,6 +835,10 @@ LOOPS = [
     Mutant("GRPO: prompts of other rows in the weights", GRPO,
            "rollout.prompt_index[minibatch], cfg.aggregate", "rollout.prompt_index[: len(minibatch)], cfg.aggregate"),
     Mutant("GRPO: the mask forgets what is left out", GRPO, "mask & kept.view(-1, 1).to(mask.device)", "mask"),
+    Mutant("GRPO: contrast is judged after the penalty", GRPO,
+           "has_contrast(rewards)[:, None]",
+           "has_contrast(rewards + overlong_penalty((rollout.lengths - rollout.prompt_lengths).cpu().view_as(rewards), "
+           "cfg.max_new_tokens, cfg.overlong * cfg.max_new_tokens) if cfg.overlong else rewards)[:, None]"),
     Mutant("GRPO: a stale rollout with fresh rewards", GRPO,
            'advantages(cfg, rollout, entry["rewards"], old', "advantages(cfg, rollout, fresh.rewards, old"),
     Mutant("GRPO: a stale rollout with fresh log-probs", GRPO,
@@ -910,5 +921,36 @@ LOOPS = [
     Mutant("PPO: the coefficient is never steered", PPO,
            'out.state["kl_coef"] = adapt_kl_coef(kl_coef, kl, cfg.kl_target)', "pass"),
     Mutant("PPO: the KL is per token", PPO, "mask)) / len(mask)\n", "mask)) / int(mask.sum())\n"),
+    Mutant("PPO: steered from the first coefficient every time", PPO,
+           "= adapt_kl_coef(kl_coef, kl,", "= adapt_kl_coef(cfg.kl_coef, kl,"),
+    Mutant("PPO: the critic is not trained", PPO,
+           'nn.ModuleDict({"policy": policy, "critic": critic})', 'nn.ModuleDict({"policy": policy})'),
+    Mutant("PPO: a shared critic has its own trunk", PPO,
+           'ScalarGPT(policy if cfg.critic == "shared" else', 'ScalarGPT(policy if cfg.critic == "nobody" else'),
+    Mutant("PPO: value_coef is lost", PPO,
+           "value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)", "entropy_coef=cfg.entropy_coef)"),
+    Mutant("PPO: gamma is lost", PPO, "gamma=cfg.gamma, lam", "gamma=1.0, lam"),
+    Mutant("PPO: one step for all minibatches", PPO,
+           "            grad_norm = optimizer.step(lr, grad_clip=1.0)\n            add_metrics",
+           "        grad_norm = optimizer.step(lr, grad_clip=1.0)\n        if True:\n            add_metrics"),
+    Mutant("PPO: a resumed run forgets its critic", PPO, 'critic.load_state_dict(out.state["critic"])', "pass"),
+    Mutant("PPO: a resumed run forgets its KL coefficient", PPO, 'out.state.get("kl_coef", cfg.kl_coef)', "cfg.kl_coef"),
+
     # ---- Distillation ----
+    Mutant("distillation: student and teacher swapped", DISTILL,
+           "loss(student_logits, teacher_logits, targets", "loss(teacher_logits, student_logits, targets"),
+    Mutant("distillation: targets are inputs", DISTILL, "teacher_logits, targets[m], m,", "teacher_logits, inputs[m], m,"),
+    Mutant("distillation: weights of the first rows", DISTILL,
+           "weights[part, : T - 1])", "weights[: len(part), : T - 1])"),
+    Mutant("distillation: weights of a micro-batch", DISTILL, "weights[part, : T - 1])", "m / len(part))"),
+    Mutant("distillation: the mean over tokens", DISTILL, '"sequence_sum")', '"token_mean")'),
+    Mutant("distillation: the teacher answers always", DISTILL,
+           'collect(student if cfg.on == "student" else teacher,', "collect(teacher,"),
+    Mutant("distillation: tau is lost", DISTILL, "tau=cfg.tau, top_k=cfg.top_k)", "top_k=cfg.top_k)"),
+    Mutant("distillation: groups are not side by side", DISTILL,
+           "rows.view(-1, cfg.group)", "rows.view(cfg.group, -1).T.reshape(-1, cfg.group)"),
+    Mutant("distillation: no decay", DISTILL, "warmup=0.1, decay=0.5)", "warmup=0.1)"),
+    Mutant("distillation: cuts the last column of a micro-batch", DISTILL, "T = 2 + int(mask", "T = 1 + int(mask"),
+    Mutant("distillation: prompts are distilled, too", DISTILL,
+           "m = mask[part, : T - 1]\n", "m = mask[part, : T - 1].flip(-1).cummax(-1).values.flip(-1)\n"),
 ]
