@@ -266,6 +266,10 @@ MATH = [
     Mutant("--groups drop keeps groups without contrast", GRPO, "kept & has_contrast(rewards)[:, None]", "kept"),
     Mutant("--groups drop leaves out groups with contrast", GRPO,
            "kept & has_contrast(rewards)", "kept & ~has_contrast(rewards)"),
+    Mutant("--groups drop judges contrast after the overlong penalty", GRPO,
+           "has_contrast(rewards)[:, None]",
+           "has_contrast(rewards + overlong_penalty((rollout.lengths - rollout.prompt_lengths).cpu().view_as(rewards), "
+           "cfg.max_new_tokens, cfg.overlong * cfg.max_new_tokens) if cfg.overlong else rewards)[:, None]"),
     Mutant("finished answers are left out instead of truncated ones", GRPO,
            "kept & rollout.finished.cpu()", "kept & ~rollout.finished.cpu()"),
     Mutant("answers without a reward count as accepted", GRPO, "kept & (rewards > 0)", "kept & (rewards >= 0)"),
@@ -689,8 +693,8 @@ LOOPS = [
            "[self.verify(problem, response) if done else 0.0", "[self.verify(problem, response)"),
     Mutant("a task's verifier pays for anything", TASKS,
            "return float(final_answer(response) == problem.answer)", "return float(final_answer(response) is not None)"),
-    Mutant("a prompt's split depends on its length alone", TASKS,
-           "int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0", "len(prompt) % 10 == 0"),
+    Mutant("a prompt's split changes from process to process", TASKS,
+           "int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0", "hash(prompt) % 10 == 0"),
 
     # ---- Runs ----
     Mutant("the gradient is not cleared", OPTIMIZER, "            optimizer.zero_grad(set_to_none=True)\n", ""),
@@ -835,10 +839,6 @@ LOOPS = [
     Mutant("GRPO: prompts of other rows in the weights", GRPO,
            "rollout.prompt_index[minibatch], cfg.aggregate", "rollout.prompt_index[: len(minibatch)], cfg.aggregate"),
     Mutant("GRPO: the mask forgets what is left out", GRPO, "mask & kept.view(-1, 1).to(mask.device)", "mask"),
-    Mutant("GRPO: contrast is judged after the penalty", GRPO,
-           "has_contrast(rewards)[:, None]",
-           "has_contrast(rewards + overlong_penalty((rollout.lengths - rollout.prompt_lengths).cpu().view_as(rewards), "
-           "cfg.max_new_tokens, cfg.overlong * cfg.max_new_tokens) if cfg.overlong else rewards)[:, None]"),
     Mutant("GRPO: a stale rollout with fresh rewards", GRPO,
            'advantages(cfg, rollout, entry["rewards"], old', "advantages(cfg, rollout, fresh.rewards, old"),
     Mutant("GRPO: a stale rollout with fresh log-probs", GRPO,
