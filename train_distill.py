@@ -35,7 +35,6 @@ from nanorl.heldout import answer_kl, before_and_after, evaluate_and_show, heldo
 from nanorl.ops import (cumulative_sum, entropy_from_logits, jensen_shannon, kl_divergence, leave_one_out,
                         selective_log_softmax, token_weights, with_tail)
 from nanorl.rollout import collect, describe, sample_and_grade
-from nanorl.run import ranks
 from nanorl.sample import Sampling
 from nanorl.tasks import default_max_new_tokens
 
@@ -180,14 +179,14 @@ def main(cfg: Config) -> None:
                 fresh = collect(student if cfg.on == "student" else teacher, tokenizer, task, sampling,
                                 prompts=cfg.prompts, samples=cfg.group, seed=run.derive(cfg.seed, "rollout", step))
             tokens, mask = fresh.rollout.tokens, fresh.rollout.mask
-            out.log({f"rollout/{name}": value for name, value in describe(fresh).items()} | {"rollout/tokens": int(mask.sum())})
+            out.log(describe(fresh, "rollout") | {"rollout/tokens": int(mask.sum())})
         out.log({"time/rollout_s": time.perf_counter() - started})
 
         # 4. Update: one pass of each model over the same tokens. A group stays together.
         started, totals = time.perf_counter(), {}
         rows = torch.arange(len(tokens), device=device)
         weights = token_weights(mask, rows, "sequence_sum")
-        for groups in ranks.parts(rows.view(-1, cfg.group), max(1, cfg.micro_batch // cfg.group)):
+        for groups in run.ranks.parts(rows.view(-1, cfg.group), max(1, cfg.micro_batch // cfg.group)):
             part = groups.flatten()
             T = 2 + int(mask[part].any(0).nonzero().max())              # mask[:, t] is about tokens[:, t+1]
             inputs, targets = shift(tokens[part, :T])

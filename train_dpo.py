@@ -38,7 +38,6 @@ from nanorl.data import pair_batch, read_pairs, render_pairs, response_mask, shu
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
 from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import collect, describe, learned_rewards
-from nanorl.run import ranks
 from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import default_max_new_tokens, make_task
 
@@ -237,18 +236,18 @@ def main(cfg: Config) -> None:
                     scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
             better, worse = (rows.to(device) for rows in judged_pairs(scores))
             count = len(better)
-            mine = (ranks.parts(rows, cfg.micro_batch) for rows in (better, worse))
+            mine = (run.ranks.parts(rows, cfg.micro_batch) for rows in (better, worse))
             parts = [torch.cat(rows) for rows in zip(*mine, strict=True)]
             batches = (with_reference(reference, (rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]))
                        for rows in parts)
-            out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
+            out.log(describe(fresh, "rollout"))
             out.log({"rollout/ties": 1 - count / cfg.batch, "rollout/tokens": int(rollout.mask.sum()),
                      "time/rollout_s": time.perf_counter() - started})
             started = time.perf_counter()
         else:
             picks = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)]
             batches = (with_reference(reference, batch) if cfg.refresh_reference else (*batch, *reference_cache[part].unbind(1))
-                       for batch, part in from_file(ranks.share(picks)))
+                       for batch, part in from_file(run.ranks.share(picks)))
 
         # 4. Update. Both responses of a pair stay together; micro-batches add up to the step.
         totals = {}

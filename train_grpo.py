@@ -40,7 +40,6 @@ from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum,
                         masked_surrogate, overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
-from nanorl.run import ranks
 from nanorl.sample import Rollout, Sampling, token_log_probs
 
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
@@ -138,12 +137,12 @@ def main(cfg: Config) -> None:
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, reference=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
-    # One temperature for the whole run: sampling, `score`, both calls of `score_rollout` and the evaluations use it.
+    # One temperature for the whole run: sampling, scoring and the evaluations use it.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     kl = family.KL_TERMS[cfg.kl or "k3"]
     loss = functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                              kl_coef=cfg.kl_coef, kl=kl.estimator, kl_in=kl.place, entropy_coef=cfg.entropy_coef)
-    check_due = cfg.selfcheck
+    first_step = out.step
     family.announce(cfg, str(task), device)
 
     def score(tokens, mask):
@@ -161,11 +160,10 @@ def main(cfg: Config) -> None:
         with out.saved_on(NoContrast), run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample")
-        out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
+        out.log(describe(fresh, "rollout"))
         out.log({"rollout/tokens": int(fresh.rollout.mask.sum()) + fresh.resampled_tokens,
                  "rollout/resampled": fresh.resampled, "time/rollout_s": time.perf_counter() - started})
-        if check_due:
-            check_due = False
+        if cfg.selfcheck and step == first_step:
             out.say(first_step_check(fresh, task, tokenizer.end, score, loss, list(policy.parameters()), cfg.aggregate,
                                      cfg.max_new_tokens, tolerance(device, cfg.dtype) / min(1.0, cfg.temperature)))
 
@@ -187,15 +185,14 @@ def main(cfg: Config) -> None:
         # add up to its gradient.
         totals, demonstration_loss = {}, 0.0
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
-        batches = minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)
-        for update, minibatch in enumerate(batches, start=step * cfg.updates):
+        for update, minibatch in enumerate(minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)):
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], cfg.aggregate,
                                                cfg.max_new_tokens)
             # Rows with a token to train on; with --skip, only those with an advantage: the others' gradient is 0.
             trained = mask[minibatch].any(-1) & ((adv[minibatch] != 0).any(-1) | (not cfg.skip))
-            for rows, T in micro_batches(ranks.share(minibatch[trained]), rollout.lengths, cfg.micro_batch):
+            for rows, T in micro_batches(run.ranks.share(minibatch[trained]), rollout.lengths, cfg.micro_batch):
                 m = mask[rows, : T - 1]
                 logp, entropy = score(rollout.tokens[rows, :T], m)
                 old = logp.detach() if cfg.on_policy else old_logp[rows, : T - 1]           # so that ratios are exactly 1
@@ -206,7 +203,7 @@ def main(cfg: Config) -> None:
                 metrics["train/mismatch_kl"] = masked_sum(kl_k3(rollout.logp[rows, : T - 1], old), m)
                 add_metrics(totals, metrics)
             if records:
-                nll = family.demonstrate(cfg, score, demonstrations, tokenizer.pad, update, device)
+                nll = family.demonstrate(cfg, score, demonstrations, tokenizer.pad, step * cfg.updates + update, device)
                 demonstration_loss += nll / cfg.updates
             grad_norm = optimizer.step(lr, grad_clip=1.0)
             add_metrics(totals, {"train/grad_norm_max": grad_norm})

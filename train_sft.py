@@ -15,7 +15,6 @@ from nanorl import run
 from nanorl.data import read_records, render_records, response_batch, shuffled_batch, split_records
 from nanorl.heldout import evaluate_and_show, show_responses, total_loss
 from nanorl.ops import masked_sum, token_weights
-from nanorl.run import ranks
 from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import default_max_new_tokens, make_task
 
@@ -93,14 +92,14 @@ def main(cfg: Config) -> None:
         tokens, mask = (x.to(device) for x in response_batch(prompts, responses, picks, tokenizer.pad))
         weights = token_weights(mask, torch.arange(len(picks), device=device), "token_mean")
         loss = 0.0
-        mine = (ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights))
+        mine = (run.ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights))
         for t, m, w in zip(*mine, strict=True):
             with run.autocast(device, cfg.dtype):
                 logp, _ = token_log_probs(model, t, m)
             micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
             loss += metrics["train/loss"].item()
-        loss = sum(ranks.gathered(loss))
+        loss = sum(run.ranks.gathered(loss))
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1, decay=0.5)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
 

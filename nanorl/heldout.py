@@ -43,7 +43,7 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
     """
     heldout, draw = heldout_problems(task, problems, seed), derive(seed, "evaluate")
     sampled = sample_and_grade(model, tokenizer, task, heldout, sampling, seed=draw)
-    metrics = {f"eval/{name}": value for name, value in describe(sampled).items()}
+    metrics = describe(sampled, "eval")
     if task.verifiable:
         greedy = sample_and_grade(model, tokenizer, task, heldout, replace(sampling, temperature=0.0), seed=draw)
         metrics["eval/accuracy_sampled"] = metrics.pop("eval/reward")

@@ -96,30 +96,28 @@ def _check_sound(checkpoint: Any) -> Literal["policy", "reward model"]:
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"its {name!r} is {checkpoint.get(name)!r:.40}, expected a {kind.__name__}")
     check_finite(checkpoint["model"])
-    holds = "reward model" if "scalar.weight" in checkpoint["model"] else "policy"
     with torch.device("meta"):          # shapes without memory
-        model = GPT(GPTConfig(**checkpoint["gpt"]))
-        wanted, found = ({name: tuple(x.shape) for name, x in weights.items()} for weights in (
-            (ScalarGPT(model) if holds == "reward model" else model).state_dict(), checkpoint["model"]))
+        model = _fresh_model(checkpoint)
+    wanted, found = ({name: tuple(x.shape) for name, x in weights.items()}
+                     for weights in (model.state_dict(), checkpoint["model"]))
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
     size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
     if size != model.config.vocab_size:
         raise UserError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
-    return holds
+    return "reward model" if isinstance(model, ScalarGPT) else "policy"
 
 
-def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:
-    """The policy of a checkpoint, with its weights."""
+def _fresh_model(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
+    """A model like that of a checkpoint, without its weights."""
     model = GPT(GPTConfig(**checkpoint["gpt"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device)
+    return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
 
 
-def scalar_model_from(checkpoint: dict[str, Any], device: torch.device) -> ScalarGPT:
-    """The reward model of a checkpoint, with its weights."""
-    model = ScalarGPT(GPT(GPTConfig(**checkpoint["gpt"])))
+def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT | ScalarGPT:
+    """The policy or the reward model of a checkpoint, with its weights."""
+    model = _fresh_model(checkpoint)
     model.load_state_dict(checkpoint["model"])
     return model.to(device)
 
@@ -139,4 +137,4 @@ def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> 
     """The reward model of a run, which must read the same token ids as the policy. Its weights are constants."""
     checkpoint = load_checkpoint(path, "reward model")
     check_tokenizer(checkpoint, tokenizer, path)
-    return scalar_model_from(checkpoint, device).requires_grad_(False)
+    return model_from(checkpoint, device).requires_grad_(False)
