@@ -127,10 +127,9 @@ def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, cfg.data)
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
-    text = read_text(DATA / "stories_heldout.txt")
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(
         cfg, "sft", task=task, reference=cfg.kl_coef > 0, refreshed=True)
-    stories = tokenizer.encode(text)
+    stories = tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
     demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task))
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
@@ -173,10 +172,11 @@ def main(cfg: Config) -> None:
             fresh_logp = fresh.rollout.logp         # where it matters, scored again: the sampler may round differently
             if not cfg.on_policy or cfg.kl == "k1_reward":
                 fresh_logp = score_rollout(policy, fresh.rollout, cfg.temperature, cfg.micro_batch)
-            entry = family.delayed(out.state.setdefault("queue", []), cfg.stale, {
-                "rollout": vars(fresh.rollout), "rewards": fresh.rewards, "old_logp": fresh_logp})
-            if entry is None:
+            queue = out.state.setdefault("queue", [])
+            queue.append({"rollout": vars(fresh.rollout), "rewards": fresh.rewards, "old_logp": fresh_logp})
+            if len(queue) <= cfg.stale:
                 continue
+            entry = queue.pop(0)
             rollout, old_logp = Rollout(**entry["rollout"]).to(device), entry["old_logp"].to(device)        # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch) if reference else None
         adv, mask = advantages(cfg, rollout, entry["rewards"], old_logp, ref_logp, out.state)

@@ -347,8 +347,6 @@ def test_an_unknown_task_is_one_sentence_with_the_choices():
     for name in ("chess", "chess-4", "", "-4", "Addition"):
         with pytest.raises(ValueError, match=f"^--task {name}: there is no such task; expected {', '.join(VERIFIABLE)}$"):
             make_task(name)
-    with pytest.raises(ValueError, match="a split is 'train' or 'heldout', not 'test'"):
-        make_task("addition").problem(Random(0), "test")
 
 
 def test_a_file_task_compares_texts_and_refuses_what_it_cannot_verify():
