@@ -18,7 +18,7 @@ PPO = "train_ppo.py"
 DISTILL = "train_distill.py"
 SEARCH = "nanorl/search.py"
 EVALUATE = "nanorl/evaluate.py"
-TABULAR = "nanorl/tabular.py"
+POWER = "experiments/power.py"
 FAMILY = "nanorl/family.py"
 HELDOUT = "nanorl/heldout.py"
 SFT = "train_sft.py"
@@ -530,7 +530,7 @@ MATH = [
            "x.double().mean((0, 2), keepdim=True)", "x.double().mean()"),
     Mutant("fewer pairs at a longer lag count as less memory", SEARCH,
            "(d[: S - k] * d[k:]).mean()", "(d[: S - k] * d[k:]).sum() / d.numel()"),
-    Mutant("the conditional of a power does not look ahead", TABULAR,
+    Mutant("the conditional of a power does not look ahead", POWER,
            "alpha * log_softmax(logits[rows]) + log_S.view(-1, V)", "alpha * log_softmax(logits[rows])"),
 
     # ---- Distillation ----
