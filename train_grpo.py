@@ -51,8 +51,8 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
 
         L = -sum_bt w_bt [ S(rho, A) - kl_coef KL(pi || ref) + entropy_coef H ]
 
-    logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1]; mask, weights [B, T], the weights made once for the whole
-    optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
+    logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1]; mask [B, T]; weights [B, T] of the tokens, made once for the
+    whole optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
     """
     # Padding may hold anything, even inf. Blank it before exp(): blanking the result leaves a gradient of 0 * inf = nan.
     logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
@@ -136,7 +136,7 @@ def main(cfg: Config) -> None:
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, reference=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
-    # One temperature for the whole run: sampling, scoring and the evaluations use it.
+    # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout` and the evaluations use it.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     kl = family.KL_TERMS[cfg.kl or "k3"]
     loss = functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
@@ -181,8 +181,8 @@ def main(cfg: Config) -> None:
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch) if reference else None
         adv, mask = advantages(cfg, rollout, entry["rewards"], old_logp, ref_logp, out.state)
 
-        # 5. Update. Micro-batches only limit memory: the weights are made once for an optimizer step, so that their gradients
-        # add up to its gradient.
+        # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
+        # gradients add up to its gradient.
         totals, demonstration_loss = {}, 0.0
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
         for update, minibatch in enumerate(minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)):

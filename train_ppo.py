@@ -57,7 +57,7 @@ def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns
 
         L = -sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]
 
-    All [B, T]; the weights are made once for the whole optimizer step. Metrics named _max and _min are extremes.
+    All [B, T]; weights of the tokens, made once for the whole optimizer step. Metrics named _max and _min are extremes.
     """
     # Padding may hold anything, even inf. Blank it before exp(): blanking the result leaves a gradient of 0 * inf = nan.
     logp, old_logp, adv, values, old_values, returns = (
@@ -144,7 +144,7 @@ def main(cfg: Config) -> None:
     out.state |= {"critic": critic.state_dict(), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference, critic.trunk if cfg.critic == "separate" else None)
-    # One temperature for the whole run: sampling, scoring and the evaluations use it.
+    # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout` and the evaluations use it.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, clip_low=cfg.clip_low, clip_high=cfg.clip_high, value_clip=cfg.value_clip,
                              value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)
@@ -183,8 +183,8 @@ def main(cfg: Config) -> None:
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
 
-        # 5. Update. Micro-batches only limit memory: the weights are made once for an optimizer step, so that their gradients
-        # add up to its gradient.
+        # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
+        # gradients add up to its gradient.
         totals = {}
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
         for minibatch in minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches):

@@ -3,7 +3,7 @@
     advantage   how an answer is compared with others
     ratio       how far the policy has moved since it sampled: of each token, or of the answer (its geometric mean)
     bound       what is done about a ratio outside the band 1 - clip_low .. 1 + clip_high
-    aggregate   how much each token counts, see token_weights in nanorl/ops.py
+    aggregate   the weight of a token in the loss: tokens, answers or prompts count alike, see token_weights in nanorl/ops.py
     groups      what is done with groups without contrast, whose rewards are all equal: keep, leave out, or draw others
 """
 
@@ -101,7 +101,7 @@ class FamilyConfig(RolloutConfig):
     advantage: Literal[*ADVANTAGES] | None = None    # how an answer is compared with others
     ratio: Literal["none", "token", "sequence"] | None = None    # of each token, or of the answer (its geometric mean)
     bound: Literal[*BANDS] | None = None    # what is done about a ratio outside the band
-    aggregate: Literal[*AGGREGATES] | None = None    # how much each token counts, see token_weights in nanorl/ops.py
+    aggregate: Literal[*AGGREGATES] | None = None    # weight of a token in the loss: tokens, answers or prompts count alike
     groups: Literal["all", "drop", "resample"] | None = None    # groups of equal rewards: keep, leave out, or draw others
     clip_low: Share | None = None    # the band is 1 - clip_low ...
     clip_high: Positive | None = None    # ... to 1 + clip_high
