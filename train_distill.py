@@ -208,9 +208,8 @@ def main(cfg: Config) -> None:
                 show=("train/divergence", "rollout/reward"))
 
     # 6. What the student has learned.
-    final = evaluate_now()
-    out.finish(final)
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
+    out.finish(evaluate_now())
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
     print(f"  {'the teacher, sampled':37s} {teacher_accuracy:8.3f}")
 
 

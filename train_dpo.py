@@ -266,9 +266,8 @@ def main(cfg: Config) -> None:
                 show=("train/loss", "train/accuracy", "train/chosen_logp"))
 
     # 6. Held-out prompts and pairs, before and after.
-    final = evaluate_now()
-    out.finish(final)
-    print(before_and_after("held out", out.metrics()[0], final) + f"\nSaved in {cfg.out}.")
+    out.finish(evaluate_now())
+    print(before_and_after("held out", out.metrics()) + f"\nSaved in {cfg.out}.")
 
 
 if __name__ == "__main__":

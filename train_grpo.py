@@ -215,9 +215,8 @@ def main(cfg: Config) -> None:
                 show=("rollout/reward", "rollout/worked", "rollout/length", "train/entropy"))
 
     # 7. Held-out problems, before and after.
-    final = evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories)
-    out.finish(final)
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
+    out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories))
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
 
 
 if __name__ == "__main__":

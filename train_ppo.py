@@ -37,27 +37,14 @@ from nanorl.rollout import collect, describe, learned_rewards, score_rollout, st
 from nanorl.sample import Sampling, token_log_probs
 
 
-def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef, gamma, lam):
-    """What each token did better than the critic expected, and what the critic should have expected.
-
-        r_t = -kl_coef log(pi / ref)(y_t) + [t is the last token of an answer that has ended] R
-
-    rewards R and last_value [B]; ended [B] bool; logp, ref_logp, values, mask [B, T] -> (advantages, returns), [B, T] each. Of
-    an answer that has ended, the reward is final and nothing follows. One that has not gets no reward, and last_value stands
-    for the rest.
-    """
-    last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
-    token_rewards = -kl_coef * kl_k1(logp, ref_logp) + torch.where(last & ended[:, None], rewards[:, None], 0.0)
-    return gae(token_rewards, values, mask, gamma, lam, last_value.masked_fill(ended, 0.0))
-
-
 def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns, entropy=None, clip_low=0.2, clip_high=0.2,
               value_clip=0.5, value_coef=0.5, entropy_coef=0.0):
-    """The loss of one micro-batch, and its metrics as sums over the tokens that count.
+    """The loss -J of one micro-batch, and its metrics as sums over the tokens that count.
 
         L = -sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]
 
-    All [B, T]; weights of the tokens, made once for the whole optimizer step. Metrics named _max and _min are extremes.
+    logp, old_logp, adv, values, old_values, returns, entropy, mask [B, T]; weights [B, T] of the tokens, made once for the
+    whole optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
     """
     # Padding may hold anything, even inf. Blank it before exp(): blanking the result leaves a gradient of 0 * inf = nan.
     logp, old_logp, adv, values, old_values, returns = (
@@ -73,6 +60,20 @@ def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns
     if entropy_coef:
         surrogate = surrogate + entropy_coef * entropy.masked_fill(~mask, 0.0)
     return -(weights * surrogate).sum(), metrics
+
+
+def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef, gamma, lam):
+    """What each token did better than the critic expected, and what the critic should have expected.
+
+        r_t = -kl_coef log(pi / ref)(y_t) + [t is the last token of an answer that has ended] R
+
+    rewards R and last_value [B]; ended [B] bool; logp, ref_logp, values, mask [B, T] -> (advantages, returns), [B, T] each. Of
+    an answer that has ended, the reward is final and nothing follows. One that has not gets no reward, and last_value stands
+    for the rest.
+    """
+    last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+    token_rewards = -kl_coef * kl_k1(logp, ref_logp) + torch.where(last & ended[:, None], rewards[:, None], 0.0)
+    return gae(token_rewards, values, mask, gamma, lam, last_value.masked_fill(ended, 0.0))
 
 
 def adapt_kl_coef(kl_coef, kl, target):
@@ -214,9 +215,8 @@ def main(cfg: Config) -> None:
                 show=("rollout/reward", "rollout/learned_reward", "rollout/hidden_reward", "rollout/length", "train/answer_kl"))
 
     # 7. Held-out problems, before and after.
-    final = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model)
-    out.finish(final)
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
+    out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model))
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
 
 
 if __name__ == "__main__":
