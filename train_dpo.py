@@ -164,7 +164,7 @@ def main(cfg: Config) -> None:
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     reference = copy.deepcopy(initial_policy) if cfg.refresh_reference else initial_policy
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=initial_policy,
-                  reference=reference if cfg.refresh_reference else None, reward_model=reward_model)
+                  refreshed_reference=reference if cfg.refresh_reference else None, reward_model=reward_model)
     del checkpoint
     compiled = run.compile_models(cfg, device, *{policy, initial_policy, reference})
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=32 * cfg.micro_batch, compile=compiled)
@@ -223,7 +223,7 @@ def main(cfg: Config) -> None:
         # 2. Evaluate: what does it write by now, and how does it rank held-out pairs?
         if step % cfg.eval_every == 0:
             out.log(evaluate_now())
-        out.refresh(reference, cfg.refresh_reference)
+        out.refresh("refreshed_reference", cfg.refresh_reference)
 
         # 3. Pairs: the next of the file, or two fresh answers to each prompt, of which a judge prefers one.
         started, count = time.perf_counter(), cfg.batch

@@ -127,8 +127,7 @@ def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, cfg.data)
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
-    device, checkpoint, tokenizer, policy, reference, _ = run.begin(
-        cfg, "sft", task=task, reference=cfg.kl_coef > 0, refreshed=True)
+    device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
     stories = tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
     demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task))
 
@@ -152,7 +151,7 @@ def main(cfg: Config) -> None:
         # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
         if step % cfg.eval_every == 0:
             out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories))
-        out.refresh(reference, cfg.refresh_reference)
+        out.refresh("reference", cfg.refresh_reference)
 
         # 3. Collect: G answers to each of P prompts, by the policy as it is now.
         started = time.perf_counter()

@@ -766,10 +766,11 @@ LOOPS = [
     Mutant("DPO: the reference of other pairs", DPO,
            "(*batch, *reference_cache[part].unbind(1))\n                       for",
            "(*batch, *reference_cache[: len(part)].unbind(1))\n                       for"),
-    Mutant("DPO: the reference is never refreshed", DPO, "        out.refresh(reference, cfg.refresh_reference)\n", ""),
+    Mutant("DPO: the reference is never refreshed", DPO,
+           '        out.refresh("refreshed_reference", cfg.refresh_reference)\n', ""),
     Mutant("DPO: the refreshed reference is the policy itself", DPO,
-           "        out.refresh(reference, cfg.refresh_reference)\n",
-           "        out.refresh(reference, cfg.refresh_reference)\n        reference = policy if step and "
+           '        out.refresh("refreshed_reference", cfg.refresh_reference)\n',
+           '        out.refresh("refreshed_reference", cfg.refresh_reference)\n        reference = policy if step and '
            "cfg.refresh_reference else reference\n"),
     Mutant("DPO: lengths swapped", DPO, "*mask.sum(-1).chunk(2)\n", "*mask.sum(-1).chunk(2)[::-1]\n"),
     Mutant("DPO: lengths count prompts", DPO, "*mask.sum(-1).chunk(2)\n", "*lengths.chunk(2)\n"),

@@ -107,7 +107,7 @@ class Run:
     def __init__(self, cfg: RunConfig, checkpoint: dict[str, Any] | None, model: nn.Module, optimizer: Optimizers,
                  tokenizer: Tokenizer, **constants: nn.Module | None):
         """`constants`: models that are not trained; None is skipped. A resumed run must have loaded those that it began with;
-        one that has been refreshed since then gets its weights back."""
+        one that `refresh` has changed since then gets its weights back."""
         self.cfg, self.model, self.optimizer, self.tokenizer = cfg, model, optimizer, tokenizer
         self.out = Path(cfg.out)
         self.step = 0
@@ -120,6 +120,7 @@ class Run:
                 optimizer.load_state_dict(checkpoint["optimizer"])
             except Exception as e:
                 raise UserError(f"{self.out / 'ckpt.pt'}: its optimizer is not that of this run ({e})") from None
+        self.constants = constants
         for name, constant in constants.items():
             if name in self.state:
                 constant.load_state_dict(self.state[name])
@@ -205,11 +206,11 @@ class Run:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
-    def refresh(self, reference: nn.Module | None, every: int | None) -> None:
-        """Every so many steps the model becomes the reference, which from then on is part of the checkpoint."""
+    def refresh(self, name: str, every: int | None) -> None:
+        """Every so many steps the constant of this name becomes the model, and from then on is part of the checkpoint."""
         if every and self.step and self.step % every == 0:
-            reference.load_state_dict(self.model.state_dict())
-            self.state["reference"] = reference.state_dict()
+            self.constants[name].load_state_dict(self.model.state_dict())
+            self.state[name] = self.constants[name].state_dict()
 
     @contextlib.contextmanager
     def saved_on(self, kind: type[Exception]) -> Iterator[None]:

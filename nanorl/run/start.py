@@ -112,19 +112,19 @@ class Start(NamedTuple):
 
 
 def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bool = False,
-          refreshed: bool = False, reward_model: str | None = None) -> Start:
+          reward_model: str | None = None) -> Start:
     """Check that the run can be written and that what the flags name exists, then load the models.
 
     Where --init is not given, it is the run of `stage` (on the same task), made first where it is missing. With
-    `reference`, --init is loaded once more as the reference model. A resumed run that needs --init for nothing else does
-    without it; with `refreshed`, a reference in its checkpoint is enough: `Run` gives the model its weights. reward_model: the
-    run of one, "" for runs/reward, made first where it is missing, None for none. All must have room for the prompts of `task`.
+    `reference`, --init is loaded once more as the reference model. A resumed run does without --init where it needs no
+    reference, or has one in its checkpoint: then `Run` gives the model its weights. reward_model: the run of one, "" for
+    runs/reward, made first where it is missing, None for none. All must have room for the prompts of `task`.
     """
     device, checkpoint = pick_device(cfg), Run.check(cfg)
     initial = checkpoint
     if reward_model:
         load_checkpoint(reward_model, "reward model")       # before minutes are spent on another stage
-    if not checkpoint or (reference and not (refreshed and "reference" in checkpoint["state"])):
+    if not checkpoint or (reference and "reference" not in checkpoint["state"]):
         same_task = {"task": cfg.task} if stage == "sft" else {}
         initial = load_checkpoint(cfg.init or ensure_stage(cfg, stage, **same_task), "policy")
     if reward_model == "":
