@@ -234,10 +234,9 @@ def main(cfg: Config) -> None:
                 rollout, scores = fresh.rollout, fresh.rewards
                 if cfg.judge == "model":
                     scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
-            better, worse = (rows.to(device) for rows in judged_pairs(scores))
-            count = len(better)
-            mine = (run.ranks.parts(rows, cfg.micro_batch) for rows in (better, worse))
-            parts = [torch.cat(rows) for rows in zip(*mine, strict=True)]
+            pairs = torch.stack(judged_pairs(scores), dim=1).to(device)                     # [N, 2] better and worse rows
+            count = len(pairs)
+            parts = [part.T.flatten() for part in run.ranks.parts(pairs, cfg.micro_batch)]
             batches = (with_reference(reference, (rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]))
                        for rows in parts)
             out.log(describe(fresh, "rollout"))

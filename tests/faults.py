@@ -781,7 +781,7 @@ LOOPS = [
            "decided = (scores[:, 0] != scores[:, 1]).nonzero().squeeze(-1)", "decided = torch.arange(len(scores))"),
     Mutant("online DPO: the worse one is chosen", DPO,
            "return 2 * decided + best, 2 * decided + 1 - best", "return 2 * decided + 1 - best, 2 * decided + best"),
-    Mutant("online DPO: ties count in the mean", DPO, "count = len(better)", "count = cfg.batch"),
+    Mutant("online DPO: ties count in the mean", DPO, "count = len(pairs)", "count = cfg.batch"),
     Mutant("online DPO: judged by the hidden reward with --judge model", DPO,
            'if cfg.judge == "model":', 'if cfg.judge == "nobody":'),
     Mutant("online DPO: asks the initial policy", DPO,
