@@ -137,8 +137,8 @@ def main(cfg: Config) -> None:
     tokenizer, student = run.tokenizer_from(start), run.model_from(start, device)
     run.check_tokenizer(teacher_start, tokenizer, teacher_run)
     teacher = run.model_from(teacher_start, device).requires_grad_(False)
-    for model in (student, teacher):
-        run.check_fits_context(model, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
+    prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
+    run.check_fits_context(prompts, cfg.max_new_tokens, student, teacher)
     context = min(student.config.context, teacher.config.context)
     demonstrations = render_records(records, tokenizer, context, cfg.data or str(task))
 

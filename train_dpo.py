@@ -159,7 +159,7 @@ def main(cfg: Config) -> None:
         cfg, "sft", task=None if cfg.data else task, reference=True, reward_model=reward_model)
     prompts, chosen, rejected = render_pairs(records, tokenizer, policy.config.context, cfg.data)
     if cfg.data:
-        run.check_fits_context(policy, prompts, cfg.max_new_tokens)
+        run.check_fits_context(prompts, cfg.max_new_tokens, policy)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     reference = copy.deepcopy(initial_policy) if cfg.refresh_reference else initial_policy

@@ -62,7 +62,7 @@ def main(cfg: Config) -> None:
     training, heldout = split_records(records, source)
     device, checkpoint, tokenizer, model, _, _ = run.begin(cfg, "pretrain")
     prompts, responses = render_records(records, tokenizer, model.config.context, source)
-    run.check_fits_context(model, prompts, cfg.max_new_tokens)
+    run.check_fits_context(prompts, cfg.max_new_tokens, model)
 
     optimizer = run.Optimizers(model, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)

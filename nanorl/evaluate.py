@@ -253,8 +253,7 @@ def load_runs(cfg: Config) -> list[Evaluation]:
         styles = [None, *({"direct", "worked"} & set(cfg.method))]
         prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, style) if style else [])
                    for problem in problems for style in styles]
-        for each in filter(None, (model, reward_model)):
-            run.check_fits_context(each, prompts, sampling.max_new_tokens)
+        run.check_fits_context(prompts, sampling.max_new_tokens, model, reward_model)
         evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, sampling))
     return evaluations
 

@@ -128,9 +128,9 @@ def test_whether_answers_fit_the_context_is_checked_with_the_longest_prompt():
     task = FileTask([(f"What is {n}?" + " and so on" * (n == 50), "1") for n in range(100)])
     prompts = [TOKENIZER.render(problem.prompt) for problem in task.examples()]
     longest = max(map(len, prompts))
-    run.check_fits_context(MODEL, prompts, 64 - longest)
+    run.check_fits_context(prompts, 64 - longest, MODEL)
     with pytest.raises(ValueError) as error:
-        run.check_fits_context(MODEL, prompts, 65 - longest)
+        run.check_fits_context(prompts, 65 - longest, MODEL)
     text = str(error.value)
     assert "\n" not in text and len(text) < 250 and str(65 - longest) in text and "64" in text
 

@@ -92,12 +92,12 @@ def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_fits_context(model: GPT | ScalarGPT, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """UserError when these prompts and `max_new_tokens` do not fit the model's context."""
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > model.config.context:
+def check_fits_context(prompts: list[list[int]], max_new_tokens: int, *models: GPT | ScalarGPT | None) -> None:
+    """UserError when these prompts and `max_new_tokens` do not fit the context of each of these models. Skips None."""
+    longest, context = max(map(len, prompts)), min(model.config.context for model in models if model)
+    if longest + max_new_tokens > context:
         raise UserError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
-                        f"{model.config.context} has room for {max(0, model.config.context - longest)}")
+                        f"{context} has room for {max(0, context - longest)}")
 
 
 class Start(NamedTuple):
@@ -136,6 +136,5 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
                   load_reward_model(reward_model, tokenizer, device) if reward_model else None)
     if task:
         prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
-        for model in filter(None, (start.policy, start.reward_model)):
-            check_fits_context(model, prompts, cfg.max_new_tokens)
+        check_fits_context(prompts, cfg.max_new_tokens, start.policy, start.reward_model)
     return start
