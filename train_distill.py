@@ -133,10 +133,9 @@ def main(cfg: Config) -> None:
     for typed in filter(None, (cfg.teacher, "" if checkpoint else cfg.init)):
         run.load_checkpoint(typed, "policy")
     teacher_run = cfg.teacher or run.ensure_stage(cfg, "grpo", task=cfg.task)
-    start, teacher_start = checkpoint or run.load_checkpoint(cfg.init or make_student(cfg)), run.load_checkpoint(teacher_run)
+    start = checkpoint or run.load_checkpoint(cfg.init or make_student(cfg))
     tokenizer, student = run.tokenizer_from(start), run.model_from(start, device)
-    run.check_tokenizer(teacher_start, tokenizer, teacher_run)
-    teacher = run.model_from(teacher_start, device).requires_grad_(False)
+    teacher = run.load_frozen(teacher_run, "policy", tokenizer, device)
     prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
     run.check_fits_context(prompts, cfg.max_new_tokens, student, teacher)
     context = min(student.config.context, teacher.config.context)
@@ -144,7 +143,7 @@ def main(cfg: Config) -> None:
 
     optimizer = run.Optimizers(student, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, student, optimizer, tokenizer, teacher=teacher)
-    del start, teacher_start, checkpoint
+    del start, checkpoint
     compiled = run.compile_models(cfg, device, student, teacher)
     sampling = Sampling(cfg.max_new_tokens, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, gradient=cfg.gradient, group=cfg.group, divergence=cfg.divergence, beta=cfg.beta,

@@ -251,9 +251,10 @@ def test_a_reward_model_must_read_the_policys_tokens(tmp_path):
     model = scorer()
     torch.save({"format": FORMAT, "step": 0, "config": {}, "gpt": vars(model.config), "tokenizer": TOKENIZER.state_dict(),
                 "model": model.state_dict(), "optimizer": [], "state": {}}, tmp_path / "ckpt.pt")
-    assert not any(p.requires_grad for p in run.load_reward_model(str(tmp_path), TOKENIZER, torch.device("cpu")).parameters())
+    model = run.load_frozen(str(tmp_path), "reward model", TOKENIZER, torch.device("cpu"))
+    assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="another tokenizer"):
-        run.load_reward_model(str(tmp_path), other, torch.device("cpu"))
+        run.load_frozen(str(tmp_path), "reward model", other, torch.device("cpu"))
 
 
 def scorer(seed: int = 0) -> ScalarGPT:

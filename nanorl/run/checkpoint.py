@@ -15,6 +15,7 @@ from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.tokenizer import Tokenizer
 
+Kind = Literal["policy", "reward model"]       # of model that a checkpoint holds
 FORMAT = 1      # raised when a checkpoint's meaning changes
 CHECKPOINT_FIELDS = {"step": int, "config": dict, "gpt": dict, "tokenizer": dict, "model": dict, "optimizer": list,
                      "state": dict}
@@ -62,7 +63,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | None = None) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any]:
     """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
 
     UserError when there is none, when it is damaged, or when `what` is given and it holds something else.
@@ -86,7 +87,7 @@ def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | 
     return checkpoint
 
 
-def _check_sound(checkpoint: Any) -> Literal["policy", "reward model"]:
+def _check_sound(checkpoint: Any) -> Kind:
     """What a checkpoint holds. An exception says what does not fit: another format, a field that is missing, weights that are
     not finite or not of the shapes that the configuration asks for, or a tokenizer of another size."""
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
@@ -126,15 +127,9 @@ def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_state(checkpoint["tokenizer"])
 
 
-def check_tokenizer(checkpoint: dict[str, Any], tokenizer: Tokenizer, path: str) -> None:
-    """UserError when this checkpoint reads other token ids than the policy that `tokenizer` belongs to."""
+def load_frozen(path: str, what: Kind, tokenizer: Tokenizer, device: torch.device) -> GPT | ScalarGPT:
+    """The model of another run, whose weights are constants here. It must read the same token ids as the policy."""
+    checkpoint = load_checkpoint(path, what)
     if checkpoint["tokenizer"] != tokenizer.state_dict():
-        raise UserError(f"{path}: made with another tokenizer than the policy's; expected one that was pretrained on the same "
-                        "text")
-
-
-def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> ScalarGPT:
-    """The reward model of a run, which must read the same token ids as the policy. Its weights are constants."""
-    checkpoint = load_checkpoint(path, "reward model")
-    check_tokenizer(checkpoint, tokenizer, path)
+        raise UserError(f"{path}: made with another tokenizer than the policy's; expected a run from the same pretraining")
     return model_from(checkpoint, device).requires_grad_(False)

@@ -12,7 +12,7 @@ import torch
 from nanorl.data import read_records
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.run.checkpoint import load_checkpoint, load_reward_model, model_from, tokenizer_from
+from nanorl.run.checkpoint import load_checkpoint, load_frozen, model_from, tokenizer_from
 from nanorl.run.device import pick_device
 from nanorl.run.directory import Run
 from nanorl.run.flags import RunConfig, flag_of, parse, read_config
@@ -133,7 +133,7 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     tokenizer = tokenizer_from(weights)
     start = Start(device, checkpoint, tokenizer, model_from(weights, device),
                   model_from(initial, device).requires_grad_(False) if reference else None,
-                  load_reward_model(reward_model, tokenizer, device) if reward_model else None)
+                  load_frozen(reward_model, "reward model", tokenizer, device) if reward_model else None)
     if task:
         prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
         check_fits_context(prompts, cfg.max_new_tokens, start.policy, start.reward_model)
