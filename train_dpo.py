@@ -207,13 +207,11 @@ def main(cfg: Config) -> None:
 
     def evaluate_now():
         metrics, totals = {}, {}
-        with run.autocast(device, cfg.dtype):
-            if cfg.data:
-                shown = [records[i]["prompt"] for i in (heldout or training)[:4]]
-                show_responses(out, policy, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
-            else:
-                metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=initial_policy,
-                                            reward_model=reward_model)
+        if cfg.data:
+            show_responses(out, policy, tokenizer, [records[i]["prompt"] for i in (heldout or training)[:4]])
+        else:
+            metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=initial_policy,
+                                        reward_model=reward_model)
         with torch.no_grad():
             for batch, part in from_file(heldout):
                 add_metrics(totals, pair_loss(*batch, *reference_cache[part].unbind(1), len(heldout))[1])

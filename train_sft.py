@@ -74,12 +74,11 @@ def main(cfg: Config) -> None:
         """Answers to held-out problems; with --data, responses to held-out records and the loss on them."""
         if task:
             return evaluate_and_show(out, model, tokenizer, task, sampling)
+        show_responses(out, model, tokenizer, [records[i]["prompt"] for i in (heldout or training)[:4]])
+        if not heldout:
+            return {}
+        tokens, mask = response_batch(prompts, responses, heldout, tokenizer.pad)
         with run.autocast(device, cfg.dtype):
-            shown = [records[i]["prompt"] for i in (heldout or training)[:4]]
-            show_responses(out, model, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
-            if not heldout:
-                return {}
-            tokens, mask = response_batch(prompts, responses, heldout, tokenizer.pad)
             return {"eval/response_loss": total_loss(model, tokens, mask, cfg.micro_batch) / int(mask.sum())}
 
     for step in out.steps():

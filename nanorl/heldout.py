@@ -127,10 +127,11 @@ def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     out.say(f"\nAfter {out.step} steps ({legend}):\n" + "\n".join(lines) + "\n")
 
 
-def show_responses(out: Run, model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, seed: int) -> None:
+def show_responses(out: Run, model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> None:
     """Print what the model says to these prompts, and keep it in samples.jsonl."""
-    rollout = generate(model, [tokenizer.render(prompt) for prompt in prompts], max_new_tokens=max_new_tokens,
-                       stop_ids={tokenizer.end}, seed=derive(seed, "sample"))
+    with autocast(model.head.weight.device, out.cfg.dtype):
+        rollout = generate(model, [tokenizer.render(prompt) for prompt in prompts], max_new_tokens=out.cfg.max_new_tokens,
+                           stop_ids={tokenizer.end}, seed=derive(out.cfg.seed, "sample"))
     said = [{"prompt": prompt, "response": tokenizer.decode(ids)}
             for prompt, ids in zip(prompts, rollout.responses(), strict=True)]
     out.samples(said)
