@@ -104,11 +104,7 @@ def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Style) ->
 
     UserError where there are no demonstrations, or where they do not differ.
     """
-    try:
-        direct = tokenizer.encode(task.direct(problem, Random(problem.prompt)))
-        worked = tokenizer.encode(task.work(problem, Random(problem.prompt)))
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    direct, worked = (tokenizer.encode(respond(problem, Random(problem.prompt))) for respond in (task.direct, task.work))
     for i, (a, b) in enumerate(zip(direct, worked, strict=False)):
         if a != b:
             return (direct if style == "direct" else worked)[: i + 1]
