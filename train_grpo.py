@@ -9,7 +9,7 @@
     mask        rho A where low <= rho <= high, else 0
 
 GRPO and its relatives differ in five choices: how an answer is compared (the advantage A), how far the policy has moved
-since it sampled (the ratio rho), what is done about it (the bound), how much each token counts (the weights w) and which
+since it sampled (the ratio rho), what is done about it (the bound), how much a token weighs in the loss (w) and which
 groups are trained on. A named algorithm is a row of a table (nanorl/family.py, shown by --help); any flag overrides its choice.
 
     python train_grpo.py                    from nothing: pretrains and fine-tunes first where those runs are missing
