@@ -58,14 +58,16 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
 
     A UserError is the user's. A number that is nan or inf (FloatingPointError), a full disk (OSError) and Ctrl-C outside of the
     steps end the run: nothing that is not finite is ever saved, and the last good checkpoint stays. Anything else, such as a
-    ValueError in an objective of your own, keeps its traceback. A finished run that is resumed has nothing to do.
+    ValueError in an objective of your own, keeps its traceback. A finished run, which has both its last checkpoint and the
+    line of step cfg.steps, has nothing to resume.
     """
     @user_errors_as_sentences
     @functools.wraps(main)
     def wrapper(cfg: RunConfig) -> None:
         checkpoint, metrics = Path(cfg.out, "ckpt.pt"), Path(cfg.out, "metrics.jsonl")
         try:
-            if cfg.resume and _is_finished(cfg, checkpoint, metrics):
+            saved_all = cfg.resume and checkpoint.exists() and load_checkpoint(checkpoint)["step"] >= cfg.steps
+            if saved_all and any(line["step"] == cfg.steps for line in read_lines(metrics)):
                 if os.environ.get("RANK", "0") == "0":          # torchrun's processes have not met yet
                     print(f"{cfg.out} is finished: {cfg.steps} steps.")
                 raise SystemExit(0)
@@ -77,12 +79,6 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
                 saved = f"the last good checkpoint, {checkpoint}, has the first {load_checkpoint(checkpoint)['step']}"
             exit_with(f"{cfg.out}, after {len(read_lines(metrics))} of {cfg.steps} steps: {what}; {saved}", code)
     return wrapper
-
-
-def _is_finished(cfg: RunConfig, checkpoint: Path, metrics: Path) -> bool:
-    """Whether a run has both its last checkpoint and its last line, that of step cfg.steps."""
-    return (checkpoint.exists() and any(line["step"] == cfg.steps for line in read_lines(metrics))
-            and load_checkpoint(checkpoint)["step"] >= cfg.steps)
 
 
 def printable(text: str) -> str:
