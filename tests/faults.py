@@ -18,7 +18,7 @@ PPO = "train_ppo.py"
 DISTILL = "train_distill.py"
 SEARCH = "nanorl/search.py"
 EVALUATE = "nanorl/evaluate.py"
-TABULAR = "nanorl/tabular.py"
+POWER = "experiments/power.py"
 FAMILY = "nanorl/family.py"
 HELDOUT = "nanorl/heldout.py"
 SFT = "train_sft.py"
@@ -488,10 +488,10 @@ MATH = [
     Mutant("answers that have ended are continued by the critic", PPO, "last_value.masked_fill(ended, 0.0)", "last_value"),
     Mutant("answers that have not ended end", PPO, "last_value.masked_fill(ended, 0.0)", "last_value.masked_fill(~ended, 0.0)"),
     Mutant("the critic is pushed away from the returns", PPO, "- value_coef * value_loss", "+ value_coef * value_loss"),
-    Mutant("PPO's loss is maximised", PPO, "return -(weights * gain).sum()", "return (weights * gain).sum()"),
-    Mutant("PPO's entropy bonus is a penalty", PPO, "gain = gain + entropy_coef", "gain = gain - entropy_coef"),
+    Mutant("PPO's loss is maximised", PPO, "return -(weights * surrogate).sum()", "return (weights * surrogate).sum()"),
+    Mutant("PPO's entropy bonus is a penalty", PPO, "surrogate + entropy_coef", "surrogate - entropy_coef"),
     Mutant("PPO's padding is not blanked", PPO, "x.masked_fill(~mask, 0.0) for x in (logp", "x for x in (logp"),
-    Mutant("PPO forgets its weights", PPO, "-(weights * gain).sum()", "-gain.masked_fill(~mask, 0.0).mean()"),
+    Mutant("PPO forgets its weights", PPO, "-(weights * surrogate).sum()", "-surrogate.masked_fill(~mask, 0.0).mean()"),
     Mutant("PPO's band is symmetric", PPO, "adv, clip_low, clip_high) - value", "adv, clip_low, clip_low) - value"),
     Mutant("the leash loosens when the policy runs away", PPO, "kl / target - 1, -0.2), 0.2)", "1 - kl / target, -0.2), 0.2)"),
     Mutant("the leash may jump", PPO, "0.1 * min(max(kl / target - 1, -0.2), 0.2)", "0.1 * (kl / target - 1)"),
@@ -534,7 +534,7 @@ MATH = [
            "x.double().mean((0, 2), keepdim=True)", "x.double().mean()"),
     Mutant("fewer pairs at a longer lag count as less memory", SEARCH,
            "(d[: S - k] * d[k:]).mean()", "(d[: S - k] * d[k:]).sum() / d.numel()"),
-    Mutant("the conditional of a power does not look ahead", TABULAR,
+    Mutant("the conditional of a power does not look ahead", POWER,
            "alpha * log_softmax(logits[rows]) + log_S.view(-1, V)", "alpha * log_softmax(logits[rows])"),
 
     # ---- Distillation ----
@@ -772,10 +772,11 @@ LOOPS = [
     Mutant("DPO: the reference of other pairs", DPO,
            "(*batch, *reference_cache[part].unbind(1))\n                       for",
            "(*batch, *reference_cache[: len(part)].unbind(1))\n                       for"),
-    Mutant("DPO: the reference is never refreshed", DPO, "        out.refresh(reference, cfg.refresh_reference)\n", ""),
+    Mutant("DPO: the reference is never refreshed", DPO,
+           '        out.refresh("refreshed_reference", cfg.refresh_reference)\n', ""),
     Mutant("DPO: the refreshed reference is the policy itself", DPO,
-           "        out.refresh(reference, cfg.refresh_reference)\n",
-           "        out.refresh(reference, cfg.refresh_reference)\n        reference = policy if step and "
+           '        out.refresh("refreshed_reference", cfg.refresh_reference)\n',
+           '        out.refresh("refreshed_reference", cfg.refresh_reference)\n        reference = policy if step and '
            "cfg.refresh_reference else reference\n"),
     Mutant("DPO: lengths swapped", DPO, "*mask.sum(-1).chunk(2)\n", "*mask.sum(-1).chunk(2)[::-1]\n"),
     Mutant("DPO: lengths count prompts", DPO, "*mask.sum(-1).chunk(2)\n", "*lengths.chunk(2)\n"),
@@ -786,7 +787,7 @@ LOOPS = [
            "decided = (scores[:, 0] != scores[:, 1]).nonzero().squeeze(-1)", "decided = torch.arange(len(scores))"),
     Mutant("online DPO: the worse one is chosen", DPO,
            "return 2 * decided + best, 2 * decided + 1 - best", "return 2 * decided + 1 - best, 2 * decided + best"),
-    Mutant("online DPO: ties count in the mean", DPO, "count = len(better)", "count = cfg.batch"),
+    Mutant("online DPO: ties count in the mean", DPO, "count = len(pairs)", "count = cfg.batch"),
     Mutant("online DPO: judged by the hidden reward with --judge model", DPO,
            'if cfg.judge == "model":', 'if cfg.judge == "nobody":'),
     Mutant("online DPO: asks the initial policy", DPO,
@@ -833,7 +834,7 @@ LOOPS = [
            "m, weights[rows, : T - 1], entropy",
            "m, token_weights(m, rollout.prompt_index[rows], cfg.aggregate, cfg.max_new_tokens), entropy"),
     Mutant("GRPO: trains on all rows in every minibatch", GRPO,
-           "micro_batches(ranks.share(minibatch[trained])", "micro_batches(ranks.share(torch.arange(len(mask)))"),
+           "ranks.share(minibatch[trained])", "ranks.share(torch.arange(len(mask)))"),
     Mutant("GRPO: weights are scattered in another order", GRPO,
            "weights[minibatch] = token_weights(", "weights[minibatch.flip(0)] = token_weights("),
     Mutant("GRPO: prompts of other rows in the weights", GRPO,
@@ -844,8 +845,8 @@ LOOPS = [
     Mutant("GRPO: a stale rollout with fresh log-probs", GRPO,
            'entry["old_logp"].to(device)',
            'score_rollout(policy, Rollout(**entry["rollout"]).to(device), cfg.temperature, 64)'),
-    Mutant("GRPO: the newest of the queue", FAMILY, "return queue.pop(0)", "return queue.pop()"),
-    Mutant("GRPO: one rollout too old", FAMILY, "if len(queue) > steps else None", "if len(queue) > steps + 1 else None"),
+    Mutant("GRPO: the newest of the queue", GRPO, "queue.pop(0)", "queue.pop()"),
+    Mutant("GRPO: one rollout too old", GRPO, "if len(queue) <= cfg.stale:", "if len(queue) <= cfg.stale + 1:"),
     Mutant("GRPO: the mean of this rollout is in its own baseline", FAMILY,
            "(total / weight if weight else 0.0)", "(total / weight if weight else float(rewards.mean()))"),
     Mutant("GRPO: the baseline forgets its bias correction", FAMILY, "decay * weight + (1 - decay))", "1.0)"),
@@ -890,8 +891,8 @@ LOOPS = [
 
     # ---- PPO ----
     Mutant("PPO: forgets the temperature where it scores", PPO,
-           "return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)",
-           "return token_log_probs(policy, tokens, mask)"),
+           "token_log_probs(policy, rollout.tokens[rows, :T], m, temperature=cfg.temperature)",
+           "token_log_probs(policy, rollout.tokens[rows, :T], m)"),
     Mutant("PPO: the reference at temperature 1", PPO,
            "score_rollout(reference, rollout, cfg.temperature,", "score_rollout(reference, rollout, 1.0,"),
     Mutant("PPO: old log-probs are the reference's", PPO,
@@ -917,7 +918,7 @@ LOOPS = [
            'weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")',
            'weights = token_weights(mask, rollout.prompt_index, "token_mean")'),
     Mutant("PPO: trains on all rows in every minibatch", PPO,
-           "micro_batches(ranks.share(minibatch), rollout", "micro_batches(ranks.share(torch.arange(len(mask))), rollout"),
+           "ranks.share(minibatch), rollout", "ranks.share(torch.arange(len(mask))), rollout"),
     Mutant("PPO: the coefficient is never steered", PPO,
            'out.state["kl_coef"] = adapt_kl_coef(kl_coef, kl, cfg.kl_target)', "pass"),
     Mutant("PPO: the KL is per token", PPO, "mask)) / len(mask)\n", "mask)) / int(mask.sum())\n"),

@@ -447,7 +447,7 @@ def test_dpo_descends_the_mean_loss_of_pairs_of_a_file(loss, play):
 def test_online_dpo_descends_the_mean_loss_of_the_pairs_that_a_judge_has_decided(judge, play):
     flags = f"--online --judge {judge} --refresh-reference 1" + (judge == "model") * " --reward-model judge"
     rollouts, lines, end = play(train_dpo, 2, f"{flags} --init policy --batch 6 {ROWS} 2 --lr 0.3 {SAMPLING} {FEW} {NO_BEST}")
-    policy, reference, reward_model = load("policy"), load("policy"), run.scalar_model_from(run.load_checkpoint("judge"), CPU)
+    policy, reference, reward_model = load("policy"), load("policy"), run.model_from(run.load_checkpoint("judge"), CPU)
     ties = []
     for step, (line, batch) in enumerate(zip(lines, rollouts, strict=False)):
         drawn_from(policy, batch, SOME)
@@ -722,7 +722,7 @@ def test_ppo_ascends_its_objective_with_policy_and_critic(name, play):
     c = SimpleNamespace(**choices)
     flags += f" --init policy --prompts 3 --group 4 --epochs 2 --minibatches 2 --lr 1 {ROWS} 3"
     rollouts, lines, end = play(train_ppo, 3 if c.kl_target else 2, f"{flags} {SAMPLING} {FEW} {NO_BEST}")
-    policy, reference, judge = load("policy"), load("policy"), run.scalar_model_from(run.load_checkpoint("judge"), CPU)
+    policy, reference, judge = load("policy"), load("policy"), run.model_from(run.load_checkpoint("judge"), CPU)
     critic, kl_coef = ScalarGPT(policy if c.shared else load("policy")), c.kl_coef
     for step, (line, batch) in enumerate(zip(lines, rollouts, strict=False)):
         drawn_from(policy, batch, SOME)
