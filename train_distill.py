@@ -35,7 +35,6 @@ from nanorl.heldout import answer_kl, before_and_after, evaluate_and_show, heldo
 from nanorl.ops import (cumulative_sum, entropy_from_logits, jensen_shannon, kl_divergence, leave_one_out,
                         selective_log_softmax, token_weights, with_tail)
 from nanorl.rollout import collect, describe, sample_and_grade
-from nanorl.run import ranks
 from nanorl.sample import Sampling
 from nanorl.tasks import default_max_new_tokens
 
@@ -134,18 +133,17 @@ def main(cfg: Config) -> None:
     for typed in filter(None, (cfg.teacher, "" if checkpoint else cfg.init)):
         run.load_checkpoint(typed, "policy")
     teacher_run = cfg.teacher or run.ensure_stage(cfg, "grpo", task=cfg.task)
-    start, teacher_start = checkpoint or run.load_checkpoint(cfg.init or make_student(cfg)), run.load_checkpoint(teacher_run)
+    start = checkpoint or run.load_checkpoint(cfg.init or make_student(cfg))
     tokenizer, student = run.tokenizer_from(start), run.model_from(start, device)
-    run.check_tokenizer(teacher_start, tokenizer, teacher_run)
-    teacher = run.model_from(teacher_start, device).requires_grad_(False)
-    for model in (student, teacher):
-        run.check_fits_context(model, [tokenizer.render(problem.prompt) for problem in task.examples()], cfg.max_new_tokens)
+    teacher = run.load_frozen(teacher_run, "policy", tokenizer, device)
+    prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
+    run.check_fits_context(prompts, cfg.max_new_tokens, student, teacher)
     context = min(student.config.context, teacher.config.context)
     demonstrations = render_records(records, tokenizer, context, cfg.data or str(task))
 
     optimizer = run.Optimizers(student, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, student, optimizer, tokenizer, teacher=teacher)
-    del start, teacher_start, checkpoint
+    del start, checkpoint
     compiled = run.compile_models(cfg, device, student, teacher)
     sampling = Sampling(cfg.max_new_tokens, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, gradient=cfg.gradient, group=cfg.group, divergence=cfg.divergence, beta=cfg.beta,
@@ -180,14 +178,14 @@ def main(cfg: Config) -> None:
                 fresh = collect(student if cfg.on == "student" else teacher, tokenizer, task, sampling,
                                 prompts=cfg.prompts, samples=cfg.group, seed=run.derive(cfg.seed, "rollout", step))
             tokens, mask = fresh.rollout.tokens, fresh.rollout.mask
-            out.log({f"rollout/{name}": value for name, value in describe(fresh).items()} | {"rollout/tokens": int(mask.sum())})
+            out.log(describe(fresh, "rollout") | {"rollout/tokens": int(mask.sum())})
         out.log({"time/rollout_s": time.perf_counter() - started})
 
         # 4. Update: one pass of each model over the same tokens. A group stays together.
         started, totals = time.perf_counter(), {}
         rows = torch.arange(len(tokens), device=device)
         weights = token_weights(mask, rows, "sequence_sum")
-        for groups in ranks.parts(rows.view(-1, cfg.group), max(1, cfg.micro_batch // cfg.group)):
+        for groups in run.ranks.parts(rows.view(-1, cfg.group), max(1, cfg.micro_batch // cfg.group)):
             part = groups.flatten()
             T = 2 + int(mask[part].any(0).nonzero().max())              # mask[:, t] is about tokens[:, t+1]
             inputs, targets = shift(tokens[part, :T])
@@ -209,9 +207,8 @@ def main(cfg: Config) -> None:
                 show=("train/divergence", "rollout/reward"))
 
     # 6. What the student has learned.
-    final = evaluate_now()
-    out.finish(final)
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
+    out.finish(evaluate_now())
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
     print(f"  {'the teacher, sampled':37s} {teacher_accuracy:8.3f}")
 
 

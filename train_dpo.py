@@ -38,7 +38,6 @@ from nanorl.data import pair_batch, read_pairs, render_pairs, response_mask, shu
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
 from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import collect, describe, learned_rewards
-from nanorl.run import ranks
 from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import default_max_new_tokens, make_task
 
@@ -160,12 +159,12 @@ def main(cfg: Config) -> None:
         cfg, "sft", task=None if cfg.data else task, reference=True, reward_model=reward_model)
     prompts, chosen, rejected = render_pairs(records, tokenizer, policy.config.context, cfg.data)
     if cfg.data:
-        run.check_fits_context(policy, prompts, cfg.max_new_tokens)
+        run.check_fits_context(prompts, cfg.max_new_tokens, policy)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     reference = copy.deepcopy(initial_policy) if cfg.refresh_reference else initial_policy
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=initial_policy,
-                  reference=reference if cfg.refresh_reference else None, reward_model=reward_model)
+                  refreshed_reference=reference if cfg.refresh_reference else None, reward_model=reward_model)
     del checkpoint
     compiled = run.compile_models(cfg, device, *{policy, initial_policy, reference})
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=32 * cfg.micro_batch, compile=compiled)
@@ -208,13 +207,11 @@ def main(cfg: Config) -> None:
 
     def evaluate_now():
         metrics, totals = {}, {}
-        with run.autocast(device, cfg.dtype):
-            if cfg.data:
-                shown = [records[i]["prompt"] for i in (heldout or training)[:4]]
-                show_responses(out, policy, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
-            else:
-                metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=initial_policy,
-                                            reward_model=reward_model)
+        if cfg.data:
+            show_responses(out, policy, tokenizer, [records[i]["prompt"] for i in (heldout or training)[:4]])
+        else:
+            metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=initial_policy,
+                                        reward_model=reward_model)
         with torch.no_grad():
             for batch, part in from_file(heldout):
                 add_metrics(totals, pair_loss(*batch, *reference_cache[part].unbind(1), len(heldout))[1])
@@ -224,7 +221,7 @@ def main(cfg: Config) -> None:
         # 2. Evaluate: what does it write by now, and how does it rank held-out pairs?
         if step % cfg.eval_every == 0:
             out.log(evaluate_now())
-        out.refresh(reference, cfg.refresh_reference)
+        out.refresh("refreshed_reference", cfg.refresh_reference)
 
         # 3. Pairs: the next of the file, or two fresh answers to each prompt, of which a judge prefers one.
         started, count = time.perf_counter(), cfg.batch
@@ -235,20 +232,19 @@ def main(cfg: Config) -> None:
                 rollout, scores = fresh.rollout, fresh.rewards
                 if cfg.judge == "model":
                     scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
-            better, worse = (rows.to(device) for rows in judged_pairs(scores))
-            count = len(better)
-            mine = (ranks.parts(rows, cfg.micro_batch) for rows in (better, worse))
-            parts = [torch.cat(rows) for rows in zip(*mine, strict=True)]
+            pairs = torch.stack(judged_pairs(scores), dim=1).to(device)                     # [N, 2] better and worse rows
+            count = len(pairs)
+            parts = [part.T.flatten() for part in run.ranks.parts(pairs, cfg.micro_batch)]
             batches = (with_reference(reference, (rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]))
                        for rows in parts)
-            out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
+            out.log(describe(fresh, "rollout"))
             out.log({"rollout/ties": 1 - count / cfg.batch, "rollout/tokens": int(rollout.mask.sum()),
                      "time/rollout_s": time.perf_counter() - started})
             started = time.perf_counter()
         else:
             picks = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)]
             batches = (with_reference(reference, batch) if cfg.refresh_reference else (*batch, *reference_cache[part].unbind(1))
-                       for batch, part in from_file(ranks.share(picks)))
+                       for batch, part in from_file(run.ranks.share(picks)))
 
         # 4. Update. Both responses of a pair stay together; micro-batches add up to the step.
         totals = {}
@@ -267,9 +263,8 @@ def main(cfg: Config) -> None:
                 show=("train/loss", "train/accuracy", "train/chosen_logp"))
 
     # 6. Held-out prompts and pairs, before and after.
-    final = evaluate_now()
-    out.finish(final)
-    print(before_and_after("held out", out.metrics()[0], final) + f"\nSaved in {cfg.out}.")
+    out.finish(evaluate_now())
+    print(before_and_after("held out", out.metrics()) + f"\nSaved in {cfg.out}.")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
 from nanorl.rollout import collect, describe, score_rollout
-from nanorl.run import ranks
 from nanorl.sample import Sampling, token_log_probs
 
 
@@ -113,12 +112,12 @@ def main(cfg: Config) -> None:
             rollout = fresh.rollout
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
         won = (fresh.rewards == 1).to(device)                                          # [P, G]
-        out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
+        out.log(describe(fresh, "rollout"))
         out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
         # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
         started, totals = time.perf_counter(), {}
-        for groups in ranks.parts(torch.arange(cfg.prompts, device=device), max(1, cfg.micro_batch // cfg.group)):
+        for groups in run.ranks.parts(torch.arange(cfg.prompts, device=device), max(1, cfg.micro_batch // cfg.group)):
             rows = (groups[:, None] * cfg.group + torch.arange(cfg.group, device=device)).flatten()
             T = int(rollout.lengths[rows].max())
             mask = rollout.mask[rows, : T - 1]
@@ -144,9 +143,8 @@ def main(cfg: Config) -> None:
                 show=("rollout/reward", "rollout/worked", "train/margin"))
 
     # 6. Held-out problems, before and after.
-    final = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference)
-    out.finish(final)
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
+    out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference))
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
 
 
 if __name__ == "__main__":

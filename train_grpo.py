@@ -9,7 +9,7 @@
     mask        rho A where low <= rho <= high, else 0
 
 GRPO and its relatives differ in five choices: how an answer is compared (the advantage A), how far the policy has moved
-since it sampled (the ratio rho), what is done about it (the bound), how much each token counts (the weights w) and which
+since it sampled (the ratio rho), what is done about it (the bound), how much a token weighs in the loss (w) and which
 groups are trained on. A named algorithm is a row of a table (nanorl/family.py, shown by --help); any flag overrides its choice.
 
     python train_grpo.py                    from nothing: pretrains and fine-tunes first where those runs are missing
@@ -51,8 +51,8 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
 
         L = -sum_bt w_bt [ S(rho, A) - kl_coef KL(pi || ref) + entropy_coef H ]
 
-    logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1]; mask, weights [B, T], the weights made once for the whole
-    optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
+    logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1]; mask [B, T]; weights [B, T] of the tokens, made once for the
+    whole optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
     """
     # Padding may hold anything, even inf. Blank it before exp(): blanking the result leaves a gradient of 0 * inf = nan.
     logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
@@ -127,22 +127,20 @@ def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, cfg.data)
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
-    text = read_text(DATA / "stories_heldout.txt")
-    device, checkpoint, tokenizer, policy, reference, _ = run.begin(
-        cfg, "sft", task=task, reference=cfg.kl_coef > 0, refreshed=True)
-    stories = tokenizer.encode(text)
+    device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
+    stories = tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
     demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task))
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, reference=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
-    # One temperature for the whole run: sampling, `score`, both calls of `score_rollout` and the evaluations use it.
+    # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout` and the evaluations use it.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     kl = family.KL_TERMS[cfg.kl or "k3"]
     loss = functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                              kl_coef=cfg.kl_coef, kl=kl.estimator, kl_in=kl.place, entropy_coef=cfg.entropy_coef)
-    check_due = cfg.selfcheck
+    first_step = out.step
     family.announce(cfg, str(task), device)
 
     def score(tokens, mask):
@@ -153,18 +151,17 @@ def main(cfg: Config) -> None:
         # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
         if step % cfg.eval_every == 0:
             out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories))
-        out.refresh(reference, cfg.refresh_reference)
+        out.refresh("reference", cfg.refresh_reference)
 
         # 3. Collect: G answers to each of P prompts, by the policy as it is now.
         started = time.perf_counter()
         with out.saved_on(NoContrast), run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample")
-        out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
+        out.log(describe(fresh, "rollout"))
         out.log({"rollout/tokens": int(fresh.rollout.mask.sum()) + fresh.resampled_tokens,
                  "rollout/resampled": fresh.resampled, "time/rollout_s": time.perf_counter() - started})
-        if check_due:
-            check_due = False
+        if cfg.selfcheck and step == first_step:
             out.say(first_step_check(fresh, task, tokenizer.end, score, loss, list(policy.parameters()), cfg.aggregate,
                                      cfg.max_new_tokens, tolerance(device, cfg.dtype) / min(1.0, cfg.temperature)))
 
@@ -174,20 +171,20 @@ def main(cfg: Config) -> None:
             fresh_logp = fresh.rollout.logp         # where it matters, scored again: the sampler may round differently
             if not cfg.on_policy or cfg.kl == "k1_reward":
                 fresh_logp = score_rollout(policy, fresh.rollout, cfg.temperature, cfg.micro_batch)
-            entry = family.delayed(out.state.setdefault("queue", []), cfg.stale, {
-                "rollout": vars(fresh.rollout), "rewards": fresh.rewards, "old_logp": fresh_logp})
-            if entry is None:
+            queue = out.state.setdefault("queue", [])
+            queue.append({"rollout": vars(fresh.rollout), "rewards": fresh.rewards, "old_logp": fresh_logp})
+            if len(queue) <= cfg.stale:
                 continue
+            entry = queue.pop(0)
             rollout, old_logp = Rollout(**entry["rollout"]).to(device), entry["old_logp"].to(device)        # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch) if reference else None
         adv, mask = advantages(cfg, rollout, entry["rewards"], old_logp, ref_logp, out.state)
 
-        # 5. Update. Micro-batches only limit memory: the weights are made once for an optimizer step, so that their gradients
-        # add up to its gradient.
+        # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
+        # gradients add up to its gradient.
         totals, demonstration_loss = {}, 0.0
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
-        batches = minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)
-        for update, minibatch in enumerate(batches, start=step * cfg.updates):
+        for update, minibatch in enumerate(minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)):
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], cfg.aggregate,
@@ -205,7 +202,7 @@ def main(cfg: Config) -> None:
                 metrics["train/mismatch_kl"] = masked_sum(kl_k3(rollout.logp[rows, : T - 1], old), m)
                 add_metrics(totals, metrics)
             if records:
-                nll = family.demonstrate(cfg, score, demonstrations, tokenizer.pad, update, device)
+                nll = family.demonstrate(cfg, score, demonstrations, tokenizer.pad, step * cfg.updates + update, device)
                 demonstration_loss += nll / cfg.updates
             grad_norm = optimizer.step(lr, grad_clip=1.0)
             add_metrics(totals, {"train/grad_norm_max": grad_norm})
@@ -217,9 +214,8 @@ def main(cfg: Config) -> None:
                 show=("rollout/reward", "rollout/worked", "rollout/length", "train/entropy"))
 
     # 7. Held-out problems, before and after.
-    final = evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories)
-    out.finish(final)
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
+    out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories))
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
 
 
 if __name__ == "__main__":

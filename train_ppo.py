@@ -37,6 +37,31 @@ from nanorl.rollout import collect, describe, learned_rewards, score_rollout, st
 from nanorl.sample import Sampling, token_log_probs
 
 
+def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns, entropy=None, clip_low=0.2, clip_high=0.2,
+              value_clip=0.5, value_coef=0.5, entropy_coef=0.0):
+    """The loss -J of one micro-batch, and its metrics as sums over the tokens that count.
+
+        L = -sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]
+
+    logp, old_logp, adv, values, old_values, returns, entropy, mask [B, T]; weights [B, T] of the tokens, made once for the
+    whole optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
+    """
+    # Padding may hold anything, even inf. Blank it before exp(): blanking the result leaves a gradient of 0 * inf = nan.
+    logp, old_logp, adv, values, old_values, returns = (
+        x.masked_fill(~mask, 0.0) for x in (logp, old_logp, adv, values, old_values, returns))
+    rho = importance_ratio(logp.detach(), old_logp)                                         # [B, T]
+    metrics = {"train/ratio_max": rho.max().clamp(min=1), "train/ratio_min": rho.min().clamp(max=1)}
+    for name, held in zip(("low", "high"), clipped_away(rho, adv, clip_low, clip_high), strict=True):
+        metrics[f"train/clipped_{name}"] = masked_sum(held.float(), mask)
+    value_loss = clipped_value_loss(values, old_values, returns, value_clip)                # [B, T]
+    metrics["train/value_loss"] = value_loss.detach().sum()
+    metrics["train/value_clipped"] = masked_sum(((values - old_values).detach().abs() > value_clip).float(), mask)
+    surrogate = clipped_surrogate(logp, old_logp, adv, clip_low, clip_high) - value_coef * value_loss
+    if entropy_coef:
+        surrogate = surrogate + entropy_coef * entropy.masked_fill(~mask, 0.0)
+    return -(weights * surrogate).sum(), metrics
+
+
 def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef, gamma, lam):
     """What each token did better than the critic expected, and what the critic should have expected.
 
@@ -49,30 +74,6 @@ def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef,
     last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
     token_rewards = -kl_coef * kl_k1(logp, ref_logp) + torch.where(last & ended[:, None], rewards[:, None], 0.0)
     return gae(token_rewards, values, mask, gamma, lam, last_value.masked_fill(ended, 0.0))
-
-
-def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns, entropy=None, clip_low=0.2, clip_high=0.2,
-              value_clip=0.5, value_coef=0.5, entropy_coef=0.0):
-    """The loss of one micro-batch, and its metrics as sums over the tokens that count.
-
-        L = -sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]
-
-    All [B, T]; the weights are made once for the whole optimizer step. Metrics named _max and _min are extremes.
-    """
-    # Padding may hold anything, even inf. Blank it before exp(): afterwards its gradient would be 0 * inf = nan.
-    logp, old_logp, adv, values, old_values, returns = (
-        x.masked_fill(~mask, 0.0) for x in (logp, old_logp, adv, values, old_values, returns))
-    value_loss = clipped_value_loss(values, old_values, returns, value_clip)                # [B, T]
-    gain = clipped_surrogate(logp, old_logp, adv, clip_low, clip_high) - value_coef * value_loss
-    if entropy_coef:
-        gain = gain + entropy_coef * entropy.masked_fill(~mask, 0.0)
-    rho = importance_ratio(logp.detach(), old_logp)
-    low, high = clipped_away(rho, adv, clip_low, clip_high)
-    metrics = {"ratio_max": rho.max().clamp(min=1), "ratio_min": rho.min().clamp(max=1),
-               "clipped_low": masked_sum(low.float(), mask), "clipped_high": masked_sum(high.float(), mask),
-               "value_loss": value_loss.detach().sum(),
-               "value_clipped": masked_sum(((values - old_values).detach().abs() > value_clip).float(), mask)}
-    return -(weights * gain).sum(), {f"train/{name}": x for name, x in metrics.items()}
 
 
 def adapt_kl_coef(kl_coef, kl, target):
@@ -144,15 +145,12 @@ def main(cfg: Config) -> None:
     out.state |= {"critic": critic.state_dict(), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference, critic.trunk if cfg.critic == "separate" else None)
+    # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout` and the evaluations use it.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, clip_low=cfg.clip_low, clip_high=cfg.clip_high, value_clip=cfg.value_clip,
                              value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)
     print(f"PPO on {task}, {'a reward model' if reward_model else 'the verifier'} scores: {cfg.prompts} prompts x "
           f"{cfg.group} answers a step, {cfg.epochs * cfg.minibatches} updates each, on {device.type}.")
-
-    def score(tokens, mask):
-        with run.autocast(device, cfg.dtype):
-            return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)
 
     for step in out.steps():
         # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
@@ -167,8 +165,8 @@ def main(cfg: Config) -> None:
             rollout, mask, rewards = fresh.rollout, fresh.rollout.mask, fresh.rewards.flatten().to(device)
             if reward_model:
                 rewards = learned_rewards(reward_model, rollout, cfg.micro_batch)           # [B]
-        out.log({"rollout/learned_reward": rewards.mean()} if reward_model else {})
-        out.log({f"rollout/{name}": value for name, value in describe(fresh).items()})
+                out.log({"rollout/learned_reward": rewards.mean()})
+        out.log(describe(fresh, "rollout"))
         out.log({"rollout/tokens": int(mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
         # 4. Credit: what did each token do better than the critic expected? With --truncated bootstrap, a truncated answer has
@@ -186,8 +184,8 @@ def main(cfg: Config) -> None:
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
 
-        # 5. Update. Micro-batches only limit memory: the weights are made once for an optimizer step, so that their gradients
-        # add up to its gradient.
+        # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
+        # gradients add up to its gradient.
         totals = {}
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
         for minibatch in minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches):
@@ -197,7 +195,7 @@ def main(cfg: Config) -> None:
             for rows, T in micro_batches(minibatch, rollout, cfg.micro_batch):
                 m = mask[rows, : T - 1]
                 with run.autocast(device, cfg.dtype):       # one context for both: a shared trunk's weights are cast once
-                    logp, entropy = score(rollout.tokens[rows, :T], m)
+                    logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], m, temperature=cfg.temperature)
                     values = critic(rollout.tokens[rows, : T - 1], m).float()
                 old, a, w, v, R = (x[rows, : T - 1] for x in (old_logp, adv, weights, old_values, returns))
                 micro_loss, metrics = loss(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy)
@@ -217,9 +215,8 @@ def main(cfg: Config) -> None:
                 show=("rollout/reward", "rollout/learned_reward", "rollout/hidden_reward", "rollout/length", "train/answer_kl"))
 
     # 7. Held-out problems, before and after.
-    final = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model)
-    out.finish(final)
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()[0], final))
+    out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model))
+    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
 
 
 if __name__ == "__main__":

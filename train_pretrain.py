@@ -18,7 +18,6 @@ from nanorl.data import DATA, random_windows, read_text, split_text
 from nanorl.gpt import GPT, PRESETS, GPTConfig
 from nanorl.heldout import text_loss
 from nanorl.ops import masked_sum, token_weights
-from nanorl.run import ranks
 from nanorl.sample import generate, token_log_probs
 from nanorl.tokenizer import Tokenizer
 
@@ -109,14 +108,14 @@ def main(cfg: Config) -> None:
         mask = torch.ones(len(tokens), cfg.length - 1, dtype=torch.bool, device=device)
         weights = token_weights(mask, torch.arange(len(tokens), device=device), "token_mean")
         loss = 0.0
-        mine = (ranks.parts(x, cfg.batch) for x in (tokens, mask, weights))
+        mine = (run.ranks.parts(x, cfg.batch) for x in (tokens, mask, weights))
         for t, m, w in zip(*mine, strict=True):
             with run.autocast(device, cfg.dtype):
                 logp, _ = token_log_probs(model, t)
             micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
             loss += metrics["train/loss"].item()
-        loss = sum(ranks.gathered(loss))
+        loss = sum(run.ranks.gathered(loss))
         grad_norm = optimizer.step(lr, grad_clip=1.0)
         seconds = time.perf_counter() - started
 

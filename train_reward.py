@@ -24,7 +24,6 @@ from nanorl.data import pair_batch, read_pairs, render_pairs, shuffled_batch
 from nanorl.gpt import ScalarGPT
 from nanorl.heldout import agreement, calibration_error, hidden_margins, length_margins, ranking_table, word_margins
 from nanorl.ops import bradley_terry, ranked_right
-from nanorl.run import ranks
 from nanorl.tasks import Stories
 
 
@@ -59,7 +58,7 @@ def main(cfg: Config) -> None:
     records, training, heldout, identical = read_pairs(cfg.data)
     start = checkpoint or run.load_checkpoint(cfg.init or run.ensure_stage(cfg, "sft", task="stories"), "policy")
     tokenizer = run.tokenizer_from(start)
-    model = run.scalar_model_from(start, device) if checkpoint else ScalarGPT(run.model_from(start, device)).to(device)
+    model = run.model_from(start, device) if checkpoint else ScalarGPT(run.model_from(start, device)).to(device)
     prompts, chosen, rejected = render_pairs(records, tokenizer, model.config.context, cfg.data)
 
     # Muon needs fewer passes over a few thousand pairs than AdamW.
@@ -94,7 +93,7 @@ def main(cfg: Config) -> None:
 
         # 3. One step. Both responses of a pair stay together; the weights are the whole step's.
         picks, totals = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)], {}
-        for part in ranks.parts(picks, cfg.micro_batch):
+        for part in run.ranks.parts(picks, cfg.micro_batch):
             better, worse = rewards(part)
             loss, metrics = objective(better, worse, torch.full_like(better, 1 / cfg.batch))
             loss.backward()

@@ -15,7 +15,6 @@ from nanorl import run
 from nanorl.data import read_records, render_records, response_batch, shuffled_batch, split_records
 from nanorl.heldout import evaluate_and_show, show_responses, total_loss
 from nanorl.ops import masked_sum, token_weights
-from nanorl.run import ranks
 from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import default_max_new_tokens, make_task
 
@@ -63,7 +62,7 @@ def main(cfg: Config) -> None:
     training, heldout = split_records(records, source)
     device, checkpoint, tokenizer, model, _, _ = run.begin(cfg, "pretrain")
     prompts, responses = render_records(records, tokenizer, model.config.context, source)
-    run.check_fits_context(model, prompts, cfg.max_new_tokens)
+    run.check_fits_context(prompts, cfg.max_new_tokens, model)
 
     optimizer = run.Optimizers(model, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
@@ -75,12 +74,11 @@ def main(cfg: Config) -> None:
         """Answers to held-out problems; with --data, responses to held-out records and the loss on them."""
         if task:
             return evaluate_and_show(out, model, tokenizer, task, sampling)
+        show_responses(out, model, tokenizer, [records[i]["prompt"] for i in (heldout or training)[:4]])
+        if not heldout:
+            return {}
+        tokens, mask = response_batch(prompts, responses, heldout, tokenizer.pad)
         with run.autocast(device, cfg.dtype):
-            shown = [records[i]["prompt"] for i in (heldout or training)[:4]]
-            show_responses(out, model, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
-            if not heldout:
-                return {}
-            tokens, mask = response_batch(prompts, responses, heldout, tokenizer.pad)
             return {"eval/response_loss": total_loss(model, tokens, mask, cfg.micro_batch) / int(mask.sum())}
 
     for step in out.steps():
@@ -93,14 +91,14 @@ def main(cfg: Config) -> None:
         tokens, mask = (x.to(device) for x in response_batch(prompts, responses, picks, tokenizer.pad))
         weights = token_weights(mask, torch.arange(len(picks), device=device), "token_mean")
         loss = 0.0
-        mine = (ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights))
+        mine = (run.ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights))
         for t, m, w in zip(*mine, strict=True):
             with run.autocast(device, cfg.dtype):
                 logp, _ = token_log_probs(model, t, m)
             micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
             loss += metrics["train/loss"].item()
-        loss = sum(ranks.gathered(loss))
+        loss = sum(run.ranks.gathered(loss))
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1, decay=0.5)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from experiments.runs import cell, directory, train_all
 from nanorl.plot import read_metrics
 from nanorl.run import generator
-from nanorl.tabular import leaf, pairs_of_answers, prefix_rows, randn, sequence_kl, sequence_probs
+from nanorl.tabular import horizon, leaf, prefix_rows, randn, sequence_kl, sequence_probs, sequences
 from train_distill import objective
 
 WAYS = {
@@ -52,6 +52,14 @@ def two_modes() -> Tensor:
 def blind(z: Tensor) -> Tensor:
     """The table of a student that has the same opinion of token t after every prefix.       z [T, 2] -> [N, 2]"""
     return torch.cat([z[t].expand(2**t, 2) for t in range(T)])
+
+
+def pairs_of_answers(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Every two sequences that two draws from a prompt can give, side by side, and the chance of each such pair, for both of
+    its rows.       [N, V] -> tokens [2 V^2T, T], [2 V^2T]"""
+    answers, p = sequences(logits.shape[1], horizon(logits)), sequence_probs(logits)
+    pairs = torch.cartesian_prod(torch.arange(len(p)), torch.arange(len(p)))                # [V^2T, 2]
+    return answers[pairs.flatten()], p[pairs].prod(-1).repeat_interleave(2)
 
 
 def exact_loss(student: Tensor, teacher: Tensor, *, on: str, **how) -> Tensor:

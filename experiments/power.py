@@ -24,20 +24,42 @@ import math
 import sys
 
 import torch
+from torch import Tensor
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save, stage
 from nanorl.evaluate import Config, load_runs
-from nanorl.ops import log_softmax
+from nanorl.ops import log_softmax, logsumexp
 from nanorl.plot import PALETTE
 from nanorl.run import generator
 from nanorl.search import position_weights, power_log_accept
-from nanorl.tabular import log_probs, num_prefixes, power_conditional, power_distribution, randn, sequence_probs, sequences
+from nanorl.tabular import horizon, log_probs, num_prefixes, randn, sequence_probs, sequences
 
 V, T, STOP = 3, 4, 2    # of a random policy: tokens, the most in an answer, and, in C25, the one that ends it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking ahead
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def power_distribution(logits: Tensor, alpha: float) -> Tensor:
+    """pi(y)^alpha / Z over whole sequences, which tempering token by token is not.       [N, V] -> [V^T]"""
+    return log_softmax(alpha * log_probs(logits).sum(-1)).exp()
+
+
+def power_conditional(logits: Tensor, alpha: float) -> Tensor:
+    """Log-probs of the next token under `power_distribution`.       [N, V] -> [N, V], a table like `logits`
+
+        pi_alpha(a | y_<t) = pi(a | y_<t)^alpha S(y_<t a) / S(y_<t),        S(prefix) = sum_future pi(future | prefix)^alpha
+
+    The factor S looks ahead: a token is worth what can follow it. Tempering, pi^alpha alone, does not.
+    """
+    V, T = logits.shape[1], horizon(logits)
+    table, log_S = torch.empty_like(logits), torch.zeros(V**T, dtype=logits.dtype)          # S = 1: nothing follows
+    for t in reversed(range(T)):
+        rows = slice(num_prefixes(V, t), num_prefixes(V, t + 1))
+        table[rows] = alpha * log_softmax(logits[rows]) + log_S.view(-1, V)
+        log_S = logsumexp(table[rows])
+    return log_softmax(table)
 
 
 def fork(branches):

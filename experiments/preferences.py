@@ -60,7 +60,7 @@ def search(args: argparse.Namespace, seed: int) -> dict[int, float]:
     if not path.exists():
         device, start = torch.device("cpu"), run.load_checkpoint(args.stories, "policy")
         tokenizer = run.tokenizer_from(start)
-        reward_model = run.load_reward_model(str(directory(args.out, "reward model", seed)), tokenizer, device)
+        reward_model = run.load_frozen(str(directory(args.out, "reward model", seed)), "reward model", tokenizer, device)
         best = best_of_n_curve(run.model_from(start, device), tokenizer, Stories(), heldout_problems(Stories(), 200, seed),
                                Sampling(Stories.max_answer_tokens), samples=N, seed=seed, reward_model=reward_model)
         path.write_text(json.dumps(best))

@@ -1,4 +1,4 @@
-"""Talk to a checkpoint:
+"""The command that talks to a model: it answers every line that you type.
 
     python -m nanorl.chat runs/grpo
     python -m nanorl.chat runs/sft --show probs --temperature 0.7

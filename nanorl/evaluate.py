@@ -249,12 +249,11 @@ def load_runs(cfg: Config) -> list[Evaluation]:
     evaluations = []
     for path, checkpoint in checkpoints.items():
         tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
-        reward_model = run.load_reward_model(cfg.reward_model, tokenizer, device) if cfg.reward_model else None
+        reward_model = run.load_frozen(cfg.reward_model, "reward model", tokenizer, device) if cfg.reward_model else None
         styles = [None, *({"direct", "worked"} & set(cfg.method))]
         prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, style) if style else [])
                    for problem in problems for style in styles]
-        for each in filter(None, (model, reward_model)):
-            run.check_fits_context(each, prompts, sampling.max_new_tokens)
+        run.check_fits_context(prompts, sampling.max_new_tokens, model, reward_model)
         evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, sampling))
     return evaluations
 

@@ -3,7 +3,7 @@
     advantage   how an answer is compared with others
     ratio       how far the policy has moved since it sampled: of each token, or of the answer (its geometric mean)
     bound       what is done about a ratio outside the band 1 - clip_low .. 1 + clip_high
-    aggregate   how much each token counts, see token_weights in nanorl/ops.py
+    aggregate   the weight of a token in the loss: tokens, answers or prompts count alike, see token_weights in nanorl/ops.py
     groups      what is done with groups without contrast, whose rewards are all equal: keep, leave out, or draw others
 """
 
@@ -101,7 +101,7 @@ class FamilyConfig(RolloutConfig):
     advantage: Literal[*ADVANTAGES] | None = None    # how an answer is compared with others
     ratio: Literal["none", "token", "sequence"] | None = None    # of each token, or of the answer (its geometric mean)
     bound: Literal[*BANDS] | None = None    # what is done about a ratio outside the band
-    aggregate: Literal[*AGGREGATES] | None = None    # how much each token counts, see token_weights in nanorl/ops.py
+    aggregate: Literal[*AGGREGATES] | None = None    # weight of a token in the loss: tokens, answers or prompts count alike
     groups: Literal["all", "drop", "resample"] | None = None    # groups of equal rewards: keep, leave out, or draw others
     clip_low: Share | None = None    # the band is 1 - clip_low ...
     clip_high: Positive | None = None    # ... to 1 + clip_high
@@ -170,13 +170,12 @@ class FamilyConfig(RolloutConfig):
 def announce(cfg: FamilyConfig, task: str, device: torch.device) -> None:
     """Print which algorithm this is, with its numbers, and what that means for ratios and bounds."""
     print(f"{cfg.algo} on {task}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
-    shown = (*AXES, "clip_low", "clip_high", "overlong", "lr")
+    shown = (*AXES, "clip_low", "clip_high", "overlong", "lr", "updates", "stale")
     print(", ".join(f"{flag} {getattr(cfg, flag)}" for flag in shown if getattr(cfg, flag)) + ".")
     if cfg.on_policy:
         print("One update per rollout: all ratios are 1" + (", and the bound is inert." if cfg.bound != "none" else "."))
-    else:
-        print(f"{cfg.updates} updates per rollout" + (f", {cfg.stale} steps late" if cfg.stale else "")
-              + (". Without a ratio, samples of an older policy count as the policy's own." if cfg.ratio == "none" else "."))
+    elif cfg.ratio == "none":
+        print("Without a ratio, samples of an older policy count as the policy's own.")
     if cfg.kl_coef:
         print(f"The KL term {cfg.kl} (weight {cfg.kl_coef}) follows {KL_TERMS[cfg.kl].follows}.")
 
@@ -187,12 +186,6 @@ def less_running_mean(rewards: Tensor, state: dict[str, Any], decay: float = 0.9
     total, weight = state.get("running_mean", (0.0, 0.0))
     state["running_mean"] = (decay * total + (1 - decay) * float(rewards.mean()), decay * weight + (1 - decay))
     return rewards - (total / weight if weight else 0.0)
-
-
-def delayed(queue: list[dict[str, Any]], steps: int, entry: dict[str, Any]) -> dict[str, Any] | None:
-    """Put an entry into the queue and take out the one that was put in `steps` steps ago; None where there is none yet."""
-    queue.append(entry)
-    return queue.pop(0) if len(queue) > steps else None
 
 
 def demonstrate(cfg: FamilyConfig, score: Callable, demonstrations: tuple[list, list], pad_id: int, update: int,

@@ -43,7 +43,7 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
     """
     heldout, draw = heldout_problems(task, problems, seed), derive(seed, "evaluate")
     sampled = sample_and_grade(model, tokenizer, task, heldout, sampling, seed=draw)
-    metrics = {f"eval/{name}": value for name, value in describe(sampled).items()}
+    metrics = describe(sampled, "eval")
     if task.verifiable:
         greedy = sample_and_grade(model, tokenizer, task, heldout, replace(sampling, temperature=0.0), seed=draw)
         metrics["eval/accuracy_sampled"] = metrics.pop("eval/reward")
@@ -94,9 +94,9 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
     return sum(ranks.gathered(total)) / len(mask)
 
 
-def before_and_after(title: str, before: dict[str, float], after: dict[str, float]) -> str:
-    """The lines of metrics.jsonl of a first and a last evaluation, as a table."""
-    lines = [f"\n{title:30s}   before    after"]
+def before_and_after(title: str, lines: list[dict[str, float]]) -> str:
+    """The evaluations in the first and the last of these lines of metrics.jsonl, as a table."""
+    table = [f"\n{title:30s}   before    after"]
     for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
                         ("worked", "share worked out"), ("reward_worked", "accuracy when worked out"),
                         ("reward_direct", "accuracy when direct"), ("hidden_reward", "hidden reward"),
@@ -106,10 +106,10 @@ def before_and_after(title: str, before: dict[str, float], after: dict[str, floa
                         ("reverse_kl", "KL to the teacher, nats"), ("forward_kl", "KL from the teacher, nats"),
                         ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right"),
                         ("best_of_n", "best of n")):
-        values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (before, after)]
+        values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (lines[0], lines[-1])]
         if set(values) != {"       -"}:
-            lines.append(f"  {label:28s} {' '.join(values)}")
-    return "\n".join(lines)
+            table.append(f"  {label:28s} {' '.join(values)}")
+    return "\n".join(table)
 
 
 def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
@@ -127,10 +127,11 @@ def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     out.say(f"\nAfter {out.step} steps ({legend}):\n" + "\n".join(lines) + "\n")
 
 
-def show_responses(out: Run, model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, seed: int) -> None:
+def show_responses(out: Run, model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> None:
     """Print what the model says to these prompts, and keep it in samples.jsonl."""
-    rollout = generate(model, [tokenizer.render(prompt) for prompt in prompts], max_new_tokens=max_new_tokens,
-                       stop_ids={tokenizer.end}, seed=derive(seed, "sample"))
+    with autocast(model.head.weight.device, out.cfg.dtype):
+        rollout = generate(model, [tokenizer.render(prompt) for prompt in prompts], max_new_tokens=out.cfg.max_new_tokens,
+                           stop_ids={tokenizer.end}, seed=derive(out.cfg.seed, "sample"))
     said = [{"prompt": prompt, "response": tokenizer.decode(ids)}
             for prompt, ids in zip(prompts, rollout.responses(), strict=True)]
     out.samples(said)

@@ -6,6 +6,7 @@ P prompts with G samples each make B = P * G rows, prompt-major: the samples of 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +155,7 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
     return ranks.summed(values), ranks.summed(last_value)
 
 
-def describe(experience: Experience) -> dict[str, float]:
+def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[str, float]:
     """What the samples are like: reward, length, and the styles of answering apart. A mean over no answers is omitted.
 
     For a task without a verifier, the reward is the hidden one, and its features come with it.
@@ -181,4 +182,4 @@ def describe(experience: Experience) -> dict[str, float]:
         features = [experience.task.features(experience.problems[row // G].prompt, text)
                     for row, text in enumerate(experience.texts)]
         facts |= {f"hidden_{name}": sum(f[name] for f in features) / len(features) for name in features[0]}
-    return {name: float(x) for name, x in facts.items()}
+    return {f"{kind}/{name}": float(x) for name, x in facts.items()}

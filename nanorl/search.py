@@ -36,8 +36,6 @@ def best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:
     is pass@n.       (Nakano et al. 2021, appendix I; Chen et al. 2021, eq. 1)
     """
     N = scores.shape[-1]
-    if not 1 <= n <= N:
-        raise ValueError(f"best_of_n: n={n}; expected 1 to {N}, the number of answers")
     ties = ((s[:, None] == s).double() for s in scores)                                     # [N, N] of each problem
     values = torch.stack([tied @ v / tied.sum(-1) for tied, v in zip(ties, values.double(), strict=True)])
     weight = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64, device=values.device)
@@ -106,11 +104,7 @@ def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Style) ->
 
     UserError where there are no demonstrations, or where they do not differ.
     """
-    try:
-        direct = tokenizer.encode(task.direct(problem, Random(problem.prompt)))
-        worked = tokenizer.encode(task.work(problem, Random(problem.prompt)))
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    direct, worked = (tokenizer.encode(respond(problem, Random(problem.prompt))) for respond in (task.direct, task.work))
     for i, (a, b) in enumerate(zip(direct, worked, strict=False)):
         if a != b:
             return (direct if style == "direct" else worked)[: i + 1]
@@ -213,8 +207,6 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
     Yields `chains` chains for each prompt, side by side, as they begin and after each step.
     (Karan and Du 2025, "Reasoning with Sampling"; they draw m from the current length, which is only nearly exact)
     """
-    if not (0 < alpha < math.inf and 0 < temperature < math.inf):
-        raise ValueError(f"power_sample: alpha={alpha}, temperature={temperature}; expected finite numbers above 0")
     starts = [prompt for prompt in prompts for _ in range(chains)]
     B, T = len(starts), max(map(len, starts)) + max_new_tokens
     rng, weights = generator(seed, "power"), position_weights(max_new_tokens)

@@ -13,7 +13,7 @@ Values are in nats.
 import torch
 from torch import Tensor
 
-from nanorl.ops import kl_divergence, log_softmax, logsumexp, selective_log_softmax
+from nanorl.ops import kl_divergence, log_softmax, selective_log_softmax
 
 
 def randn(generator: torch.Generator, *shape: int) -> Tensor:
@@ -69,14 +69,6 @@ def expectation(logits: Tensor, values: Tensor) -> Tensor:
     return torch.tensordot(sequence_probs(logits), values, dims=1)
 
 
-def pairs_of_answers(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Every two sequences that two draws from a prompt can give, side by side, and the chance of each such pair, for both of
-    its rows.       [N, V] -> tokens [2 V^2T, T], [2 V^2T]"""
-    answers, p = sequences(logits.shape[1], horizon(logits)), sequence_probs(logits)
-    pairs = torch.cartesian_prod(torch.arange(len(p)), torch.arange(len(p)))                # [V^2T, 2]
-    return answers[pairs.flatten()], p[pairs].prod(-1).repeat_interleave(2)
-
-
 def sequence_kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) = E_{y ~ p}[log p(y) / q(y)] of whole sequences.       [N, V], [N, V] -> []
 
@@ -107,24 +99,3 @@ def regularised_optimum(reference: Tensor, rewards: Tensor, beta: float) -> Tens
     For any pi, E_pi[r] - beta KL(pi || ref) = beta log Z - beta KL(pi || pi*).           (Rafailov et al. 2023, eq. 4)
     """
     return log_softmax(log_probs(reference).sum(-1) + rewards / beta).exp()
-
-
-def power_distribution(logits: Tensor, alpha: float) -> Tensor:
-    """pi(y)^alpha / Z over whole sequences, which tempering token by token is not.       [N, V] -> [V^T]"""
-    return log_softmax(alpha * log_probs(logits).sum(-1)).exp()
-
-
-def power_conditional(logits: Tensor, alpha: float) -> Tensor:
-    """Log-probs of the next token under `power_distribution`.       [N, V] -> [N, V], a table like `logits`
-
-        pi_alpha(a | y_<t) = pi(a | y_<t)^alpha S(y_<t a) / S(y_<t),        S(prefix) = sum_future pi(future | prefix)^alpha
-
-    The factor S looks ahead: a token is worth what can follow it. Tempering, pi^alpha alone, does not.
-    """
-    V, T = logits.shape[1], horizon(logits)
-    table, log_S = torch.empty_like(logits), torch.zeros(V**T, dtype=logits.dtype)          # S = 1: nothing follows
-    for t in reversed(range(T)):
-        rows = slice(num_prefixes(V, t), num_prefixes(V, t + 1))
-        table[rows] = alpha * log_softmax(logits[rows]) + log_S.view(-1, V)
-        log_S = logsumexp(table[rows])
-    return log_softmax(table)

@@ -18,7 +18,7 @@ PPO = "train_ppo.py"
 DISTILL = "train_distill.py"
 SEARCH = "nanorl/search.py"
 EVALUATE = "nanorl/evaluate.py"
-TABULAR = "nanorl/tabular.py"
+POWER = "experiments/power.py"
 FAMILY = "nanorl/family.py"
 HELDOUT = "nanorl/heldout.py"
 SFT = "train_sft.py"
@@ -266,6 +266,10 @@ MATH = [
     Mutant("--groups drop keeps groups without contrast", GRPO, "kept & has_contrast(rewards)[:, None]", "kept"),
     Mutant("--groups drop leaves out groups with contrast", GRPO,
            "kept & has_contrast(rewards)", "kept & ~has_contrast(rewards)"),
+    Mutant("--groups drop judges contrast after the overlong penalty", GRPO,
+           "has_contrast(rewards)[:, None]",
+           "has_contrast(rewards + overlong_penalty((rollout.lengths - rollout.prompt_lengths).cpu().view_as(rewards), "
+           "cfg.max_new_tokens, cfg.overlong * cfg.max_new_tokens) if cfg.overlong else rewards)[:, None]"),
     Mutant("finished answers are left out instead of truncated ones", GRPO,
            "kept & rollout.finished.cpu()", "kept & ~rollout.finished.cpu()"),
     Mutant("answers without a reward count as accepted", GRPO, "kept & (rewards > 0)", "kept & (rewards >= 0)"),
@@ -484,10 +488,10 @@ MATH = [
     Mutant("answers that have ended are continued by the critic", PPO, "last_value.masked_fill(ended, 0.0)", "last_value"),
     Mutant("answers that have not ended end", PPO, "last_value.masked_fill(ended, 0.0)", "last_value.masked_fill(~ended, 0.0)"),
     Mutant("the critic is pushed away from the returns", PPO, "- value_coef * value_loss", "+ value_coef * value_loss"),
-    Mutant("PPO's loss is maximised", PPO, "return -(weights * gain).sum()", "return (weights * gain).sum()"),
-    Mutant("PPO's entropy bonus is a penalty", PPO, "gain = gain + entropy_coef", "gain = gain - entropy_coef"),
+    Mutant("PPO's loss is maximised", PPO, "return -(weights * surrogate).sum()", "return (weights * surrogate).sum()"),
+    Mutant("PPO's entropy bonus is a penalty", PPO, "surrogate + entropy_coef", "surrogate - entropy_coef"),
     Mutant("PPO's padding is not blanked", PPO, "x.masked_fill(~mask, 0.0) for x in (logp", "x for x in (logp"),
-    Mutant("PPO forgets its weights", PPO, "-(weights * gain).sum()", "-gain.masked_fill(~mask, 0.0).mean()"),
+    Mutant("PPO forgets its weights", PPO, "-(weights * surrogate).sum()", "-surrogate.masked_fill(~mask, 0.0).mean()"),
     Mutant("PPO's band is symmetric", PPO, "adv, clip_low, clip_high) - value", "adv, clip_low, clip_low) - value"),
     Mutant("the leash loosens when the policy runs away", PPO, "kl / target - 1, -0.2), 0.2)", "1 - kl / target, -0.2), 0.2)"),
     Mutant("the leash may jump", PPO, "0.1 * min(max(kl / target - 1, -0.2), 0.2)", "0.1 * (kl / target - 1)"),
@@ -530,7 +534,7 @@ MATH = [
            "x.double().mean((0, 2), keepdim=True)", "x.double().mean()"),
     Mutant("fewer pairs at a longer lag count as less memory", SEARCH,
            "(d[: S - k] * d[k:]).mean()", "(d[: S - k] * d[k:]).sum() / d.numel()"),
-    Mutant("the conditional of a power does not look ahead", TABULAR,
+    Mutant("the conditional of a power does not look ahead", POWER,
            "alpha * log_softmax(logits[rows]) + log_S.view(-1, V)", "alpha * log_softmax(logits[rows])"),
 
     # ---- Distillation ----
@@ -689,6 +693,8 @@ LOOPS = [
            "[self.verify(problem, response) if done else 0.0", "[self.verify(problem, response)"),
     Mutant("a task's verifier pays for anything", TASKS,
            "return float(final_answer(response) == problem.answer)", "return float(final_answer(response) is not None)"),
+    Mutant("a prompt's split changes from process to process", TASKS,
+           "int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0", "hash(prompt) % 10 == 0"),
 
     # ---- Runs ----
     Mutant("the gradient is not cleared", OPTIMIZER, "            optimizer.zero_grad(set_to_none=True)\n", ""),
@@ -766,10 +772,11 @@ LOOPS = [
     Mutant("DPO: the reference of other pairs", DPO,
            "(*batch, *reference_cache[part].unbind(1))\n                       for",
            "(*batch, *reference_cache[: len(part)].unbind(1))\n                       for"),
-    Mutant("DPO: the reference is never refreshed", DPO, "        out.refresh(reference, cfg.refresh_reference)\n", ""),
+    Mutant("DPO: the reference is never refreshed", DPO,
+           '        out.refresh("refreshed_reference", cfg.refresh_reference)\n', ""),
     Mutant("DPO: the refreshed reference is the policy itself", DPO,
-           "        out.refresh(reference, cfg.refresh_reference)\n",
-           "        out.refresh(reference, cfg.refresh_reference)\n        reference = policy if step and "
+           '        out.refresh("refreshed_reference", cfg.refresh_reference)\n',
+           '        out.refresh("refreshed_reference", cfg.refresh_reference)\n        reference = policy if step and '
            "cfg.refresh_reference else reference\n"),
     Mutant("DPO: lengths swapped", DPO, "*mask.sum(-1).chunk(2)\n", "*mask.sum(-1).chunk(2)[::-1]\n"),
     Mutant("DPO: lengths count prompts", DPO, "*mask.sum(-1).chunk(2)\n", "*lengths.chunk(2)\n"),
@@ -780,11 +787,14 @@ LOOPS = [
            "decided = (scores[:, 0] != scores[:, 1]).nonzero().squeeze(-1)", "decided = torch.arange(len(scores))"),
     Mutant("online DPO: the worse one is chosen", DPO,
            "return 2 * decided + best, 2 * decided + 1 - best", "return 2 * decided + 1 - best, 2 * decided + best"),
-    Mutant("online DPO: ties count in the mean", DPO, "count = len(better)", "count = cfg.batch"),
+    Mutant("online DPO: ties count in the mean", DPO, "count = len(pairs)", "count = cfg.batch"),
     Mutant("online DPO: judged by the hidden reward with --judge model", DPO,
            'if cfg.judge == "model":', 'if cfg.judge == "nobody":'),
     Mutant("online DPO: asks the initial policy", DPO,
            "batches = (with_reference(reference, (rollout", "batches = (with_reference(initial_policy, (rollout"),
+    Mutant("DPO: a resumed run forgets its refreshed reference", DPO,
+           "reference=reference if cfg.refresh_reference else None, reward_model=reward_model)", "reward_model=reward_model)"),
+
     # ---- Losses over groups ----
     Mutant("group DPO: forgets the temperature where it scores", GROUPS,
            "token_log_probs(policy, rollout.tokens[rows, :T], mask, temperature=cfg.temperature)",
@@ -799,6 +809,8 @@ LOOPS = [
            "ref_logp = score_rollout(reference,", "ref_logp = score_rollout(policy,"),
     Mutant("group DPO: samples at temperature 1", GROUPS,
            "Sampling(cfg.max_new_tokens, cfg.temperature,", "Sampling(cfg.max_new_tokens, 1.0,"),
+    Mutant("group DPO: the margin is averaged over all groups", GROUPS,
+           'max(int(totals.pop("train/groups")), 1)', 'max(int(totals.pop("train/groups")), cfg.prompts)'),
 
     # ---- GRPO and its relatives ----
     Mutant("GRPO: forgets the temperature where it scores", GRPO,
@@ -822,7 +834,7 @@ LOOPS = [
            "m, weights[rows, : T - 1], entropy",
            "m, token_weights(m, rollout.prompt_index[rows], cfg.aggregate, cfg.max_new_tokens), entropy"),
     Mutant("GRPO: trains on all rows in every minibatch", GRPO,
-           "micro_batches(ranks.share(minibatch[trained])", "micro_batches(ranks.share(torch.arange(len(mask)))"),
+           "ranks.share(minibatch[trained])", "ranks.share(torch.arange(len(mask)))"),
     Mutant("GRPO: weights are scattered in another order", GRPO,
            "weights[minibatch] = token_weights(", "weights[minibatch.flip(0)] = token_weights("),
     Mutant("GRPO: prompts of other rows in the weights", GRPO,
@@ -833,8 +845,8 @@ LOOPS = [
     Mutant("GRPO: a stale rollout with fresh log-probs", GRPO,
            'entry["old_logp"].to(device)',
            'score_rollout(policy, Rollout(**entry["rollout"]).to(device), cfg.temperature, 64)'),
-    Mutant("GRPO: the newest of the queue", FAMILY, "return queue.pop(0)", "return queue.pop()"),
-    Mutant("GRPO: one rollout too old", FAMILY, "if len(queue) > steps else None", "if len(queue) > steps + 1 else None"),
+    Mutant("GRPO: the newest of the queue", GRPO, "queue.pop(0)", "queue.pop()"),
+    Mutant("GRPO: one rollout too old", GRPO, "if len(queue) <= cfg.stale:", "if len(queue) <= cfg.stale + 1:"),
     Mutant("GRPO: the mean of this rollout is in its own baseline", FAMILY,
            "(total / weight if weight else 0.0)", "(total / weight if weight else float(rewards.mean()))"),
     Mutant("GRPO: the baseline forgets its bias correction", FAMILY, "decay * weight + (1 - decay))", "1.0)"),
@@ -879,8 +891,8 @@ LOOPS = [
 
     # ---- PPO ----
     Mutant("PPO: forgets the temperature where it scores", PPO,
-           "return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)",
-           "return token_log_probs(policy, tokens, mask)"),
+           "token_log_probs(policy, rollout.tokens[rows, :T], m, temperature=cfg.temperature)",
+           "token_log_probs(policy, rollout.tokens[rows, :T], m)"),
     Mutant("PPO: the reference at temperature 1", PPO,
            "score_rollout(reference, rollout, cfg.temperature,", "score_rollout(reference, rollout, 1.0,"),
     Mutant("PPO: old log-probs are the reference's", PPO,
@@ -906,9 +918,40 @@ LOOPS = [
            'weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")',
            'weights = token_weights(mask, rollout.prompt_index, "token_mean")'),
     Mutant("PPO: trains on all rows in every minibatch", PPO,
-           "micro_batches(ranks.share(minibatch), rollout", "micro_batches(ranks.share(torch.arange(len(mask))), rollout"),
+           "ranks.share(minibatch), rollout", "ranks.share(torch.arange(len(mask))), rollout"),
     Mutant("PPO: the coefficient is never steered", PPO,
            'out.state["kl_coef"] = adapt_kl_coef(kl_coef, kl, cfg.kl_target)', "pass"),
     Mutant("PPO: the KL is per token", PPO, "mask)) / len(mask)\n", "mask)) / int(mask.sum())\n"),
+    Mutant("PPO: steered from the first coefficient every time", PPO,
+           "= adapt_kl_coef(kl_coef, kl,", "= adapt_kl_coef(cfg.kl_coef, kl,"),
+    Mutant("PPO: the critic is not trained", PPO,
+           'nn.ModuleDict({"policy": policy, "critic": critic})', 'nn.ModuleDict({"policy": policy})'),
+    Mutant("PPO: a shared critic has its own trunk", PPO,
+           'ScalarGPT(policy if cfg.critic == "shared" else', 'ScalarGPT(policy if cfg.critic == "nobody" else'),
+    Mutant("PPO: value_coef is lost", PPO,
+           "value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)", "entropy_coef=cfg.entropy_coef)"),
+    Mutant("PPO: gamma is lost", PPO, "gamma=cfg.gamma, lam", "gamma=1.0, lam"),
+    Mutant("PPO: one step for all minibatches", PPO,
+           "            grad_norm = optimizer.step(lr, grad_clip=1.0)\n            add_metrics",
+           "        grad_norm = optimizer.step(lr, grad_clip=1.0)\n        if True:\n            add_metrics"),
+    Mutant("PPO: a resumed run forgets its critic", PPO, 'critic.load_state_dict(out.state["critic"])', "pass"),
+    Mutant("PPO: a resumed run forgets its KL coefficient", PPO, 'out.state.get("kl_coef", cfg.kl_coef)', "cfg.kl_coef"),
+
     # ---- Distillation ----
+    Mutant("distillation: student and teacher swapped", DISTILL,
+           "loss(student_logits, teacher_logits, targets", "loss(teacher_logits, student_logits, targets"),
+    Mutant("distillation: targets are inputs", DISTILL, "teacher_logits, targets[m], m,", "teacher_logits, inputs[m], m,"),
+    Mutant("distillation: weights of the first rows", DISTILL,
+           "weights[part, : T - 1])", "weights[: len(part), : T - 1])"),
+    Mutant("distillation: weights of a micro-batch", DISTILL, "weights[part, : T - 1])", "m / len(part))"),
+    Mutant("distillation: the mean over tokens", DISTILL, '"sequence_sum")', '"token_mean")'),
+    Mutant("distillation: the teacher answers always", DISTILL,
+           'collect(student if cfg.on == "student" else teacher,', "collect(teacher,"),
+    Mutant("distillation: tau is lost", DISTILL, "tau=cfg.tau, top_k=cfg.top_k)", "top_k=cfg.top_k)"),
+    Mutant("distillation: groups are not side by side", DISTILL,
+           "rows.view(-1, cfg.group)", "rows.view(cfg.group, -1).T.reshape(-1, cfg.group)"),
+    Mutant("distillation: no decay", DISTILL, "warmup=0.1, decay=0.5)", "warmup=0.1)"),
+    Mutant("distillation: cuts the last column of a micro-batch", DISTILL, "T = 2 + int(mask", "T = 1 + int(mask"),
+    Mutant("distillation: prompts are distilled, too", DISTILL,
+           "m = mask[part, : T - 1]\n", "m = mask[part, : T - 1].flip(-1).cummax(-1).values.flip(-1)\n"),
 ]

@@ -39,7 +39,7 @@ TITLE = ["# Faults that the tests notice", "",
          "Each line is a fault that was put into the code, where it went, the first test that failed, and after how many",
          "seconds. Made by `python -m tests.mutants --table docs/mutants.md`.", ""]
 # The likeliest killer of a fault runs first. Of one in an equation, that is a file ...
-MATH_FIRST = {"nanorl/ops.py": "test_ops.py", "nanorl/tabular.py": "test_ops.py", "nanorl/search.py": "test_search.py",
+MATH_FIRST = {"nanorl/ops.py": "test_ops.py", "experiments/power.py": "test_ops.py", "nanorl/search.py": "test_search.py",
               "nanorl/evaluate.py": "test_evaluate.py", "train_ppo.py": "test_ppo.py", "train_distill.py": "test_distill.py",
               **dict.fromkeys(("train_reward.py", "train_dpo.py", "train_group_dpo.py", "nanorl/heldout.py"),
                               "test_preferences.py"),
@@ -81,7 +81,7 @@ def run_tests(mutant: Mutant | None, limit: float | None = None) -> tuple[str, f
     """Run the tests on a copy of the tree, with the fault: the first test that failed ("" for none) and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
-        for part in ("nanorl", "tests", "data"):
+        for part in ("nanorl", "tests", "data", "experiments"):
             shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
         for file in (ROOT / "pyproject.toml", ROOT / "README.md", *ROOT.glob("train_*.py")):
             shutil.copy(file, tree)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import logit_pairs, policies
 
+from experiments.distill import pairs_of_answers
 from nanorl.checks.cases import generators
 from nanorl.ops import entropy_from_logits, jensen_shannon, kl_divergence, with_tail
 from nanorl.tabular import (
@@ -16,7 +17,6 @@ from nanorl.tabular import (
     horizon,
     leaf,
     log_probs,
-    pairs_of_answers,
     prefix_rows,
     randn,
     sequence_kl,

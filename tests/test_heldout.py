@@ -54,7 +54,7 @@ def test_evaluation_reports_the_means_of_what_it_saw():
     assert_belongs_together(sampled, Parity(), 1)
     assert metrics["eval/accuracy_sampled"] == float(sampled.rewards.mean())
     assert metrics["eval/accuracy_greedy"] == float(greedy.rewards.mean())
-    assert metrics["eval/length"] == describe(sampled)["length"] and "eval/reward" not in metrics
+    assert metrics["eval/length"] == describe(sampled, "eval")["eval/length"] and "eval/reward" not in metrics
     assert evaluate_policy(MODEL, TOKENIZER, Parity(), SAMPLING, problems=20, seed=5)[0] == metrics
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiments.power import power_conditional, power_distribution
 from nanorl.checks.cases import generators, masked_prompts, masks, rewards
 from nanorl.ops import (
     AGGREGATES,
@@ -50,8 +51,6 @@ from nanorl.tabular import (
     leaf,
     log_probs,
     num_prefixes,
-    power_conditional,
-    power_distribution,
     prefix_rows,
     randn,
     regularised_optimum,

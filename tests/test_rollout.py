@@ -128,9 +128,9 @@ def test_whether_answers_fit_the_context_is_checked_with_the_longest_prompt():
     task = FileTask([(f"What is {n}?" + " and so on" * (n == 50), "1") for n in range(100)])
     prompts = [TOKENIZER.render(problem.prompt) for problem in task.examples()]
     longest = max(map(len, prompts))
-    run.check_fits_context(MODEL, prompts, 64 - longest)
+    run.check_fits_context(prompts, 64 - longest, MODEL)
     with pytest.raises(ValueError) as error:
-        run.check_fits_context(MODEL, prompts, 65 - longest)
+        run.check_fits_context(prompts, 65 - longest, MODEL)
     text = str(error.value)
     assert "\n" not in text and len(text) < 250 and str(65 - longest) in text and "64" in text
 
@@ -215,25 +215,29 @@ def experience_of(rewards: list[list[float]], lengths: list[int], finished: list
                       torch.tensor(rewards))
 
 
+def described(experience):
+    return {name.removeprefix("eval/"): value for name, value in describe(experience, "eval").items()}
+
+
 def test_describe_is_what_one_counts_by_hand():
     texts = ["Answer: 1", "1+1=2. Answer: 2", "I think Answer: 9", "no idea"]
     experience = experience_of([[1.0, 1.0], [0.0, 0.5]], [2, 8, 5, 9], [True, True, True, False], texts)
-    assert describe(experience) == {
+    assert described(experience) == {
         "reward": 2.5 / 4, "length": 24 / 4, "worked": 2 / 4, "truncated": 1 / 4, "length_correct": 10 / 2,
         "length_wrong": 14 / 2, "reward_worked": 1.0 / 2, "reward_direct": 1.0 / 1, "distinct": 4 / 2, "no_contrast": 1 / 2}
 
 
 def test_describe_leaves_out_the_mean_of_nothing():
-    right = describe(experience_of([[1.0, 1.0]], [2, 3], [True, True], ["Answer: 1", "Answer: 1"]))
+    right = described(experience_of([[1.0, 1.0]], [2, 3], [True, True], ["Answer: 1", "Answer: 1"]))
     assert right == {"reward": 1, "length": 2.5, "worked": 0, "truncated": 0, "length_correct": 2.5, "reward_direct": 1,
                      "distinct": 1, "no_contrast": 1}
-    wrong = describe(experience_of([[0.0], [0.0]], [2, 3], [False, True], ["1+1=2. Answer: 3"] * 2))
+    wrong = described(experience_of([[0.0], [0.0]], [2, 3], [False, True], ["1+1=2. Answer: 3"] * 2))
     assert wrong == {"reward": 0, "length": 2.5, "worked": 1, "truncated": 0.5, "length_wrong": 2.5, "reward_worked": 0}
 
 
 def test_stories_are_described_by_their_hidden_reward_and_its_points():
     """No reward, no ways of answering and no contrast: those belong to verifiers."""
-    facts = describe(experience_of([[2.0, 1.0]], [2, 3], [True, False], ["Ben felt sad.", "Ben is kind."], Stories()))
+    facts = described(experience_of([[2.0, 1.0]], [2, 3], [True, False], ["Ben felt sad.", "Ben is kind."], Stories()))
     assert facts == {"length": 2.5, "truncated": 0.5, "distinct": 2, "hidden_reward": 1.5,
                      "hidden_feeling": 1, "hidden_thing": 0, "hidden_speech": 0, "hidden_praise": 0.5, "hidden_short": -4}
 
@@ -247,9 +251,10 @@ def test_a_reward_model_must_read_the_policys_tokens(tmp_path):
     model = scorer()
     torch.save({"format": FORMAT, "step": 0, "config": {}, "gpt": vars(model.config), "tokenizer": TOKENIZER.state_dict(),
                 "model": model.state_dict(), "optimizer": [], "state": {}}, tmp_path / "ckpt.pt")
-    assert not any(p.requires_grad for p in run.load_reward_model(str(tmp_path), TOKENIZER, torch.device("cpu")).parameters())
+    model = run.load_frozen(str(tmp_path), "reward model", TOKENIZER, torch.device("cpu"))
+    assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="another tokenizer"):
-        run.load_reward_model(str(tmp_path), other, torch.device("cpu"))
+        run.load_frozen(str(tmp_path), "reward model", other, torch.device("cpu"))
 
 
 def scorer(seed: int = 0) -> ScalarGPT:

@@ -160,6 +160,12 @@ def test_half_of_the_direct_programs_nest_in_reverse():
     assert 0.55 < sum(task.rewards(*zip(*direct, strict=True), [True] * len(direct))) / len(direct) < 0.85
 
 
+def meaning(operations, x):
+    for _, apply, n in operations:
+        x = apply(x, n)
+    return x
+
+
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.integers(2, 5), st.integers(0, 99))
 def test_hidden_tests_tell_a_wrong_program_from_a_right_one(seed, difficulty, which):
@@ -173,7 +179,7 @@ def test_hidden_tests_tell_a_wrong_program_from_a_right_one(seed, difficulty, wh
     for changed in (operations[:i] + operations[i + 1:], operations[:i] + other[:1] + operations[i + 1:], operations[::-1],
                     [*operations[:i], (expression, apply, n and n + 1), *operations[i + 1:]]):
         lists = [[rng.randint(-20, 20) for _ in range(rng.randrange(25))] for _ in range(300)]
-        same = all(task.meaning(operations, x) == task.meaning(changed, x) for x in lists)
+        same = all(meaning(operations, x) == meaning(changed, x) for x in lists)
         assert task.verify(problem, task.nested(changed)) == float(same), (problem, changed)
 
 
@@ -347,8 +353,6 @@ def test_an_unknown_task_is_one_sentence_with_the_choices():
     for name in ("chess", "chess-4", "", "-4", "Addition"):
         with pytest.raises(ValueError, match=f"^--task {name}: there is no such task; expected {', '.join(VERIFIABLE)}$"):
             make_task(name)
-    with pytest.raises(ValueError, match="a split is 'train' or 'heldout', not 'test'"):
-        make_task("addition").problem(Random(0), "test")
 
 
 def test_a_file_task_compares_texts_and_refuses_what_it_cannot_verify():

@@ -139,11 +139,10 @@ def test_vocab_size_counts_the_special_tokens():
     assert TOKENIZER.decode(specials) == "<|pad|><|bos|><|user|><|assistant|><|end|>"
 
 
-@pytest.mark.parametrize("make, size", [(train_bpe, 255), (Tokenizer.train, 260)])
-def test_a_vocabulary_without_room_for_the_bytes_is_refused(make, size):
-    with pytest.raises(ValueError, match=f"vocab_size is {size}, expected at least {size + 1}"):
-        make("some text", size)
-    make("some text", size + 1)
+def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is 260, expected at least 261"):
+        Tokenizer.train("some text", 260)
+    Tokenizer.train("some text", 261)
 
 
 # Encoding and decoding
@@ -247,15 +246,14 @@ def same(one, other):
 
 
 def test_a_saved_tokenizer_loads_as_itself(tmp_path):
-    TOKENIZER.save(tmp_path / "ranks.tiktoken")
+    (tmp_path / "ranks.tiktoken").write_text(TOKENIZER.state_dict()["ranks"])
     assert same(Tokenizer.load(tmp_path / "ranks.tiktoken"), TOKENIZER)
     assert same(Tokenizer.load(str(tmp_path / "ranks.tiktoken")), TOKENIZER)
     assert same(Tokenizer.from_state(TOKENIZER.state_dict()), TOKENIZER)
-    assert TOKENIZER.state_dict() == {"ranks": (tmp_path / "ranks.tiktoken").read_text()}
 
 
-def test_a_saved_file_is_one_that_tiktoken_reads(tmp_path):
-    TOKENIZER.save(tmp_path / "ranks.tiktoken")
+def test_what_a_checkpoint_keeps_is_a_file_that_tiktoken_reads(tmp_path):
+    (tmp_path / "ranks.tiktoken").write_text(TOKENIZER.state_dict()["ranks"])
     assert load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken")) == TOKENIZER.ranks
 
 
@@ -316,11 +314,6 @@ def test_a_missing_rank_file_is_refused_by_name(tmp_path):
         Tokenizer.load(tmp_path)                                            # a folder
 
 
-def test_a_checkpoint_without_a_tokenizer_is_refused():
-    with pytest.raises(ValueError, match=r"has \['merges'\], expected 'name' or 'ranks'"):
-        Tokenizer.from_state({"merges": ""})
-
-
 # Named encodings
 
 
@@ -352,12 +345,10 @@ def test_every_id_of_a_named_encoding_decodes(gpt2):
     assert all(tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
 
 
-def test_a_named_encoding_is_kept_by_name(gpt2, tmp_path):
+def test_a_named_encoding_is_kept_by_name(gpt2):
     tokenizer = Tokenizer.named("gpt2")
     assert tokenizer.state_dict() == {"name": "gpt2"}
     assert Tokenizer.from_state({"name": "gpt2"}).encode("the cat's 42") == tokenizer.encode("the cat's 42")
-    with pytest.raises(ValueError, match="cannot hold the pattern of 'gpt2'"):
-        tokenizer.save(tmp_path / "ranks.tiktoken")
 
 
 def test_an_unknown_encoding_is_refused_in_one_sentence():

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clip", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the ratio is clipped to 1-LOW .. 1+HIGH")
     parser.add_argument("--ratio", choices=("token", "sequence"), default="token", help="of a token (default), or of an answer")
     parser.add_argument("--detached-weight", action="store_true", help="the ratio is a weight without a gradient of its own")
-    parser.add_argument("--aggregate", choices=AGGREGATES, help="how its weights are made")
+    parser.add_argument("--aggregate", choices=AGGREGATES, help="how its token weights are made; notes their bias")
     parser.add_argument("--examples", type=int, default=50, help="random cases for each invariant (default: 50)")
     args = parser.parse_args(argv)
     if args.examples < 1:

@@ -109,7 +109,7 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     clip              (low, high) if the ratio is clipped to 1 - low .. 1 + high
     detached_weight   True if the ratio is a weight without a gradient of its own
     ratio             what is clipped: "token" or, if each answer has one ratio, "sequence"
-    aggregate         how its weights are made (token_weights); the report notes what that does to the expected gradient
+    aggregate         how its token weights are made (ops.token_weights); the report notes how they change the expected gradient
     examples          random cases for each invariant
 
     Returns the report if everything holds; raises BrokenObjective, an AssertionError with the report, if not.

@@ -15,8 +15,7 @@ had happened: every random stream is derived from (seed, purpose, step), so the 
 
 from nanorl.errors import UserError, user_errors_as_sentences
 from nanorl.run import ranks
-from nanorl.run.checkpoint import (check_finite, check_tokenizer, load_checkpoint, load_reward_model, model_from,
-                                   scalar_model_from, tokenizer_from, write_atomically)
+from nanorl.run.checkpoint import check_finite, load_checkpoint, load_frozen, model_from, tokenizer_from, write_atomically
 from nanorl.run.device import (autocast, compile_for_training, compile_models, derive, find_device, generator, in_float32,
                                peak_flops, pick_device, uses_bfloat16, wants_compile)
 from nanorl.run.directory import Run, printable, read_lines, script

@@ -15,6 +15,7 @@ from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.tokenizer import Tokenizer
 
+Kind = Literal["policy", "reward model"]       # of model that a checkpoint holds
 FORMAT = 1      # raised when a checkpoint's meaning changes
 CHECKPOINT_FIELDS = {"step": int, "config": dict, "gpt": dict, "tokenizer": dict, "model": dict, "optimizer": list,
                      "state": dict}
@@ -62,7 +63,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | None = None) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any]:
     """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
 
     UserError when there is none, when it is damaged, or when `what` is given and it holds something else.
@@ -86,7 +87,7 @@ def load_checkpoint(path: str | Path, what: Literal["policy", "reward model"] | 
     return checkpoint
 
 
-def _check_sound(checkpoint: Any) -> Literal["policy", "reward model"]:
+def _check_sound(checkpoint: Any) -> Kind:
     """What a checkpoint holds. An exception says what does not fit: another format, a field that is missing, weights that are
     not finite or not of the shapes that the configuration asks for, or a tokenizer of another size."""
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
@@ -96,30 +97,28 @@ def _check_sound(checkpoint: Any) -> Literal["policy", "reward model"]:
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"its {name!r} is {checkpoint.get(name)!r:.40}, expected a {kind.__name__}")
     check_finite(checkpoint["model"])
-    holds = "reward model" if "scalar.weight" in checkpoint["model"] else "policy"
     with torch.device("meta"):          # shapes without memory
-        model = GPT(GPTConfig(**checkpoint["gpt"]))
-        wanted, found = ({name: tuple(x.shape) for name, x in weights.items()} for weights in (
-            (ScalarGPT(model) if holds == "reward model" else model).state_dict(), checkpoint["model"]))
+        model = _fresh_model(checkpoint)
+    wanted, found = ({name: tuple(x.shape) for name, x in weights.items()}
+                     for weights in (model.state_dict(), checkpoint["model"]))
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
     size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
     if size != model.config.vocab_size:
         raise UserError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
-    return holds
+    return "reward model" if isinstance(model, ScalarGPT) else "policy"
 
 
-def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT:
-    """The policy of a checkpoint, with its weights."""
+def _fresh_model(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
+    """A model like that of a checkpoint, without its weights."""
     model = GPT(GPTConfig(**checkpoint["gpt"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device)
+    return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
 
 
-def scalar_model_from(checkpoint: dict[str, Any], device: torch.device) -> ScalarGPT:
-    """The reward model of a checkpoint, with its weights."""
-    model = ScalarGPT(GPT(GPTConfig(**checkpoint["gpt"])))
+def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT | ScalarGPT:
+    """The policy or the reward model of a checkpoint, with its weights."""
+    model = _fresh_model(checkpoint)
     model.load_state_dict(checkpoint["model"])
     return model.to(device)
 
@@ -128,15 +127,9 @@ def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_state(checkpoint["tokenizer"])
 
 
-def check_tokenizer(checkpoint: dict[str, Any], tokenizer: Tokenizer, path: str) -> None:
-    """UserError when this checkpoint reads other token ids than the policy that `tokenizer` belongs to."""
+def load_frozen(path: str, what: Kind, tokenizer: Tokenizer, device: torch.device) -> GPT | ScalarGPT:
+    """The model of another run, whose weights are constants here. It must read the same token ids as the policy."""
+    checkpoint = load_checkpoint(path, what)
     if checkpoint["tokenizer"] != tokenizer.state_dict():
-        raise UserError(f"{path}: made with another tokenizer than the policy's; expected one that was pretrained on the same "
-                        "text")
-
-
-def load_reward_model(path: str, tokenizer: Tokenizer, device: torch.device) -> ScalarGPT:
-    """The reward model of a run, which must read the same token ids as the policy. Its weights are constants."""
-    checkpoint = load_checkpoint(path, "reward model")
-    check_tokenizer(checkpoint, tokenizer, path)
-    return scalar_model_from(checkpoint, device).requires_grad_(False)
+        raise UserError(f"{path}: made with another tokenizer than the policy's; expected a run from the same pretraining")
+    return model_from(checkpoint, device).requires_grad_(False)

@@ -58,14 +58,16 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
 
     A UserError is the user's. A number that is nan or inf (FloatingPointError), a full disk (OSError) and Ctrl-C outside of the
     steps end the run: nothing that is not finite is ever saved, and the last good checkpoint stays. Anything else, such as a
-    ValueError in an objective of your own, keeps its traceback. A finished run that is resumed has nothing to do.
+    ValueError in an objective of your own, keeps its traceback. A finished run, which has both its last checkpoint and the
+    line of step cfg.steps, has nothing to resume.
     """
     @user_errors_as_sentences
     @functools.wraps(main)
     def wrapper(cfg: RunConfig) -> None:
         checkpoint, metrics = Path(cfg.out, "ckpt.pt"), Path(cfg.out, "metrics.jsonl")
         try:
-            if cfg.resume and _is_finished(cfg, checkpoint, metrics):
+            saved_all = cfg.resume and checkpoint.exists() and load_checkpoint(checkpoint)["step"] >= cfg.steps
+            if saved_all and any(line["step"] == cfg.steps for line in read_lines(metrics)):
                 if os.environ.get("RANK", "0") == "0":          # torchrun's processes have not met yet
                     print(f"{cfg.out} is finished: {cfg.steps} steps.")
                 raise SystemExit(0)
@@ -77,12 +79,6 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
                 saved = f"the last good checkpoint, {checkpoint}, has the first {load_checkpoint(checkpoint)['step']}"
             exit_with(f"{cfg.out}, after {len(read_lines(metrics))} of {cfg.steps} steps: {what}; {saved}", code)
     return wrapper
-
-
-def _is_finished(cfg: RunConfig, checkpoint: Path, metrics: Path) -> bool:
-    """Whether a run has both its last checkpoint and its last line, that of step cfg.steps."""
-    return (checkpoint.exists() and any(line["step"] == cfg.steps for line in read_lines(metrics))
-            and load_checkpoint(checkpoint)["step"] >= cfg.steps)
 
 
 def printable(text: str) -> str:
@@ -107,7 +103,7 @@ class Run:
     def __init__(self, cfg: RunConfig, checkpoint: dict[str, Any] | None, model: nn.Module, optimizer: Optimizers,
                  tokenizer: Tokenizer, **constants: nn.Module | None):
         """`constants`: models that are not trained; None is skipped. A resumed run must have loaded those that it began with;
-        one that has been refreshed since then gets its weights back."""
+        one that `refresh` has changed since then gets its weights back."""
         self.cfg, self.model, self.optimizer, self.tokenizer = cfg, model, optimizer, tokenizer
         self.out = Path(cfg.out)
         self.step = 0
@@ -120,6 +116,7 @@ class Run:
                 optimizer.load_state_dict(checkpoint["optimizer"])
             except Exception as e:
                 raise UserError(f"{self.out / 'ckpt.pt'}: its optimizer is not that of this run ({e})") from None
+        self.constants = constants
         for name, constant in constants.items():
             if name in self.state:
                 constant.load_state_dict(self.state[name])
@@ -205,11 +202,11 @@ class Run:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
-    def refresh(self, reference: nn.Module | None, every: int | None) -> None:
-        """Every so many steps the model becomes the reference, which from then on is part of the checkpoint."""
+    def refresh(self, name: str, every: int | None) -> None:
+        """Every so many steps the constant of this name becomes the model, and from then on is part of the checkpoint."""
         if every and self.step and self.step % every == 0:
-            reference.load_state_dict(self.model.state_dict())
-            self.state["reference"] = reference.state_dict()
+            self.constants[name].load_state_dict(self.model.state_dict())
+            self.state[name] = self.constants[name].state_dict()
 
     @contextlib.contextmanager
     def saved_on(self, kind: type[Exception]) -> Iterator[None]:

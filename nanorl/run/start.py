@@ -12,7 +12,7 @@ import torch
 from nanorl.data import read_records
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.run.checkpoint import load_checkpoint, load_reward_model, model_from, tokenizer_from
+from nanorl.run.checkpoint import load_checkpoint, load_frozen, model_from, tokenizer_from
 from nanorl.run.device import pick_device
 from nanorl.run.directory import Run
 from nanorl.run.flags import RunConfig, flag_of, parse, read_config
@@ -92,12 +92,12 @@ def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_fits_context(model: GPT | ScalarGPT, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """UserError when these prompts and `max_new_tokens` do not fit the model's context."""
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > model.config.context:
+def check_fits_context(prompts: list[list[int]], max_new_tokens: int, *models: GPT | ScalarGPT | None) -> None:
+    """UserError when these prompts and `max_new_tokens` do not fit the context of each of these models. Skips None."""
+    longest, context = max(map(len, prompts)), min(model.config.context for model in models if model)
+    if longest + max_new_tokens > context:
         raise UserError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
-                        f"{model.config.context} has room for {max(0, model.config.context - longest)}")
+                        f"{context} has room for {max(0, context - longest)}")
 
 
 class Start(NamedTuple):
@@ -112,19 +112,19 @@ class Start(NamedTuple):
 
 
 def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bool = False,
-          refreshed: bool = False, reward_model: str | None = None) -> Start:
+          reward_model: str | None = None) -> Start:
     """Check that the run can be written and that what the flags name exists, then load the models.
 
     Where --init is not given, it is the run of `stage` (on the same task), made first where it is missing. With
-    `reference`, --init is loaded once more as the reference model. A resumed run that needs --init for nothing else does
-    without it; with `refreshed`, a reference in its checkpoint is enough: `Run` gives the model its weights. reward_model: the
-    run of one, "" for runs/reward, made first where it is missing, None for none. All must have room for the prompts of `task`.
+    `reference`, --init is loaded once more as the reference model. A resumed run does without --init where it needs no
+    reference, or has one in its checkpoint: then `Run` gives the model its weights. reward_model: the run of one, "" for
+    runs/reward, made first where it is missing, None for none. All must have room for the prompts of `task`.
     """
     device, checkpoint = pick_device(cfg), Run.check(cfg)
     initial = checkpoint
     if reward_model:
         load_checkpoint(reward_model, "reward model")       # before minutes are spent on another stage
-    if not checkpoint or (reference and not (refreshed and "reference" in checkpoint["state"])):
+    if not checkpoint or (reference and "reference" not in checkpoint["state"]):
         same_task = {"task": cfg.task} if stage == "sft" else {}
         initial = load_checkpoint(cfg.init or ensure_stage(cfg, stage, **same_task), "policy")
     if reward_model == "":
@@ -133,9 +133,8 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     tokenizer = tokenizer_from(weights)
     start = Start(device, checkpoint, tokenizer, model_from(weights, device),
                   model_from(initial, device).requires_grad_(False) if reference else None,
-                  load_reward_model(reward_model, tokenizer, device) if reward_model else None)
+                  load_frozen(reward_model, "reward model", tokenizer, device) if reward_model else None)
     if task:
         prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
-        for model in filter(None, (start.policy, start.reward_model)):
-            check_fits_context(model, prompts, cfg.max_new_tokens)
+        check_fits_context(prompts, cfg.max_new_tokens, start.policy, start.reward_model)
     return start

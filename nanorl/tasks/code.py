@@ -88,18 +88,13 @@ class Code(Task):
         """A program votes for itself, to the letter."""
         return response
 
-    @staticmethod
-    def meaning(operations: Iterable[tuple[str, Callable, int | None]], x: list[int]) -> list[int]:
-        """The right output for a list."""
-        for _, apply, n in operations:
-            x = apply(x, n)
-        return x
-
     def tests(self, problem: Problem) -> tuple[list[list[int]], list[list[int]]]:
         """Lists to try a program on, and the right outputs. No prompt shows the lists; the outputs never enter the sandbox."""
-        rng, operations = Random(problem.prompt), [*self.operations(problem.prompt)]
-        inputs = [rng.sample(range(-20, 21), length) for length in (0, 1, 4, 10, 41)]
-        return inputs, [self.meaning(operations, x) for x in inputs]
+        rng = Random(problem.prompt)
+        inputs = outputs = [rng.sample(range(-20, 21), length) for length in (0, 1, 4, 10, 41)]
+        for _, apply, n in self.operations(problem.prompt):
+            outputs = [apply(x, n) for x in outputs]
+        return inputs, outputs
 
     def verify(self, problem, response):
         return self.rewards([problem], [response], [True])[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from nanorl.errors import UserError
 from nanorl.tasks.base import MARKER, MAX_ANSWER_CHARACTERS, Problem, Task, final_answer, is_heldout
 
 
@@ -14,11 +15,11 @@ class FileTask(Task):
         self.problems = [Problem(prompt, answer) for prompt, answer in pairs]
         for number, problem in enumerate(self.problems, 1):
             if not problem.answer.strip() or not self.verify(problem, self.direct(problem, None)):
-                raise ValueError(f"{name}, record {number}: no response can have {problem.answer[:40]!r} as its answer, "
+                raise UserError(f"{name}, record {number}: no response can have {problem.answer[:40]!r} as its answer, "
                                  f"which must be 1 to {MAX_ANSWER_CHARACTERS} characters without {MARKER!r}")
         total, heldout = len(self.problems), sum(is_heldout(problem.prompt) for problem in self.problems)
         if heldout in (0, total):
-            raise ValueError(f"{name}: the {'heldout' if heldout == 0 else 'train'} split is empty: one prompt in ten is held "
+            raise UserError(f"{name}: the {'heldout' if heldout == 0 else 'train'} split is empty: one prompt in ten is held "
                              f"out by its hash, here {heldout} of {total}")
 
     def draw(self, rng):
@@ -28,7 +29,7 @@ class FileTask(Task):
         return self.problems
 
     def demonstration(self, rng):
-        raise ValueError(f"{self.name}: has prompts and answers, but no demonstrations")
+        raise UserError(f"{self.name}: has prompts and answers, but no demonstrations")
 
     def work(self, problem, rng):
         return self.demonstration(rng)
