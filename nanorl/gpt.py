@@ -200,7 +200,7 @@ class KVCache:
                                   for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.mask = torch.full((rows, 1, 1, capacity), -torch.inf, device=device, dtype=dtype)
-        self.column = torch.zeros(1, dtype=torch.int64, device=device)      # where the next step writes
+        self.column: slice | Tensor = slice(0, 1)       # where the next step writes; compiled, in a tensor [1] of fixed address
         self.visible = 0        # a step attends to so many columns; 0 is an empty cache
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class KVCache:
                 memory[:, :, : x.shape[2]] = x
             return fused_attention(q, k, v)
         for memory, x in ((keys, k), (values, v)):
-            memory.index_copy_(2, self.column, x.to(memory.dtype))
+            memory[:, :, self.column] = x.to(memory.dtype)
         seen = keys[:, :, :visible], values[:, :, :visible], self.mask[..., :visible]
         return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, *seen)
 
@@ -332,7 +332,7 @@ class GPT(nn.Module):
         the next of each row, at position cache.length.
         """
         if cache is not None and cache.visible:
-            cache.mask.index_fill_(3, cache.column, 0.0)
+            cache.mask[..., cache.column] = 0.0
             return self._blocks(tokens, cache.length[:, None], cache)
         length, limit = tokens.shape[1], self.config.context
         if length > limit:

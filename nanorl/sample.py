@@ -194,6 +194,7 @@ class _Compiled:
             self.steps[shape] = self.steps.pop(shape)
         else:
             slots = Slots(config, *shape)
+            slots.cache.column = slots.cache.length.new_zeros(1)
             for x in slots.tensors():
                 torch._dynamo.mark_static_address(x)
             # The step is compiled for each stretch of the cache that attention reads. Beyond its limit, 8 in all, the
@@ -297,7 +298,11 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
 
         # The columns after the prompts are filled in turn, and then again: by then, the rows of the first are done.
         seen = W + min(turn, turns - 1)
-        state.cache.column.fill_(W - 1 + turn % turns)
+        column = W - 1 + turn % turns
+        if compile:
+            state.cache.column.fill_(column)
+        else:
+            state.cache.column = slice(column, column + 1)
         state.cache.visible = min(capacity, max(64, 1 << (seen - 1).bit_length())) if compile else seen
         step(state, decoder, top_k, top_p)
 

@@ -480,7 +480,7 @@ def test_one_token_at_a_time_through_the_cache_is_the_plain_forward(positions, r
                 fill_with_junk(cache)
             starts = cache.length.tolist()
             tokens = torch.tensor([[sequences[row][at]] for row, at in zip(alive, starts, strict=True)])
-            cache.column.fill_(width + turn)
+            cache.column = slice(width + turn, width + turn + 1)
             cache.visible = width + turn + 1
             hidden = model.hidden(tokens, cache)
             for row, at, h in zip(alive, starts, hidden, strict=True):
@@ -503,7 +503,7 @@ def test_a_compiled_decoding_step_attends_by_weighted_sums():
         assert kernels.pop()
         cache.mask[..., :4] = 0.0
         cache.length += 4
-        cache.column += 4
+        cache.column = torch.tensor([4])
         cache.visible = 5
         torch.testing.assert_close(compiled(tokens[:, 4:5], cache), plain[:, 4:5], **exact)
         assert not kernels.pop()
