@@ -288,6 +288,24 @@ def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, long, seed):
         assert len(part) == rows or (len(part) + 1) * following > tokens
 
 
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.integers(1, 4), seeds)
+@quick
+def test_processes_share_prompts(prompts, processes, seed):
+    """Every row belongs to one process, and all rows of a prompt to the same: they read it together."""
+    count, index = len(prompts), torch.tensor(prompts)
+    lengths, owner = torch.randint(2, 9, (count,), generator=torch.Generator().manual_seed(seed)), {}
+    rollout = Rollout(torch.zeros(count, 9), lengths, lengths, torch.zeros(count, 8), lengths > 0, index)
+    for rank in range(processes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nanorl.run.ranks.rank", lambda rank=rank: rank)
+            patch.setattr("nanorl.run.ranks.count", lambda: processes)
+            for part, _ in micro_batches(torch.arange(count), rollout, 3):
+                for row in part.tolist():
+                    assert row not in owner
+                    owner[row] = rank
+    assert len(owner) == count and len({(prompts[row], rank) for row, rank in owner.items()}) == len(set(prompts))
+
+
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_rollouts_are_scored_and_judged_alike_in_any_batches(size):
     """log-probs of the sampled tokens, and a reward at the last real token: those of each row on its own."""
