@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from nanorl import run
+from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import DATA, random_windows, read_text, split_text
 from nanorl.gpt import GPT, PRESETS, GPTConfig
 from nanorl.heldout import text_loss
@@ -107,15 +108,14 @@ def main(cfg: Config) -> None:
                                 run.generator(cfg.seed, "batch", step)).to(device)
         mask = torch.ones(len(tokens), cfg.length - 1, dtype=torch.bool, device=device)
         weights = token_weights(mask, torch.arange(len(tokens), device=device), "token_mean")
-        loss = 0.0
+        totals = {}
         mine = (run.ranks.parts(x, cfg.batch) for x in (tokens, mask, weights))
         for t, m, w in zip(*mine, strict=True):
             with run.autocast(device, cfg.dtype):
                 logp, _ = token_log_probs(model, t)
             micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
-            loss += metrics["train/loss"].item()
-        loss = sum(run.ranks.gathered(loss))
+            add_metrics(totals, metrics)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
         seconds = time.perf_counter() - started
 
@@ -123,7 +123,7 @@ def main(cfg: Config) -> None:
         speed = {"time/tokens_per_s": step_tokens / seconds}
         if peak := run.peak_flops(device):
             speed["time/mfu"] = flops / seconds / peak
-        out.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr, **speed},
+        out.log(sum_over_ranks(totals) | {"train/grad_norm": grad_norm, "train/lr": lr, **speed},
                 show=("train/loss", "time/tokens_per_s"))
 
     final = evaluate_now()

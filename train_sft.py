@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from nanorl import run
+from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import read_records, render_records, response_batch, shuffled_batch, split_records
 from nanorl.heldout import evaluate_and_show, show_responses, total_loss
 from nanorl.ops import masked_sum, token_weights
@@ -90,20 +91,19 @@ def main(cfg: Config) -> None:
         picks = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)]
         tokens, mask = (x.to(device) for x in response_batch(prompts, responses, picks, tokenizer.pad))
         weights = token_weights(mask, torch.arange(len(picks), device=device), "token_mean")
-        loss = 0.0
+        totals = {}
         mine = (run.ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights))
         for t, m, w in zip(*mine, strict=True):
             with run.autocast(device, cfg.dtype):
                 logp, _ = token_log_probs(model, t, m)
             micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
-            loss += metrics["train/loss"].item()
-        loss = sum(run.ranks.gathered(loss))
+            add_metrics(totals, metrics)
         lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1, decay=0.5)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 4. Log.
-        out.log({"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}, show=("train/loss",))
+        out.log(sum_over_ranks(totals) | {"train/grad_norm": grad_norm, "train/lr": lr}, show=("train/loss",))
 
     final = evaluate_now()
     out.finish(final)

@@ -200,5 +200,5 @@ def demonstrate(cfg: FamilyConfig, score: Callable, demonstrations: tuple[list, 
     for t, m, w in zip(*(ranks.parts(x, cfg.micro_batch) for x in (tokens, mask, weights)), strict=True):
         nll = -masked_sum(w * score(t, m)[0], m)
         (cfg.likelihood_coef * nll).backward()
-        total += nll.item()
-    return sum(ranks.gathered(total))
+        total += nll.detach()
+    return sum(ranks.gathered(float(total)))

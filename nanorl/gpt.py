@@ -7,9 +7,8 @@ biases, no dropout. Reading order: GPTConfig, GPT.hidden, Block, Attention. Ther
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanorl.ops import log_softmax
+from nanorl.prefixes import share_prefixes
 
 
 @dataclass(frozen=True)
@@ -127,45 +127,6 @@ def decoding_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = (q * k).sum(-1) / math.sqrt(q.shape[-1]) + mask[:, :, 0]             # [B, H, S]
     weights = log_softmax(scores).exp()[..., None]
     return (weights * v).sum(2, keepdim=True).to(v.dtype)
-
-
-SHARE_BELOW = 0.9       # of the tokens: fewer must be left when prefixes are read once, or that does not pay
-
-
-class Shared(NamedTuple):
-    """Rows [B, T] that begin alike, as one sequence of N = P Tp + B Ta tokens: P prefixes of Tp, then what each row has after
-    its prefix, Ta."""
-
-    tokens: Tensor          # [1, N]
-    positions: Tensor       # [1, N] of these tokens in their rows
-    places: Tensor          # [M] of the tokens that were asked for, among these N
-    prefix: Tensor          # [B] the prefix of each row
-    lengths: Tensor         # [B] its length
-    widths: tuple[int, int]     # Tp, Ta
-
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of the rows' tokens, -inf where they may not attend.       [B, 1, Ta, Tp + Ta]"""
-        B, (Tp, Ta), device = len(self.prefix), self.widths, self.prefix.device
-        held = (torch.arange(Tp, device=device) < self.lengths[:, None])[:, None].expand(B, Ta, Tp)
-        own = torch.ones(Ta, Ta, dtype=torch.bool, device=device).tril().expand(B, Ta, Ta)
-        hidden = ~torch.cat((held, own), dim=2)[:, None]
-        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
-
-
-def share_prefixes(tokens: np.ndarray, where: np.ndarray) -> Shared | None:
-    """Rows [B, T] that have the same tokens before their first True of `where` share them. None where that saves little."""
-    B, T = tokens.shape
-    lengths, (row, at) = where.argmax(1), where.nonzero()                                   # [B] (0 without a True), two of [M]
-    rows: dict[bytes, int] = {}
-    first = [rows.setdefault(tokens[b, :n].tobytes(), b) for b, n in enumerate(lengths)]    # the first row that begins so
-    readers, prefix = np.unique(first, return_inverse=True)                                 # [P], [B]
-    P, Tp, Ta = len(readers), int(lengths.max()), int((at - lengths[row]).max(initial=0)) + 1
-    if not Tp or P * Tp + B * Ta > SHARE_BELOW * B * T:
-        return None
-    after = np.minimum(lengths[:, None] + np.arange(Ta), T - 1)                             # [B, Ta]
-    parts = (np.append(tokens[readers, :Tp], np.take_along_axis(tokens, after, 1))[None],
-             np.append(np.tile(np.arange(Tp), P), after)[None], P * Tp + row * Ta + at - lengths[row], prefix, lengths)
-    return Shared(*map(torch.from_numpy, parts), (Tp, Ta))
 
 
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, mask: Tensor) -> Tensor:
@@ -350,7 +311,7 @@ class GPT(nn.Module):
         places = torch.from_numpy(chosen.ravel().nonzero()[0]).to(device)                   # [N]
         if (shared := share_prefixes(host, chosen.astype(bool))) is None:
             return self.hidden(tokens).flatten(0, 1)[places], places
-        shared = Shared(*(x.to(device) for x in shared[:-1]), shared.widths)
+        shared = shared.to(device)
         layout = shared.prefix, shared.mask(self.embedding.weight.dtype)
         return self._blocks(shared.tokens, shared.positions, shared=layout)[0, shared.places], places
 

@@ -25,7 +25,7 @@ SFT = "train_sft.py"
 SAMPLE = "nanorl/sample.py"
 ROLLOUT = "nanorl/rollout.py"
 BATCHES = "nanorl/batches.py"
-GPT = "nanorl/gpt.py"
+GPT, PREFIXES = "nanorl/gpt.py", "nanorl/prefixes.py"
 OPTIMIZER = "nanorl/run/optimizer.py"
 DIRECTORY = "nanorl/run/directory.py"
 DEVICE = "nanorl/run/device.py"
@@ -624,16 +624,16 @@ LOOPS = [
            "hidden, places = model.hidden_at(inputs, mask)", "hidden, places = model.hidden_at(inputs)"),
 
     # ---- Prefixes that are read once, and the cache ----
-    Mutant("a row reads beyond its prefix", GPT, "(torch.arange(Tp, device=device) < self.lengths[:, None])",
+    Mutant("a row reads beyond its prefix", PREFIXES, "(torch.arange(Tp, device=device) < self.lengths[:, None])",
            "(torch.arange(Tp, device=device) <= self.lengths[:, None])"),
-    Mutant("what follows a prefix begins at position 0", GPT,
+    Mutant("what follows a prefix begins at position 0", PREFIXES,
            "np.append(np.tile(np.arange(Tp), P), after)", "np.append(np.tile(np.arange(Tp), P), after - lengths[:, None])"),
     Mutant("rows continue each other's prefixes", GPT,
            "shared.index_select(0, prefix)", "shared.index_select(0, prefix.flip(0))"),
-    Mutant("a row attends to the token after", GPT,
+    Mutant("a row attends to the token after", PREFIXES,
            "dtype=torch.bool, device=device).tril()", "dtype=torch.bool, device=device).tril(1)"),
-    Mutant("prefixes of the same length are alike", GPT, "tokens[b, :n].tobytes()", "int(n)"),
-    Mutant("prefixes that differ in their last token are alike", GPT,
+    Mutant("prefixes of the same length are alike", PREFIXES, "tokens[b, :n].tobytes()", "int(n)"),
+    Mutant("prefixes that differ in their last token are alike", PREFIXES,
            "tokens[b, :n].tobytes()", "(n, tokens[b, : n - 1].tobytes())"),
     Mutant("a decoding step hides its own token", GPT, "            cache.mask[..., cache.column] = 0.0\n", ""),
     Mutant("a slot is not cleaned for the next row", GPT, "x[:, :, width:].index_fill_(0, rows, 0.0) ", "pass "),
@@ -692,7 +692,8 @@ LOOPS = [
            "end < min(len(order), start + micro_batch)", "end < min(len(order), start + micro_batch + 1)"),
     Mutant("micro-batches of long rows are as large as those of short ones", BATCHES,
            " and (end + 1 - start) * order[end][0] <= micro_batch * LONG", ""),
-    Mutant("sums of extremes", BATCHES, '{"_max": torch.maximum, "_min": torch.minimum}.get(name[-4:], torch.add)', "torch.add"),
+    Mutant("sums of extremes", BATCHES,
+           '{"_max": torch.maximum, "_min": torch.minimum}.get(name[-4:], torch.add)', "torch.add"),
 
     # ---- Held-out problems and texts ----
     Mutant("evaluations ask training problems", HELDOUT, 'task.problem(rng, "heldout")', 'task.problem(rng, "train")'),
@@ -772,7 +773,7 @@ LOOPS = [
     Mutant("pretraining: weights of a micro-batch", PRETRAIN,
            "objective(logp, m, w)", "objective(logp, m, w * cfg.accumulate)"),
     Mutant("pretraining: the loss of the last micro-batch is logged", PRETRAIN,
-           'loss += metrics["train/loss"].item()', 'loss = metrics["train/loss"].item()'),
+           'add_metrics(totals, metrics)', 'totals = metrics'),
     Mutant("pretraining: the batch of step 0 every time", PRETRAIN,
            'run.generator(cfg.seed, "batch", step)', 'run.generator(cfg.seed, "batch", 0)'),
     Mutant("pretraining: no decay", PRETRAIN, "warmup=0.1, decay=0.5)", "warmup=0.1)"),

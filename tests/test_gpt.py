@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import nanorl.gpt
+import nanorl.prefixes
 from nanorl.data import pad
 from nanorl.gpt import (
     GPT,
@@ -538,7 +539,7 @@ def test_a_prefix_that_is_read_once_changes_neither_values_nor_gradients(positio
     found, gradients = [], []
     for share_below in (0.0, 9.0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nanorl.gpt, "SHARE_BELOW", share_below)
+            patch.setattr(nanorl.prefixes, "SHARE_BELOW", share_below)
             hidden, places = model.hidden_at(tokens, where)
         assert torch.equal(places, where.flatten().nonzero().squeeze(-1))
         found.append(hidden)
