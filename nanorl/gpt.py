@@ -310,10 +310,10 @@ class GPT(nn.Module):
         device, (host, chosen) = tokens.device, torch.stack((tokens, where)).cpu().numpy()      # the one wait for the device
         places = torch.from_numpy(chosen.ravel().nonzero()[0]).to(device)                   # [N]
         if (shared := share_prefixes(host, chosen.astype(bool))) is None:
-            return self.hidden(tokens).flatten(0, 1)[places], places
+            return self.hidden(tokens).flatten(0, 1).index_select(0, places), places
         shared = shared.to(device)
         layout = shared.prefix, shared.mask(self.embedding.weight.dtype)
-        return self._blocks(shared.tokens, shared.positions, shared=layout)[0, shared.places], places
+        return self._blocks(shared.tokens, shared.positions, shared=layout)[0].index_select(0, shared.places), places
 
     def _blocks(self, tokens: Tensor, positions: Tensor | slice, cache: KVCache | None = None,
                 shared: tuple | None = None) -> Tensor:
