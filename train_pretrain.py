@@ -35,10 +35,10 @@ def objective(logp, mask, weights):
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RunConfig):
     out: str = "runs/pretrain"
-    steps: run.Count = 900
+    steps: run.Count = 500
     save_every: run.Count = 100
     lr: run.Positive = 1e-2
-    eval_every: run.Count = 200
+    eval_every: run.Count = 250
 
     # text and model
     text: str = str(DATA / "text.txt")    # any UTF-8 text file
@@ -98,7 +98,7 @@ def main(cfg: Config) -> None:
 
     for step in out.steps():
         # 2. Evaluate.
-        if step % cfg.eval_every == 0:
+        if step and step % cfg.eval_every == 0:
             out.log(evaluate_now())
 
         # 3. One step: micro-batches only bound memory, their gradients add up to the step's.

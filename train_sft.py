@@ -32,8 +32,8 @@ def objective(logp, mask, weights):
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RunConfig):
     out: str = ""               # directory of this run (default: runs/sft, or runs/sft-TASK)
-    steps: run.Count = 300
-    lr: run.Positive = 2e-3
+    steps: run.Count = 200
+    lr: run.Positive = 1e-3
     eval_every: run.Count = 100
 
     # demonstrations
