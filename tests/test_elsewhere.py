@@ -12,6 +12,8 @@ import pytest
 from world import GRPO, ROOT, metrics, start
 
 import train_grpo
+import train_pretrain
+import train_sft
 from nanorl import run
 
 FLAGS = "--steps 2 --prompts 2 --group 2 --eval-problems 2 --max-new-tokens 16 --quiet --device cpu"
@@ -19,10 +21,10 @@ LOSS = "return -(weights * surrogate).sum(), metrics"
 DOUBLED = 'metrics["train/mine"] = 2.0 * mask.sum()\n    return -2.0 * (weights * surrogate).sum(), metrics'
 FEW_STORIES = ('read_text(DATA / "stories_heldout.txt")', 'read_text(DATA / "stories_heldout.txt")[:2000]')
 TINY_STAGES = {
-    "train_pretrain": [("steps: run.Count = 900", "steps: run.Count = 2"), ('str(DATA / "text.txt")', '"text.txt"'),
-                       ("vocab_size: run.Count = 512", "vocab_size: run.Count = 300"), ('= "nano"', '= "pico"')],
-    "train_sft": [("steps: run.Count = 300", "steps: run.Count = 3"), ("run.Count = 20_000", "run.Count = 50"),
-                  ("eval_problems: run.Count = 500", "eval_problems: run.Count = 2")]}
+    "train_pretrain": [(f"steps: run.Count = {train_pretrain.Config().steps}", "steps: run.Count = 2"),
+                       ('str(DATA / "text.txt")', '"text.txt"'), ("vocab_size: run.Count = 512", "vocab_size: run.Count = 300"), ('= "nano"', '= "pico"')],
+    "train_sft": [(f"steps: run.Count = {train_sft.Config().steps}", "steps: run.Count = 3"),
+                  ("run.Count = 20_000", "run.Count = 50"), ("eval_problems: run.Count = 500", "eval_problems: run.Count = 2")]}
 
 
 @pytest.fixture
