@@ -113,7 +113,7 @@ def advantages(cfg, rollout, rewards, old_logp, ref_logp, state):
 @dataclass(frozen=True, kw_only=True)
 class Config(family.FamilyConfig):
     out: str = ""               # directory of this run (default: runs/grpo, or runs/grpo-TASK)
-    steps: run.Count = 30
+    steps: run.Count = 40
     lr: run.Positive = 1e-4
     eval_every: run.Count = 10
 

@@ -35,10 +35,10 @@ def objective(logp, mask, weights):
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RunConfig):
     out: str = "runs/pretrain"
-    steps: run.Count = 500
+    steps: run.Count = 400
     save_every: run.Count = 100
     lr: run.Positive = 1e-2
-    eval_every: run.Count = 250
+    eval_every: run.Count = 200
 
     # text and model
     text: str = str(DATA / "text.txt")    # any UTF-8 text file

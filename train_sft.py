@@ -32,7 +32,7 @@ def objective(logp, mask, weights):
 @dataclass(frozen=True, kw_only=True)
 class Config(run.RunConfig):
     out: str = ""               # directory of this run (default: runs/sft, or runs/sft-TASK)
-    steps: run.Count = 200
+    steps: run.Count = 250
     lr: run.Positive = 1e-3
     eval_every: run.Count = 100
 
