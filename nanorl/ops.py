@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -223,15 +224,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float,
     bootstrap = values.new_zeros(len(values)) if bootstrap is None else bootstrap
     inputs = (rewards, values, bootstrap)
     assert not any(x.requires_grad for x in inputs), "advantages are constants: detach their inputs"
-    rewards, values, next_value = map(_at_least_float32, inputs)
+    rewards, values, bootstrap = map(_at_least_float32, inputs)
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
-    next_advantage, advantages = values.new_zeros(len(values)), torch.zeros_like(values)
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * next_advantage
-        next_value = torch.where(mask[:, t], values[:, t], next_value)
-        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
-        advantages[:, t] = advantage.masked_fill(~mask[:, t], 0.0)
+    after, goes_on = (F.pad(x[:, 1:], (0, 1)) for x in (values, mask))
+    after = torch.where(goes_on, after, bootstrap[:, None])                                # V_{t+1}
+    advantages, count = (rewards + gamma * after - values).masked_fill(~mask, 0.0), 1
+    while count < values.shape[1]:      # `count` deltas from t on, and as many after those, make twice as many
+        advantages = advantages + (gamma * lam) ** count * F.pad(advantages[:, count:], (0, count))
+        count *= 2
+    advantages = advantages.masked_fill(~mask, 0.0)
     return advantages, advantages + values
 
 

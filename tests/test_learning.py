@@ -48,7 +48,7 @@ def test_grpo_learns_to_work_before_it_answers(base, monkeypatch):
 def test_grpo_lifts_every_task(task, sft_steps, steps, base, monkeypatch):
     """From fine-tuning that leaves something to learn; what pays, working or blurting, differs from task to task."""
     monkeypatch.chdir(base)
-    train_sft.main(run.parse(train_sft.Config, ["--task", task, "--steps", str(sft_steps), "--quiet"]))
+    train_sft.main(run.parse(train_sft.Config, ["--task", task, "--steps", str(sft_steps), "--lr", "2e-3", "--quiet"]))
     train_grpo.main(run.parse(train_grpo.Config, ["--task", task, "--steps", str(steps), "--lr", "3e-4", "--quiet"]))
     first, last = lines(f"runs/grpo-{task}")[0], lines(f"runs/grpo-{task}")[-1]
     assert last["eval/accuracy_sampled"] > first["eval/accuracy_sampled"] + 0.05
