@@ -165,7 +165,7 @@ def main(cfg: Config) -> None:
             out.say(first_step_check(fresh, task, tokenizer.end, score, loss, list(policy.parameters()), cfg.aggregate,
                                      cfg.max_new_tokens, tolerance(device, cfg.dtype) / min(1.0, cfg.temperature)))
 
-        # 4. Compare: how much better is each answer than others? With --stale n, this is the rollout of n steps ago.
+        # 4. Compare: how much better is each answer than the rest of its group? --stale n: on the rollout of n steps ago.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
             fresh_logp = fresh.rollout.logp         # where it matters, scored again: the sampler may round differently

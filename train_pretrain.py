@@ -98,7 +98,7 @@ def main(cfg: Config) -> None:
 
     for step in out.steps():
         # 2. Evaluate.
-        if step and step % cfg.eval_every == 0:
+        if step % cfg.eval_every == 0:
             out.log(evaluate_now())
 
         # 3. One step: micro-batches only bound memory, their gradients add up to the step's.

@@ -110,7 +110,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same function as `attention`, by PyTorch's kernels, which never hold the [T, S] scores. The model uses it.
+    """The same function as `attention`, by PyTorch's kernels, most of which never hold the [T, S] scores. The model uses it.
 
     mask may also be what is added to the scores, 0 or -inf: the kernels make that of a bool mask at every call.
     """
@@ -130,7 +130,7 @@ def decoding_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, mask: Tensor) -> Tensor:
-    """Causal attention of `Shared` sequences: a prefix attends to itself, a row to its prefix and to itself.
+    """Causal attention within a `Shared` sequence: a prefix attends to itself, a row to its prefix and to itself.
 
     q, k, v [1, N, H or Hkv, D], N = P Tp + B Ta -> [1, N, H, D]
     """
@@ -150,9 +150,9 @@ class KVCache:
     """Keys and values of the tokens seen so far, so that the next token costs one position instead of all of them.
 
     keys, values: for each layer [B, Hkv, capacity, D]. A column holds one token of every row: prompts begin in column 0, and
-    each decoding step fills one column more, of all rows, wherever their prompts ended. Where a row has no token, `mask`
-    [B, 1, 1, capacity], which is added to the scores, is -inf. length [B] is the position of each row's next token; whoever
-    decodes counts it.
+    each decoding step writes one column after them, of all rows, wherever their prompts ended. Where a row has no token, `mask`
+    [B, 1, 1, capacity], which is added to the scores, is -inf. length [B] is the position of each row's next token. The caller
+    chooses the columns and counts the lengths.
     """
 
     def __init__(self, config: GPTConfig, rows: int, capacity: int, device=None, dtype=None):
@@ -190,7 +190,7 @@ class KVCache:
         self.visible = max(self.visible, width)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows: they move to the front of the same memory."""
+        """Only these rows: their keys and values move to the front of the same memory."""
         seen, count = slice(0, self.visible), len(rows)
         for part in (self.keys, self.values):
             for layer, x in enumerate(part):
@@ -276,9 +276,9 @@ class GPT(nn.Module):
         self._initialise(generator)
 
     def _initialise(self, generator: torch.Generator | None) -> None:
-        """Normal weights of variance 1 / fan-in: what goes in with variance 1 comes out so. What writes into the residual
-        stream is scaled by 1/sqrt(2 layers), so that its variance does not grow with depth. The head starts small: a
-        fresh model has hardly an opinion, and its loss is close to log V."""
+        """Embeddings of variance 1, and matrices of variance 1 / fan-in: what goes in with variance 1 comes out so. What writes
+        into the residual stream is scaled by 1/sqrt(2 layers), so that its variance does not grow with depth. The head, and
+        embeddings that are tied to it, start small: a fresh model has hardly an opinion, and its loss is close to log V."""
         std = {"embedding.weight": 0.02 if self.config.tie_embeddings else 1.0, "head.weight": 0.02}
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
@@ -289,8 +289,8 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm.       tokens [B, T] int64 -> [B, T, width]
 
-        Whole sequences, causally; an empty cache keeps their keys and values. With one that has prompts, `tokens` [B, 1] are
-        the next of each row, at position cache.length.
+        Without a cache, whole sequences, causally; an empty cache keeps their keys and values. With a filled one, `tokens`
+        [B, 1] are the next of each row, at position cache.length.
         """
         if cache is not None and cache.visible:
             cache.mask[..., cache.column] = 0.0
@@ -304,6 +304,7 @@ class GPT(nn.Module):
         """hidden(tokens)[where] [N, width], and the places of these N in a flattened [B, T].       tokens, where [B, T]
 
         Rows may be alike up to their first True. Where it pays, such a prefix is read once: samples of one prompt share it.
+        Without `where`, all positions.
         """
         if where is None:
             return self.hidden(tokens).flatten(0, 1), torch.arange(tokens.numel(), device=tokens.device)
@@ -313,7 +314,7 @@ class GPT(nn.Module):
             return self.hidden(tokens).flatten(0, 1).index_select(0, places), places
         shared = shared.to(device)
         layout = shared.prefix, shared.mask(self.embedding.weight.dtype)
-        return self._blocks(shared.tokens, shared.positions, shared=layout)[0].index_select(0, shared.places), places
+        return self._blocks(shared.tokens, shared.positions, shared=layout)[0].index_select(0, shared.wanted), places
 
     def _blocks(self, tokens: Tensor, positions: Tensor | slice, cache: KVCache | None = None,
                 shared: tuple | None = None) -> Tensor:

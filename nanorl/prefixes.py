@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHARE_BELOW = 0.9       # of the tokens: fewer must be left when prefixes are read once, or that does not pay
+SHARE_BELOW = 0.9       # share prefixes only if at most this part of the tokens is left to read: sharing costs something, too
 
 
 class Shared(NamedTuple):
-    """Rows [B, T] that begin alike, as one sequence of N = P Tp + B Ta tokens: P prefixes of Tp, then what each row has after
-    its prefix, Ta."""
+    """Rows [B, T] that begin alike, as one sequence of N = P Tp + B Ta tokens: P prefixes, then what each row has from its
+    first wanted token on. Both are padded on the right, to Tp and Ta tokens."""
 
     tokens: Tensor          # [1, N]
     positions: Tensor       # [1, N] of these tokens in their rows
-    places: Tensor          # [M] of the tokens that were asked for, among these N
+    wanted: Tensor          # [M] which of these N were asked for
     prefix: Tensor          # [B] the prefix of each row
     lengths: Tensor         # [B] its length
     widths: tuple[int, int]     # Tp, Ta
@@ -28,8 +28,8 @@ class Shared(NamedTuple):
         B, (Tp, Ta), device = len(self.prefix), self.widths, self.prefix.device
         held = (torch.arange(Tp, device=device) < self.lengths[:, None])[:, None].expand(B, Ta, Tp)
         own = torch.ones(Ta, Ta, dtype=torch.bool, device=device).tril().expand(B, Ta, Ta)
-        hidden = ~torch.cat((held, own), dim=2)[:, None]
-        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
+        blocked = ~torch.cat((held, own), dim=2)[:, None]
+        return torch.zeros(blocked.shape, dtype=dtype, device=device).masked_fill(blocked, -torch.inf)
 
 
 def share_prefixes(tokens: np.ndarray, where: np.ndarray) -> Shared | None:

@@ -1,7 +1,8 @@
 """The generation engine and the scorer: from a model's logits to sampled tokens, and to the log-probs of given ones.
 
 `generate` samples; `token_log_probs` says how likely given tokens are. Both divide the logits by the temperature before
-the softmax, in at least float32, so for equal weights the ratio of their probabilities is 1.
+the softmax, in at least float32, so for equal weights the ratio of their probabilities is 1, to rounding (without top-k and
+top-p, which the scorer knows nothing of).
 """
 
 import copy
@@ -122,10 +123,10 @@ class Rollout:
 
 
 class Slots:
-    """All that a decoding step reads and writes, in memory that never moves: a row of the rollout in each slot.
+    """All that a decoding step reads and writes: a row of the rollout in each slot. Only `keep` moves it in memory.
 
-    A place is a column of the rollout [B, T + 1], flattened. A row that is done goes on in the column after its last token,
-    where nobody reads, until its slot is taken.
+    A place is an index into the flattened rollout [B, T + 1]. A row that is done goes on writing at the place after its last
+    token, where everything is discarded, until its slot is taken.
     """
 
     def __init__(self, config: GPTConfig, slots: int, capacity: int, rows: int, columns: int, device: torch.device,
@@ -139,7 +140,7 @@ class Slots:
         self.temperature = torch.ones((), dtype=torch.promote_types(dtype, torch.float32), device=device)
 
     def fill(self, free: Tensor, model: GPT, prompts: Tensor, lengths: Tensor, place: Tensor, last: Tensor) -> None:
-        """Start with new prompts [P, T] in the free slots, as many with each, whose answers begin and may end at these places.
+        """Put prompts [P, T] into the free slots, as many slots for each; answers begin at `place`, and end at `last` at most.
 
         The last token of a prompt is not read yet: it is the first to be fed. All arguments are on the model's device.
         """
@@ -170,7 +171,7 @@ class Slots:
         return [x for x in parts if isinstance(x, Tensor)]
 
     def keep(self, slots: Tensor) -> None:
-        """Only these."""
+        """Drop all slots but these."""
         self.cache.keep(slots)
         self.ids, self.place, self.last, self.alive = (x[slots] for x in (self.ids, self.place, self.last, self.alive))
 
@@ -178,7 +179,7 @@ class Slots:
 # To ask the device whether rows have finished, the host must wait for it: not after every token where that is expensive.
 CHECK_EVERY = {"cuda": 8}
 
-KEPT, KEPT_BYTES = 4, 2**31     # shapes for each model: of a rollout, an evaluation, and two more; if they are not too large
+KEPT, KEPT_BYTES = 4, 2**31     # of each model at most so many shapes (a rollout's, an evaluation's, two more) and bytes
 
 
 class _Compiled:
@@ -211,7 +212,7 @@ class _Compiled:
         """The model with its matrices in this dtype: autocast would cast them for every token."""
         if dtype == model.head.weight.dtype:
             return model
-        if self.cast is None:
+        if self.cast is None or self.cast.head.weight.dtype != dtype:
             self.cast = copy.deepcopy(model).requires_grad_(False)
             for module in self.cast.modules():
                 if isinstance(module, nn.Linear):
@@ -248,7 +249,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
 
     `max_new_tokens` is one limit for all prompts, or a list with one for each. temperature 0 is greedy (and logp 0: a
     point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for all its samples. Randomness is one uniform
-    per (seed, row, position): a row does not depend on the other rows; rows are counted from `first_row`.
+    per (seed, row, position): but for rounding, a row does not depend on the other rows; they are counted from `first_row`.
 
     `slots` bounds the memory: so many rows are sampled at a time, but at least all of one prompt, and the others wait for
     slots to become free. When none wait, eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as
@@ -266,9 +267,9 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     ends = lengths + torch.tensor(limits)
     B, W, longest = P * G, prompt_ids.shape[1], int(ends.max())
     S = max(1, min(slots or B, B) // G) * G
-    turns = max(limits)                                 # an answer takes so many, and so many columns of the cache
+    turns = max(limits)                                 # decoding steps of the longest answer
     capacity, columns = W - 1 + turns, longest + 1
-    if compile:         # few different shapes
+    if compile:         # rounded up, so that few shapes are compiled
         capacity, columns = (-(-n // 64) * 64 for n in (capacity, columns))
     shape = (S, capacity, B, columns, device, dtype)
     if compile:
@@ -296,7 +297,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
             state.fill(free, model, prompt_ids[part, : lengths[part].max()], lengths[part].to(device), *answers)
             next_row += len(free)
 
-        # The columns after the prompts are filled in turn, and then again: by then, the rows of the first are done.
+        # The columns after the prompts are reused every `turns` steps: by then, the rows that wrote them are done.
         seen = W + min(turn, turns - 1)
         column = W - 1 + turn % turns
         if compile:
