@@ -22,8 +22,10 @@ or bound are then the same. The value of GRPO's loss is then 0, because the adva
 weigh the same. A loss says nothing about progress here and is not logged. Watch the reward.
 
 To change the loss: a branch in `objective`, its keyword where main makes `loss`, a flag in Config. The surrogates and the token
-weights are in nanorl/ops.py, the advantages in `advantages` below, the named algorithms in nanorl/family.py. Then check that it
-is sound: python -m nanorl.checks train_grpo.py:objective --clip 0.2 0.2
+weights are in nanorl/ops.py, the advantages in `advantages` below, the named algorithms and bands in nanorl/family.py. Then
+check that it is sound, with your choice as the default of its keyword:
+
+    python -m nanorl.checks train_grpo.py:objective --clip 0.2 0.2
 """
 
 import functools
