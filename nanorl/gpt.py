@@ -167,12 +167,10 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v [B, Hkv, T, D], and attend: whole prompts causally, a step to all that its row has."""
         keys, values, visible = self.keys[layer], self.values[layer], self.visible
-        if not visible:
-            for memory, x in ((keys, k), (values, v)):
-                memory[:, :, : x.shape[2]] = x
-            return fused_attention(q, k, v)
         for memory, x in ((keys, k), (values, v)):
-            memory[:, :, self.column] = x.to(memory.dtype)
+            memory[:, :, self.column if visible else slice(k.shape[2])] = x.to(memory.dtype)
+        if not visible:
+            return fused_attention(q, k, v)
         seen = keys[:, :, :visible], values[:, :, :visible], self.mask[..., :visible]
         return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, *seen)
 

@@ -35,12 +35,15 @@ class Shared(NamedTuple):
 def share_prefixes(tokens: np.ndarray, where: np.ndarray) -> Shared | None:
     """Rows [B, T] that have the same tokens before their first True of `where` share them. None where that saves little."""
     B, T = tokens.shape
-    lengths, (row, at) = where.argmax(1), where.nonzero()       # [B], 0 of a row without a True; two of [M]
+    lengths = where.argmax(1)                                                               # [B], 0 of a row without a True
+    if not lengths.any():
+        return None
+    row, at = where.nonzero()                                                               # [M] each
     rows: dict[bytes, int] = {}
     first = [rows.setdefault(tokens[b, :n].tobytes(), b) for b, n in enumerate(lengths)]    # the first row that begins so
     readers, prefix = np.unique(first, return_inverse=True)                                 # [P], [B]
     P, Tp, Ta = len(readers), int(lengths.max()), int((at - lengths[row]).max(initial=0)) + 1
-    if not Tp or P * Tp + B * Ta > SHARE_BELOW * B * T:
+    if P * Tp + B * Ta > SHARE_BELOW * B * T:
         return None
     after = np.minimum(lengths[:, None] + np.arange(Ta), T - 1)                             # [B, Ta]
     parts = (np.append(tokens[readers, :Tp], np.take_along_axis(tokens, after, 1))[None],

@@ -271,12 +271,11 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     capacity, columns = W - 1 + turns, longest + 1
     if compile:         # rounded up, so that few shapes are compiled
         capacity, columns = (-(-n // 64) * 64 for n in (capacity, columns))
-    shape = (S, capacity, B, columns, device, dtype)
-    if compile:
         kept = _compiled.setdefault(model, _Compiled())
-        (step, state), decoder = kept.slots(model.config, *shape), kept.weights(model, dtype)
+        step, state = kept.slots(model.config, S, capacity, B, columns, device, dtype)
+        decoder = kept.weights(model, dtype)
     else:
-        step, state, decoder = Slots.step, Slots(model.config, *shape), model
+        step, state, decoder = Slots.step, Slots(model.config, S, capacity, B, columns, device, dtype), model
     u = uniforms(seed, B, turns, first_row) if temperature else torch.zeros(B, turns)
     at = (lengths.repeat_interleave(G)[:, None] + torch.arange(turns)).clamp(max=columns - 1)
     state.u.copy_(u.new_zeros(B, columns).scatter(1, at, u))
