@@ -1,10 +1,12 @@
 """Learning curves of one run or several, as a PNG.        Needs the extra `plot`:  pip install -e ".[plot]"
 
     python -m nanorl.plot runs/grpo [runs/other ...] [--out FILE]
+    python -m nanorl.plot --seeds runs/0/grpo runs/1/grpo runs/2/grpo
     python -m nanorl.plot --fit runs/grpo       reward against tokens, the sigmoid that fits it, and where that leads
 """
 
 import itertools
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 @dataclass(frozen=True, kw_only=True)
 class Config:
     runs: tuple[str, ...]    # directories of runs
+    seeds: bool = False      # the runs are seeds of the same: curves of one metric have one colour and one label
     fit: bool = False        # the sigmoid of reward against tokens instead of all curves
     out: str = ""            # the PNG to write (default: curves.png, or fit.png, in the first run)
 
@@ -52,35 +55,40 @@ def save(figure, out: Path) -> None:
     pyplot().close(figure)
 
 
-def draw(runs: list[Path], out: Path) -> None:
+def draw(runs: list[Path], out: Path, seeds: bool = False) -> None:
+    """All curves of these runs, a panel for each row of plot.toml that has something to show."""
     logs = {str(run): read_metrics(run) for run in runs}
     nonzero = {name for lines in logs.values() for line in lines for name, value in line.items() if value}
     panels = [(title, metrics) for title, metrics in PANELS.items() if not nonzero.isdisjoint(metrics)]
     if not panels:
         raise UserError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
 
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    size = (3.6 * columns, 3.0 * rows)
-    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, (title, metrics) in zip(axes.flat, panels, strict=False):
-        colours = iter(PALETTE * len(logs))
-        for run, lines in logs.items():
+    rows = -(-len(panels) // 4)
+    sizes = [len(panels) // rows + (row < len(panels) % rows) for row in range(rows)]       # panels of each row
+    figure = pyplot().figure(figsize=(3.6 * sizes[0], 3.0 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, math.lcm(*sizes))
+    places = [grid[row, i * grid.ncols // size : (i + 1) * grid.ncols // size] for row, size in enumerate(sizes)
+              for i in range(size)]
+    for place, (title, metrics) in zip(places, panels, strict=True):
+        axis, colours = figure.add_subplot(place), iter(PALETTE * len(logs))
+        for number, (run, lines) in enumerate(logs.items()):
+            colours = iter(PALETTE) if seeds else colours
             for name, label in metrics.items():
                 points = [(line["step"], line[name]) for line in lines if name in line]
                 if not points:
                     continue
                 sparse = name.startswith("eval/")
-                label = label if len(logs) == 1 else f"{run}: {label}"
+                if seeds:
+                    label = label if number == 0 else None
+                elif len(logs) > 1:
+                    label = f"{run}: {label}"
                 axis.plot(*zip(*points, strict=True), color=next(colours), label=label, linewidth=1.8 if sparse else 1.0,
                           marker="o" if sparse else None, markersize=4)
         axis.set(title=title, xlabel="step")
         low, high = min(axis.dataLim.y0, 0), max(axis.dataLim.y1, 0)
         axis.set_ylim(1.05 * low, 1.05 * high if low < high else 1)
-        if len(logs) > 1 or len(axis.lines) > 1:
+        if (len(logs) > 1 and not seeds) or len(metrics) > 1:
             axis.legend(frameon=False, fontsize=8)
-    for axis in list(axes.flat)[len(panels):]:
-        axis.set_visible(False)
     save(figure, out)
 
 
@@ -164,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out) if cfg.out else runs[0] / ("fit.png" if cfg.fit else "curves.png")
     check_can_draw(out)
     try:
-        (draw_fit if cfg.fit else draw)(runs, out)
+        draw_fit(runs, out) if cfg.fit else draw(runs, out, cfg.seeds)
     except OSError as e:
         raise UserError(str(e)) from None
     print(f"Drew {out}.")
