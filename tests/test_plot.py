@@ -1,5 +1,6 @@
 """Learning curves: every metric of a panel that was logged is drawn, and nothing else."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -135,4 +136,4 @@ def test_every_row_of_panels_is_full(count, tmp_path, monkeypatch):
     assert max(map(len, rows.values())) - min(map(len, rows.values())) <= 1
     for spans in rows.values():
         assert spans[0][0] == 0 and spans[-1][1] == columns
-        assert all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
