@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from world import ROOT, TINY
 
 from nanorl import run
@@ -92,3 +93,28 @@ def test_the_command_runs(command, fresh, monkeypatch, tmp_path):
 def test_every_command_is_run_here_or_is_known_to_run_elsewhere():
     for command in commands():
         assert command.startswith((*ELSEWHERE, "cp ", "python train_", "python -m nanorl.")), command
+
+
+def test_the_mistake_of_the_readme_changes_nothing_at_ratio_1_and_is_named_by_the_checks(tmp_path, monkeypatch, capsys):
+    """Its output is that of the README, line by line."""
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / "train_grpo.py").read_text()
+    old, new = re.search(r"```diff\n-(.*)\n\+(.*)\n```", readme).groups()
+    assert script.count(old) == 1
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(script.replace(old, new))
+    monkeypatch.syspath_prepend(tmp_path)
+    right, wrong = (importlib.import_module(name).objective for name in ("train_grpo", "mine"))
+    old_logp, adv, mask = -torch.rand(4, 5), torch.randn(4, 1), torch.ones(4, 5, dtype=torch.bool)
+    gradients = []
+    for objective in (right, wrong):
+        logp = old_logp.clone().requires_grad_()
+        objective(logp, old_logp, adv, mask, torch.full((4, 5), 0.05))[0].backward()
+        gradients.append(logp.grad)
+    torch.testing.assert_close(*gradients)
+    monkeypatch.delitem(sys.modules, "mine")
+    with pytest.raises(SystemExit):
+        importlib.import_module("nanorl.checks.__main__").main(["mine.py:objective", "--clip", "0.2", "0.2"])
+    printed = capsys.readouterr().out.splitlines()
+    shown = re.search(r"^```\n(holds .*?)^```", readme, re.M | re.S)[1].splitlines()
+    assert [line for line in shown if line not in printed] == ["..."]
+    assert sum(line.startswith("BROKEN") for line in printed) == 2
