@@ -201,6 +201,7 @@ def test_the_bias_of_an_aggregation_is_noted_beside_a_kl_term():
 
 @pytest.mark.parametrize("f, options", [
     (sound, {}), (loss_of(Config(algo="masked_is")), {}), (with_kl(right_clip, kl_k3), {}),
+    (changed(surrogate=clipped_above_only), {}), (changed(surrogate=clipped_below_only), {}),
     (loss_of(Config(algo="cispo")), {"detached_weight": True, "clip": (0.2, 4.0)})])
 def test_what_may_apply_and_could_not_be_checked_is_said(f, options):
     """A ratio that is bounded without a clip range, and a range that no invariant of a detached weight uses."""
