@@ -94,8 +94,8 @@ def reasons_to_skip(clip: tuple[float, float] | None, bounded: bool, detached_we
     """The invariants that are not checked for such an objective, and why; of several reasons the last."""
     i = invariants
     reasons = ((clip is None, "no clip range was given", (i.flat_region, i.pessimism)),
-               (clip is None and bounded, "some ratios take a token's gradient away, but no clip range was given; if it is a "
-                                          "clip, say clip=(low, high) (--clip LOW HIGH)", (i.flat_region, i.pessimism)),
+               (bounded, "some ratios take a token's gradient away, but no clip range was given; if it is a clip, say "
+                         "clip=(low, high) (--clip LOW HIGH)", (i.flat_region, i.pessimism)),
                (detached_weight, "a detached weight leaves every token its gradient; its cap is not checked",
                 (i.flat_region, i.pessimism)),
                (detached_weight, "the loss has no slope in a detached weight; see weighted_score", (i.slope,)),
@@ -138,10 +138,10 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     if report.broken:
         report.notes.append("nothing else can be checked")
         raise BrokenObjective(report)
-    bounded = counterexample(partial(invariants.unbounded, f), batch_cases) is not None
+    bounded = clip is None and counterexample(partial(invariants.unbounded, f), batch_cases) is not None
     skip = reasons_to_skip(clip, bounded, detached_weight, depends_on(f, "entropy"), advantage)
     report.skipped = {invariant.__name__: why for invariant, why in skip.items()}
-    if (clip is not None) if detached_weight else (clip is None and bounded):
+    if (bounded and not detached_weight) or (detached_weight and clip is not None):
         report.unchecked = {"flat_region", "pessimism"}
     for invariant in (*OBJECTIVE_INVARIANTS[1:], *ADVANTAGE_INVARIANTS):
         if invariant not in skip:
