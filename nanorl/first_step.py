@@ -56,6 +56,7 @@ def first_step_check(experience: Experience, task: Task, stop_id: int, score: Ca
     5. The gradient of a batch is the sum of its parts' gradients.
     """
     check_verifier(task)
+    parameters = [p for p in parameters if p.requires_grad]
     rollout = experience.rollout
     rows = torch.arange(min(16, len(rollout.tokens)), device=rollout.tokens.device)
     T = int(rollout.lengths[rows].max())

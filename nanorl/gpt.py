@@ -317,7 +317,7 @@ class GPT(nn.Module):
     def _blocks(self, tokens: Tensor, positions: Tensor | slice, cache: KVCache | None = None,
                 shared: tuple | None = None) -> Tensor:
         """tokens [B, T], and where in their sequences they are -> [B, T, width]"""
-        x, rope = self.embedding(tokens), None
+        x, rope = self.embedding(tokens).to(self.norm.weight.dtype), None
         if self.config.positions == "learned":
             x = x + self.position_embedding.weight[positions]
         elif self.config.positions == "rope":

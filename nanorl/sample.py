@@ -5,7 +5,6 @@ the softmax, in at least float32, so for equal weights the ratio of their probab
 top-p, which the scorer knows nothing of).
 """
 
-import copy
 import itertools
 import math
 import weakref
@@ -15,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanorl.data import pad, response_mask, shift
 from nanorl.gpt import GPT, GPTConfig, KVCache, scatter
+from nanorl.lora import has_adapters, linear_layers, merged, merged_weight
 from nanorl.ops import cumulative_sum, linear_log_probs, log_softmax
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,15 +209,14 @@ class _Compiled:
         return found
 
     def weights(self, model: GPT, dtype: torch.dtype) -> GPT:
-        """The model with its matrices in this dtype: autocast would cast them for every token."""
-        if dtype == model.head.weight.dtype:
+        """The model with its matrices in this dtype, to which autocast would cast them for every token, and adapters merged."""
+        if dtype == model.head.weight.dtype and not has_adapters(model):
             return model
         if self.cast is None or self.cast.head.weight.dtype != dtype:
-            self.cast = copy.deepcopy(model).requires_grad_(False)
-            for module in self.cast.modules():
-                if isinstance(module, nn.Linear):
-                    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
-        self.cast.load_state_dict(model.state_dict())
+            self.cast = merged(model, dtype)
+        for mine, theirs in zip(linear_layers(self.cast), linear_layers(model), strict=True):
+            if mine.weight is not theirs.weight:
+                mine.weight.copy_(merged_weight(theirs))
         return self.cast
 
 
@@ -275,7 +274,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
         step, state = kept.slots(model.config, S, capacity, B, columns, device, dtype)
         decoder = kept.weights(model, dtype)
     else:
-        step, state, decoder = Slots.step, Slots(model.config, S, capacity, B, columns, device, dtype), model
+        step, state = Slots.step, Slots(model.config, S, capacity, B, columns, device, dtype)
+        decoder = merged(model, dtype) if has_adapters(model) else model
     u = uniforms(seed, B, turns, first_row) if temperature else torch.zeros(B, turns)
     at = (lengths.repeat_interleave(G)[:, None] + torch.arange(turns)).clamp(max=columns - 1)
     state.u.copy_(u.new_zeros(B, columns).scatter(1, at, u))
@@ -293,7 +293,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
             rows = torch.arange(next_row, next_row + len(free))
             part, first = slice(next_row // G, (next_row + len(free)) // G), rows * columns
             answers = (first + lengths[rows // G]).to(device), (first + ends[rows // G] - 1).to(device)
-            state.fill(free, model, prompt_ids[part, : lengths[part].max()], lengths[part].to(device), *answers)
+            state.fill(free, decoder, prompt_ids[part, : lengths[part].max()], lengths[part].to(device), *answers)
             next_row += len(free)
 
         # The columns after the prompts are reused every `turns` steps: by then, the rows that wrote them are done.

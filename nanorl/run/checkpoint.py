@@ -3,6 +3,7 @@
 What a resumed run reads, and what it cuts off, is in directory.py.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -10,15 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
+from nanorl.lora import adapt, merged
 from nanorl.tokenizer import Tokenizer
 
 Kind = Literal["policy", "reward model"]       # of model that a checkpoint holds
 FORMAT = 1      # raised when a checkpoint's meaning changes
 CHECKPOINT_FIELDS = {"step": int, "config": dict, "gpt": dict, "tokenizer": dict, "model": dict, "optimizer": list,
                      "state": dict}
+ADAPTER_FIELDS = {"rank": int, "alpha": float, "base": str, "sha256": str}      # "lora", of a policy that has adapters
 
 
 def check_finite(x: Any, name: str = "") -> None:
@@ -84,7 +88,7 @@ def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any
     if what not in (None, holds):
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise UserError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
-    return checkpoint
+    return checkpoint | {"path": str(path)}
 
 
 def _check_sound(checkpoint: Any) -> Kind:
@@ -93,14 +97,16 @@ def _check_sound(checkpoint: Any) -> Kind:
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != FORMAT:
         raise UserError(f"expected nanorl's format {FORMAT}, found {found!s:.40}")
-    for name, kind in CHECKPOINT_FIELDS.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"its {name!r} is {checkpoint.get(name)!r:.40}, expected a {kind.__name__}")
-    check_finite(checkpoint["model"])
+    adapters = checkpoint.get("lora", {})
+    wanted = [(checkpoint, CHECKPOINT_FIELDS), (adapters, ADAPTER_FIELDS if "lora" in checkpoint else {})]
+    for part, name, kind in ((part, name, kind) for part, fields in wanted for name, kind in fields.items()):
+        if not isinstance(part.get(name), kind):
+            raise UserError(f"its {name!r} is {part.get(name)!r:.40}, expected a {kind.__name__}")
+    check_finite(checkpoint["model"] | adapters)
     with torch.device("meta"):          # shapes without memory
         model = _fresh_model(checkpoint)
     wanted, found = ({name: tuple(x.shape) for name, x in weights.items()}
-                     for weights in (model.state_dict(), checkpoint["model"]))
+                     for weights in (trained_state(model), checkpoint["model"]))
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
@@ -113,14 +119,45 @@ def _check_sound(checkpoint: Any) -> Kind:
 def _fresh_model(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
     """A model like that of a checkpoint, without its weights."""
     model = GPT(GPTConfig(**checkpoint["gpt"]))
+    if "lora" in checkpoint:
+        model = adapt(model, checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"])
     return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
 
 
 def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT | ScalarGPT:
-    """The policy or the reward model of a checkpoint, with its weights."""
+    """The policy or the reward model of a checkpoint, with its weights; adapters are merged into what they adapt."""
+    if "lora" in checkpoint:
+        return merged(adapted_from(checkpoint, device)[0])
     model = _fresh_model(checkpoint)
     model.load_state_dict(checkpoint["model"])
     return model.to(device)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Of a model's state, what is trained: everything, or its adapters."""
+    return {name: x.detach() for name, x in model.state_dict(keep_vars=True).items() if x.requires_grad}
+
+
+def digest(model: nn.Module) -> str:
+    """The sha256 of a model's weights and their names."""
+    found = hashlib.sha256()
+    for name, x in model.state_dict().items():
+        found.update(name.encode())
+        found.update(x.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def adapted_from(checkpoint: dict[str, Any], device: torch.device) -> tuple[GPT, GPT]:
+    """The policy of a checkpoint that holds adapters, and what they adapt: UserError where that is not what it was."""
+    lora = checkpoint["lora"]
+    base = model_from(load_checkpoint(lora["base"], "policy"), device)
+    if base.config != GPTConfig(**checkpoint["gpt"]) or digest(base) != lora["sha256"]:
+        raise UserError(f"{checkpoint['path']}: its adapters belong to other weights than those of {lora['base']}; expected "
+                        "the ones that they were trained beside")
+    policy = adapt(base, lora["rank"], lora["alpha"])
+    policy.load_state_dict(checkpoint["model"], strict=False)
+    policy.lora = lora
+    return policy, base
 
 
 def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:
