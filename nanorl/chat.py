@@ -77,7 +77,7 @@ def prompts() -> Iterator[str]:
 def probabilities(model: GPT, tokens: Tensor, start: int, cfg: Config, tokenizer: Tokenizer) -> str:
     """A line for each token from `start` on: its probability, the entropy of the distribution that it was drawn from, and the
     likeliest alternatives. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
-    logits = model(tokens[None, :-1])[0, start - 1 :]                                       # [response, V]
+    logits = model.head(model.hidden(tokens[None, :-1])[0, start - 1 :])                    # [response, V]
     logits = sampling_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p) if cfg.temperature else logits.float()
     logp, ids = log_softmax(logits), tokens[start:]
     best_logp, best = (x[:, :4] for x in logp.sort(descending=True, stable=True))           # the token may be one of them

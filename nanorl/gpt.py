@@ -114,6 +114,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
     mask may also be what is added to the scores, 0 or -inf: the kernels make that of a bool mask at every call.
     """
+    if mask is not None and q.is_cuda:      # there, no kernel knows a mask and shared key heads: PyTorch would hold the scores
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -186,6 +188,13 @@ class KVCache:
         self.length.index_copy_(0, rows, length)
         self.mask.index_copy_(0, rows, self.mask.new_zeros(empty.shape).masked_fill(empty, -torch.inf))
         self.visible = max(self.visible, width)
+
+    def grow(self, columns: int) -> None:
+        """By so many columns, which are empty."""
+        for part in (self.keys, self.values):
+            for layer, x in enumerate(part):
+                part[layer] = F.pad(x, (0, 0, 0, columns))
+        self.mask = F.pad(self.mask, (0, columns), value=-torch.inf)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows: their keys and values move to the front of the same memory."""

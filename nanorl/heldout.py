@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanorl.data import consecutive_windows, response_mask, shift
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right
+from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right, rows_of_logits
 from nanorl.rollout import Experience, describe, learned_rewards, own_micro_batches, sample_and_grade
 from nanorl.run import Run, autocast, derive, ranks
 from nanorl.sample import Rollout, Sampling, generate, token_log_probs
@@ -88,7 +88,8 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
     for rows, T in own_micro_batches(rollout, micro_batch):
         inputs, _ = shift(rollout.tokens[rows, :T])
         m = mask[rows, : T - 1]
-        for h, g in zip(*(net.hidden_at(inputs, m)[0].split(1024) for net in (model, other)), strict=True):
+        size = rows_of_logits(model.config.vocab_size)
+        for h, g in zip(*(net.hidden_at(inputs, m)[0].split(size) for net in (model, other)), strict=True):
             p, q = (net.head(x).float() / temperature for net, x in ((model, h), (other, g)))
             total += float(kl_divergence(p, q).sum())
     return sum(ranks.gathered(total)) / len(mask)

@@ -5,9 +5,9 @@
 Gradients and the optimizer's moments exist of A and B only: R (in + out) numbers where full training has in * out. A starts at
 random and B at 0, so that nothing has changed yet. Embeddings, norms and the output head stay as they are.
 
-W is not copied. `adapt` makes a second model on the tensors of the first, which remains what it was: the model without its
-adapters, and so the reference of a KL term, at no cost. `merged` is a model with W + (alpha / R) B A in place of W, for sampling
-and for export: as fast as if there were no adapters.
+W is not copied. `adapt` makes a second model on the tensors of the first, which remains what it was: the policy with its
+adapters switched off, and so the reference of a KL term, at no cost. `merged` is a model with W + (alpha / R) B A in place of
+W, for sampling and for export: as fast as if there were no adapters.
 """
 
 import copy

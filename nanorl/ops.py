@@ -495,14 +495,22 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, ids, entropy = ctx.saved_tensors
         gradient = _compiled(_chunk_gradient) if ctx.compile else _chunk_gradient
         grad_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=entropy.dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:         # else the head is a constant, as with adapters
+            grad_weight = torch.zeros_like(weight, dtype=entropy.dtype)
         for start in range(0, len(ids), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             grad_z = gradient(hidden[rows], weight, ids[rows], ctx.temperature, entropy[rows], grad_logp[rows],
                               None if grad_entropy is None else grad_entropy[rows])
             grad_hidden[rows] = grad_z @ weight
-            grad_weight += grad_z.T @ hidden[rows]
+            if grad_weight is not None:
+                grad_weight += grad_z.T @ hidden[rows]
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def rows_of_logits(vocab_size: int) -> int:
+    """How many rows of logits to hold at a time: 1024, or where the vocabulary is large 8 million logits, but at least 128."""
+    return min(1024, max(128, 2**23 // vocab_size))
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, chunk_size: int | None = None,
@@ -513,11 +521,11 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: f
 
     hidden [N, d], weight [V, d], ids [N] -> (logp [N], entropy [N]) in nats, both differentiable in hidden and weight.
     The [N, V] logits are what fills a GPU's memory, not the model: here only [chunk_size, V] of them exist at a time,
-    forward and backward, at the price of computing them twice. Any chunk size gives the same values; by default it is 1024,
-    or less where the vocabulary is large: 8 million logits, but at least 128 rows. `compile` fuses what is done to them.
+    forward and backward, at the price of computing them twice. Any chunk size gives the same values; by default it is that of
+    `rows_of_logits`. `compile` fuses what is done to them.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    chunk_size = chunk_size or min(1024, max(128, 2**23 // len(weight)))
+    chunk_size = chunk_size or rows_of_logits(len(weight))
     return _LinearLogProbs.apply(hidden, weight.to(hidden.dtype), ids, temperature, chunk_size, compile)

@@ -127,7 +127,7 @@ def _fresh_model(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
 def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT | ScalarGPT:
     """The policy or the reward model of a checkpoint, with its weights; adapters are merged into what they adapt."""
     if "lora" in checkpoint:
-        return merged(adapted_from(checkpoint, device)[0])
+        return merged(adapted_from(checkpoint, device)[0]).requires_grad_()
     model = _fresh_model(checkpoint)
     model.load_state_dict(checkpoint["model"])
     return model.to(device)
