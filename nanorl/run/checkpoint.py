@@ -64,27 +64,40 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any]:
-    """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
+    """The checkpoint of a run's directory, a checkpoint file, or what a pretrained model (nanorl/interop) is as a checkpoint.
+    Tensors and builtins only: no code is ever run.
 
     UserError when there is none, when it is damaged, or when `what` is given and it holds something else.
     """
+    folder = Path(path)
     try:
-        path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
-        there = path.exists()
+        path = folder / "ckpt.pt" if folder.is_dir() else folder
+        there, config = path.exists(), folder / "config.json"
+        pretrained = config.is_file() and b'"model_type"' in config.read_bytes()
+        if pretrained and there:
+            raise UserError(f"{folder}: holds a run (ckpt.pt) and a pretrained model (config.json with a model_type); expected one")
+        if pretrained or (str(folder) == "smollm2" and not there):
+            from nanorl.interop import read_pretrained      # which few runs need, and which needs this module
+            checkpoint, holds = read_pretrained(folder), "policy"
+        elif there:
+            checkpoint, holds = _load_sound(path)
+        else:
+            raise UserError(f"{path}: no such checkpoint, nor is it the directory of a pretrained model")
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    if not there:
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        holds = _check_sound(checkpoint)
-    except Exception as e:              # whatever torch.load raises on a damaged or foreign file
-        why = (str(e) or "empty file").splitlines()[0][:200]
-        raise UserError(f"{path}: not a sound checkpoint ({why})") from None
+        raise UserError(f"{folder}: cannot be read ({e.strerror})") from None
     if what not in (None, holds):
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise UserError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
     return checkpoint
+
+
+def _load_sound(path: Path) -> tuple[dict[str, Any], Kind]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint, _check_sound(checkpoint)
+    except Exception as e:              # whatever torch.load raises on a damaged or foreign file
+        why = (str(e) or "empty file").splitlines()[0][:200]
+        raise UserError(f"{path}: not a sound checkpoint ({why})") from None
 
 
 def _check_sound(checkpoint: Any) -> Kind:
@@ -97,8 +110,7 @@ def _check_sound(checkpoint: Any) -> Kind:
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"its {name!r} is {checkpoint.get(name)!r:.40}, expected a {kind.__name__}")
     check_finite(checkpoint["model"])
-    with torch.device("meta"):          # shapes without memory
-        model = _fresh_model(checkpoint)
+    model = _shapes(checkpoint)
     wanted, found = ({name: tuple(x.shape) for name, x in weights.items()}
                      for weights in (model.state_dict(), checkpoint["model"]))
     for name in wanted | found:
@@ -110,15 +122,17 @@ def _check_sound(checkpoint: Any) -> Kind:
     return "reward model" if isinstance(model, ScalarGPT) else "policy"
 
 
-def _fresh_model(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
-    """A model like that of a checkpoint, without its weights."""
-    model = GPT(GPTConfig(**checkpoint["gpt"]))
-    return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
+def _shapes(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
+    """A model like that of a checkpoint on the meta device: its shapes, without memory."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**checkpoint["gpt"]))
+        return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
 
 
-def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT | ScalarGPT:
-    """The policy or the reward model of a checkpoint, with its weights."""
-    model = _fresh_model(checkpoint)
+def model_from(checkpoint: dict[str, Any], device: torch.device, dtype: torch.dtype = torch.float32) -> GPT | ScalarGPT:
+    """The policy or the reward model of a checkpoint, with a copy of its weights in this dtype."""
+    model = _shapes(checkpoint).to(dtype).to_empty(device=device)
+    (model.trunk if isinstance(model, ScalarGPT) else model).complete()
     model.load_state_dict(checkpoint["model"])
     return model.to(device)
 
