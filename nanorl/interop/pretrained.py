@@ -13,8 +13,8 @@ from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.interop.config import read_config, write_config
 from nanorl.interop.safetensors import write_safetensors
-from nanorl.interop.smollm2 import open_gguf, read_gguf, tokenizer_of_gguf
-from nanorl.interop.tokenizers import read_tokenizer, write_tokenizer
+from nanorl.interop.smollm2 import open_gguf, read_gguf
+from nanorl.interop.tokenizers import read_gguf_tokenizer, read_tokenizer, write_tokenizer
 from nanorl.interop.weights import name_in_file, read_tensors, weights_of
 from nanorl.run.checkpoint import load_checkpoint, model_from, tokenizer_from
 from nanorl.tokenizer import Tokenizer
@@ -30,37 +30,39 @@ def load_pretrained(path_or_name: str | Path, device: torch.device | str = "cpu"
 def read_pretrained(path: Path) -> dict[str, Any]:
     """A pretrained model as a checkpoint before the first step. Its tensors are views of the files where they can be.
 
-    The embedding and the head lose the rows that no token has: they would be answers that mean nothing, with a probability.
+    The embedding and the head lose the rows after the last token, which only fill up a matrix: an id without a token must have
+    no probability, when answers are sampled as when they are scored.
     """
     if gguf := str(path) == "smollm2":
         print("smollm2: SmolLM2-135M-Instruct, its weights dequantised from 4 bits.", file=sys.stderr)
         reader = open_gguf()
-        (config, tensors), tokenizer = read_gguf(reader), tokenizer_of_gguf(reader)
+        (config, tensors), tokenizer = read_gguf(reader), read_gguf_tokenizer(reader, "smollm2")
     else:
         config = parse_object((path / "config.json").read_bytes(), f"{path / 'config.json'}", "an object with a model_type")
         read_config(config, f"{path / 'config.json'}")          # or refused, before anything large is read
         tensors, tokenizer = read_tensors(path), read_tokenizer(path)
     gpt = read_config(config, f"{path / 'config.json'}")
     weights = weights_of(gpt, tensors, str(path), gguf)
-    if tokenizer.vocab_size > gpt.vocab_size:
-        raise UserError(f"{path}: a tokenizer of {tokenizer.vocab_size} tokens beside a model of {gpt.vocab_size}")
+    tokens, size = len(tokenizer.ranks) + len(tokenizer.special), tokenizer.vocab_size
+    if not tokens == size <= gpt.vocab_size:
+        raise UserError(f"{path}: {tokens} tokens with ids below {size}, and a model of {gpt.vocab_size}; expected a token for "
+                        "every id up to the last, and a row of the model for every token")
     for name in ("embedding.weight", "head.weight"):
-        weights[name] = weights[name][: tokenizer.vocab_size]
-    return {"step": 0, "config": {}, "gpt": asdict(replace(gpt, vocab_size=tokenizer.vocab_size)),
+        weights[name] = weights[name][:size]
+    return {"step": 0, "config": {}, "gpt": asdict(replace(gpt, vocab_size=size)),
             "tokenizer": tokenizer.state_dict(), "model": weights, "optimizer": [], "state": {}}
 
 
 def write_pretrained(checkpoint: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
     """Write the policy of a checkpoint as a directory that transformers loads. config.json, which makes it one, comes last."""
     gpt, tokenizer = GPTConfig(**checkpoint["gpt"]), tokenizer_from(checkpoint)
-    ids = {"eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": tokenizer.pad}
-    config = write_config(gpt, str(dtype).removeprefix("torch.")) | ids
+    config = write_config(gpt, str(dtype).removeprefix("torch."))
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory}: is there already, and is not an empty directory; expected a new one")
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name_in_file(name): x for name, x in checkpoint["model"].items()
                if not (gpt.tie_embeddings and name == "head.weight")}
     write_safetensors(directory / "model.safetensors", weights, dtype)
-    write_tokenizer(tokenizer, directory)
-    for name, content in (("generation_config.json", ids), ("config.json", config)):
+    ids = write_tokenizer(tokenizer, directory)
+    for name, content in (("generation_config.json", ids), ("config.json", config | ids)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

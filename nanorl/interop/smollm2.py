@@ -40,6 +40,3 @@ def read_gguf(reader: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
             x = tensors[f"blk.{layer}.{name}.weight"]
             tensors[f"blk.{layer}.{name}.weight"] = x.view(heads, -1, 2, x.shape[1]).transpose(1, 2).reshape(x.shape)
     return config, tensors
-
-
-def tokenizer_of_gguf(reader): pass
