@@ -31,7 +31,7 @@ TopP = Annotated[float, run.Bound(lambda p: 0 < p <= 1, "a number above 0, at mo
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    checkpoint: str             # run, or checkpoint, to talk to
+    checkpoint: str             # run, checkpoint or pretrained model to talk to
     temperature: run.NonNegative = 1.0    # 0 is greedy
     top_k: run.Natural = 0      # draw from the k likeliest tokens; 0 is from all
     top_p: TopP = 1.0           # draw from the likeliest tokens that have this probability together

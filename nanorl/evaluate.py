@@ -48,7 +48,7 @@ ONLY_SOME = {"scorer": (("verifier",), {"best_of_n"}), "alpha": ((2.0, 4.0), {"l
 
 @dataclass(frozen=True, kw_only=True)
 class Config(run.DeviceConfig):
-    runs: tuple[str, ...]       # runs, or checkpoints, to compare
+    runs: tuple[str, ...]       # runs, checkpoints or pretrained models to compare
     method: tuple[Method, ...] = ("greedy", "sample", "majority", "best_of_n")    # see the table above
     task: str = ""              # what to ask (default: what the first run was trained on, or else addition)
     data: str = ""              # JSONL records {"prompt", "answer"}, whose held-out ones are asked instead

@@ -38,7 +38,7 @@ def read_config(config: dict[str, Any], where: str) -> GPTConfig:
                 raise UserError(f"{where}: {key} is {said!r:.60}; expected {value!r}: nothing else is understood")
     layers = config.get("layer_types") or []
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-        raise UserError(f"{where}: layer_types is {layers!r:.60}; expected full_attention everywhere: nothing else is understood")
+        raise UserError(f"{where}: layer_types is {layers!r:.60}; expected full_attention: nothing else is understood")
     fields = {ours: _value(config, *theirs, where) for ours, theirs in FIELDS.items()}
     if fields["head_dim"] is None and family == "qwen3":
         fields["head_dim"] = 128

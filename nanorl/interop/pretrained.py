@@ -60,9 +60,9 @@ def write_pretrained(checkpoint: dict[str, Any], directory: Path, dtype: torch.d
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory}: is there already, and is not an empty directory; expected a new one")
     directory.mkdir(parents=True, exist_ok=True)
+    ids = write_tokenizer(tokenizer, directory)
     weights = {name_in_file(name): x for name, x in checkpoint["model"].items()
                if not (gpt.tie_embeddings and name == "head.weight")}
     write_safetensors(directory / "model.safetensors", weights, dtype)
-    ids = write_tokenizer(tokenizer, directory)
     for name, content in (("generation_config.json", ids), ("config.json", config | ids)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -58,8 +58,8 @@ def _check_entry(name: str, entry: Any, path: Path) -> None:
 
     if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"} and whole(entry["shape"], 1)
             and whole(entry["data_offsets"], 0) and len(entry["data_offsets"]) == 2):
-        raise UserError(f"{path}: {name!r:.80} is {entry!r:.100}; expected a dtype, a shape of up to 8 positive numbers, and two "
-                        "data_offsets")
+        raise UserError(f"{path}: {name!r:.80} is {entry!r:.100}; expected a dtype, a shape of at most 8 numbers above 0, and "
+                        "two data_offsets")
     if entry["dtype"] not in [*DTYPES]:
         raise UserError(f"{path}: {name!r:.80} has the dtype {entry['dtype']!r:.40}; expected one of {', '.join(DTYPES)}")
     (begin, end), wanted = entry["data_offsets"], math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize

