@@ -61,7 +61,7 @@ def write_pretrained(checkpoint: dict[str, Any], directory: Path, dtype: torch.d
         raise UserError(f"{directory}: is there already, and is not an empty directory; expected a new one")
     directory.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(tokenizer, directory)
-    weights = {name_in_file(name): x for name, x in checkpoint["model"].items()
+    weights = {name_in_file(name): x for name, x in model_from(checkpoint, torch.device("cpu")).state_dict().items()
                if not (gpt.tie_embeddings and name == "head.weight")}
     write_safetensors(directory / "model.safetensors", weights, dtype)
     for name, content in (("generation_config.json", ids), ("config.json", config | ids)):
