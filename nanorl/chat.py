@@ -114,7 +114,7 @@ def main(cfg: Config) -> None:
             limit = max(1, min(cfg.max_new_tokens, model.config.context - len(ids)))
             try:
                 said = generate(model, [ids], max_new_tokens=limit, temperature=cfg.temperature, top_k=cfg.top_k,
-                                top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
+                                top_p=cfg.top_p, stop_ids=tokenizer.stop_ids, seed=run.derive(cfg.seed, number))
             except (ValueError, FloatingPointError) as e:       # the line does not fit the context; logits that are not finite
                 print(e, file=sys.stderr)
                 continue

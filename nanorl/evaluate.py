@@ -173,7 +173,7 @@ class Evaluation:
             asked = [problem for problem in part for _ in range(cfg.chains)]
             chains = power_sample(self.model, [self.tokenizer.render(problem.prompt) for problem in part], alpha=alpha,
                                   steps=cfg.steps, chains=cfg.chains, temperature=1.0 if proposal == "base" else 1 / alpha,
-                                  max_new_tokens=self.sampling.max_new_tokens, stop_ids={self.tokenizer.end},
+                                  max_new_tokens=self.sampling.max_new_tokens, stop_ids=self.tokenizer.stop_ids,
                                   seed=run.derive(cfg.seed, title, i))
             for step, now in enumerate(tqdm(chains, desc=title, total=cfg.steps + 1, leave=False)):
                 moved, tried = moved + int(now.accepted.sum()), tried + int(now.proposed.sum())
