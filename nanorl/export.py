@@ -25,7 +25,9 @@ class Config:
 @run.user_errors_as_sentences
 def main(cfg: Config) -> None:
     try:
-        write_pretrained(run.load_checkpoint(cfg.checkpoint, "policy"), Path(cfg.directory), getattr(torch, cfg.dtype))
+        checkpoint = run.load_checkpoint(cfg.checkpoint, "policy")
+        model, tokenizer = run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint)
+        write_pretrained(model, tokenizer, Path(cfg.directory), getattr(torch, cfg.dtype))
     except OSError as e:
         raise UserError(f"{cfg.directory}: cannot be written ({e.strerror})") from None
     print(f"Wrote {cfg.checkpoint} to {cfg.directory}: config.json, generation_config.json, model.safetensors and the "

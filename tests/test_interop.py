@@ -27,7 +27,6 @@ from nanorl.interop.tokenizers import write_tokenizer
 from nanorl.sample import generate
 from nanorl.tokenizer import Tokenizer
 
-CPU = torch.device("cpu")
 TOKENIZER = Tokenizer.train("the cat sat on the mat, that cat " * 9, 270)
 TOKENS = TOKENIZER.vocab_size
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -63,13 +62,11 @@ def made_by_transformers(folder, name, **save):
 
 
 def made_by_nanorl(folder, dtype=torch.float32, **changes):
-    """The same with nanorl alone. Returns its checkpoint."""
+    """The same with nanorl alone. Returns the model."""
     config = GPTConfig(**{"vocab_size": TOKENS, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2} | changes)
     model = GPT(config, run.generator(0, "test"))
-    checkpoint = {"step": 0, "config": {}, "gpt": vars(config), "tokenizer": TOKENIZER.state_dict(),
-                  "model": model.state_dict(), "optimizer": [], "state": {}}
-    write_pretrained(checkpoint, folder, dtype)
-    return checkpoint
+    write_pretrained(model, TOKENIZER, folder, dtype)
+    return model
 
 
 def some_tokens(*shape):
@@ -126,8 +123,7 @@ def test_a_model_in_several_files_is_the_same_model(tmp_path):
 def test_transformers_reads_and_says_what_nanorl_wrote(changes, tmp_path):
     """Models that nanorl trained from scratch; prompt and answer as text, by the tokenizer and template that were written."""
     transformers = pytest.importorskip("transformers")
-    checkpoint = made_by_nanorl(tmp_path / "out", **changes)
-    model = run.model_from(checkpoint, CPU)
+    model = made_by_nanorl(tmp_path / "out", **changes)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     encoder = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.dtype == torch.float32 and theirs.generation_config.pad_token_id == TOKENIZER.pad

