@@ -31,7 +31,7 @@ TopP = Annotated[float, run.Bound(lambda p: 0 < p <= 1, "a number above 0, at mo
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    checkpoint: str             # run, or checkpoint, to talk to
+    checkpoint: str             # run, checkpoint or pretrained model to talk to
     temperature: run.NonNegative = 1.0    # 0 is greedy
     top_k: run.Natural = 0      # draw from the k likeliest tokens; 0 is from all
     top_p: TopP = 1.0           # draw from the likeliest tokens that have this probability together
@@ -114,7 +114,7 @@ def main(cfg: Config) -> None:
             limit = max(1, min(cfg.max_new_tokens, model.config.context - len(ids)))
             try:
                 said = generate(model, [ids], max_new_tokens=limit, temperature=cfg.temperature, top_k=cfg.top_k,
-                                top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
+                                top_p=cfg.top_p, stop_ids=tokenizer.stop_ids, seed=run.derive(cfg.seed, number))
             except (ValueError, FloatingPointError) as e:       # the line does not fit the context; logits that are not finite
                 print(e, file=sys.stderr)
                 continue

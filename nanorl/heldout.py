@@ -132,7 +132,7 @@ def show_responses(out: Run, model: GPT, tokenizer: Tokenizer, prompts: list[str
     """Print what the model says to these prompts, and keep it in samples.jsonl."""
     with autocast(model.head.weight.device, out.cfg.dtype):
         rollout = generate(model, [tokenizer.render(prompt) for prompt in prompts], max_new_tokens=out.cfg.max_new_tokens,
-                           stop_ids={tokenizer.end}, seed=derive(out.cfg.seed, "sample"))
+                           stop_ids=tokenizer.stop_ids, seed=derive(out.cfg.seed, "sample"))
     said = [{"prompt": prompt, "response": tokenizer.decode(ids)}
             for prompt, ids in zip(prompts, rollout.responses(), strict=True)]
     out.samples(said)

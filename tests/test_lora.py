@@ -204,7 +204,7 @@ def test_a_checkpoint_holds_adapters_and_what_they_adapt_is_as_it_was(name, tmp_
     assert checkpoint["model"].keys() == {f"{layer.removesuffix('weight')}{part}" for layer, x in base.state_dict().items()
                                           if "blocks" in layer and x.ndim == 2 for part in "ab"}
     assert any(name.endswith(".b") and x.abs().max() > 0 for name, x in checkpoint["model"].items())
-    assert checkpoint["lora"]["base"] == "sft/ckpt.pt"
+    assert checkpoint["lora"]["base"] == "sft"
     if critic := checkpoint["state"].get("critic"):
         assert {name for name in critic if not name.endswith((".a", ".b"))} == {"scalar.weight", "scalar.bias"}
         ours = checkpoint["model"]["blocks.0.mlp.up.b"]
@@ -249,7 +249,7 @@ def test_adapters_are_refused_beside_another_base(change, tmp_path, capsys):
         start(script, "--resume --quiet", tmp_path / "run")
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
-    assert ("belong to other weights than those of" if change == "another" else "no such checkpoint") in error
+    assert ("belong to other weights than those of" if change == "another" else "neither a run") in error
     with pytest.raises(run.UserError, match="base"):
         run.model_from(run.load_checkpoint(tmp_path / "run"), CPU)
 

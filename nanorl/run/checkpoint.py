@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
+from nanorl.interop.pretrained import is_pretrained, read_pretrained
+from nanorl.interop.tokenizers import PretrainedTokenizer
 from nanorl.lora import adapt, merged
 from nanorl.tokenizer import Tokenizer
 
@@ -68,27 +70,34 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any]:
-    """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
+    """The checkpoint of a run's directory, a checkpoint file, or what a pretrained model (nanorl/interop) is as a checkpoint.
+    Tensors and builtins only: no code is ever run.
 
     UserError when there is none, when it is damaged, or when `what` is given and it holds something else.
     """
+    path = Path(path)
     try:
-        path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
-        there = path.exists()
+        file = path / "ckpt.pt" if path.is_dir() else path
+        there, pretrained = file.exists(), is_pretrained(path)
+        if there == pretrained:
+            found = "both a run (ckpt.pt) and" if there else "neither a run (ckpt.pt) nor"
+            raise UserError(f"{path}: {found} a pretrained model (config.json with a model_type); expected one of them")
+        checkpoint, holds = (read_pretrained(path), "policy") if pretrained else _load_sound(file)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    if not there:
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        holds = _check_sound(checkpoint)
-    except Exception as e:              # whatever torch.load raises on a damaged or foreign file
-        why = (str(e) or "empty file").splitlines()[0][:200]
-        raise UserError(f"{path}: not a sound checkpoint ({why})") from None
     if what not in (None, holds):
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise UserError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
     return checkpoint | {"path": str(path)}
+
+
+def _load_sound(path: Path) -> tuple[dict[str, Any], Kind]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint, _check_sound(checkpoint)
+    except Exception as e:              # whatever torch.load raises on a damaged or foreign file
+        why = (str(e) or "empty file").splitlines()[0][:200]
+        raise UserError(f"{path}: not a sound checkpoint ({why})") from None
 
 
 def _check_sound(checkpoint: Any) -> Kind:
@@ -103,32 +112,34 @@ def _check_sound(checkpoint: Any) -> Kind:
         if not isinstance(part.get(name), kind):
             raise UserError(f"its {name!r} is {part.get(name)!r:.40}, expected a {kind.__name__}")
     check_finite(checkpoint["model"] | adapters)
-    with torch.device("meta"):          # shapes without memory
-        model = _fresh_model(checkpoint)
+    model = _shapes(checkpoint)
     wanted, found = ({name: tuple(x.shape) for name, x in weights.items()}
                      for weights in (trained_state(model), checkpoint["model"]))
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
-    size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
+    size = tokenizer_from(checkpoint).vocab_size
     if size != model.config.vocab_size:
         raise UserError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
     return "reward model" if isinstance(model, ScalarGPT) else "policy"
 
 
-def _fresh_model(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
-    """A model like that of a checkpoint, without its weights."""
-    model = GPT(GPTConfig(**checkpoint["gpt"]))
-    if "lora" in checkpoint:
-        model = adapt(model, checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"])
-    return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
+def _shapes(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
+    """A model like that of a checkpoint on the meta device: its shapes, without memory."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**checkpoint["gpt"]))
+        if "lora" in checkpoint:
+            model = adapt(model, checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"])
+        return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
 
 
-def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT | ScalarGPT:
-    """The policy or the reward model of a checkpoint, with its weights; adapters are merged into what they adapt."""
+def model_from(checkpoint: dict[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> GPT | ScalarGPT:
+    """The policy or the reward model of a checkpoint, with a copy of its weights, by default in float32; adapters are merged."""
+    dtype = dtype or torch.get_default_dtype()
     if "lora" in checkpoint:
-        return merged(adapted_from(checkpoint, device)[0]).requires_grad_()
-    model = _fresh_model(checkpoint)
+        return merged(adapted_from(checkpoint, device)[0]).requires_grad_().to(dtype)
+    model = _shapes(checkpoint).to(dtype).to_empty(device=device)
+    (model.trunk if isinstance(model, ScalarGPT) else model).complete()
     model.load_state_dict(checkpoint["model"])
     return model.to(device)
 
@@ -161,7 +172,9 @@ def adapted_from(checkpoint: dict[str, Any], device: torch.device) -> tuple[GPT,
 
 
 def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:
-    return Tokenizer.from_state(checkpoint["tokenizer"])
+    """nanorl's own tokenizer, or the one that came with a pretrained model."""
+    state = checkpoint["tokenizer"]
+    return (PretrainedTokenizer if "vocab" in state else Tokenizer).from_state(state)
 
 
 def load_frozen(path: str, what: Kind, tokenizer: Tokenizer, device: torch.device) -> GPT | ScalarGPT:

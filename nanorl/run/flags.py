@@ -65,7 +65,7 @@ class RunConfig(DeviceConfig):
 
     # the run
     out: str                    # directory of this run
-    init: str = ""              # run or checkpoint file to start from (default: the stage before, made first if missing)
+    init: str = ""              # run or pretrained model to start from (default: the stage before, made first if missing)
     resume: bool = False        # continue the run in --out; flags come from its config.json
     steps: Count                # how many steps to train
     lr: Positive                # peak learning rate
