@@ -134,7 +134,7 @@ def _shapes(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
 
 
 def model_from(checkpoint: dict[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> GPT | ScalarGPT:
-    """The policy or the reward model of a checkpoint, with a copy of its weights in this dtype, or float32; adapters are merged."""
+    """The policy or the reward model of a checkpoint, with a copy of its weights in this dtype, or float32, adapters merged."""
     dtype = dtype or torch.get_default_dtype()
     if "lora" in checkpoint:
         return merged(adapted_from(checkpoint, device)[0]).requires_grad_().to(dtype)
