@@ -125,9 +125,9 @@ def _shapes(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
         return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
 
 
-def model_from(checkpoint: dict[str, Any], device: torch.device, dtype: torch.dtype = torch.float32) -> GPT | ScalarGPT:
-    """The policy or the reward model of a checkpoint, with a copy of its weights in this dtype."""
-    model = _shapes(checkpoint).to(dtype).to_empty(device=device)
+def model_from(checkpoint: dict[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> GPT | ScalarGPT:
+    """The policy or the reward model of a checkpoint, with a copy of its weights in this dtype (None: PyTorch's default)."""
+    model = _shapes(checkpoint).to(dtype=dtype).to_empty(device=device)
     (model.trunk if isinstance(model, ScalarGPT) else model).complete()
     model.load_state_dict(checkpoint["model"])
     return model.to(device)
