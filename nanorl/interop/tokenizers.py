@@ -114,10 +114,6 @@ class PretrainedTokenizer(Tokenizer):
                 "template": asdict(self.template), "bos": self.bos, "end": self.end, "pad": self.pad,
                 "stop_ids": sorted(self.stop_ids)}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "PretrainedTokenizer":
-        return cls(**state)
-
     def encode(self, text: str) -> list[int]:
         """Ordinary tokens, and the added ones that a text may contain. Special tokens in a text are text."""
         if len(text) > LONGEST_SPACE and any(len(space) > LONGEST_SPACE for space in re.findall(r"\s+", text)):
@@ -333,6 +329,8 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> dict[str, An
     merges = implied_merges(tokenizer.ranks)
     if unreached := any(len(merge) > 2 for merge in merges):
         merges = all_merges(tokenizer.ranks)
+    # `tokenizers` numbers added tokens from the end of the vocabulary on, unless they are in it
+    below = {name: i for name, i in tokenizer.special.items() if i < max(tokenizer.ranks.values())}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     file = {"version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": name, "special": name not in in_text} | plain
@@ -342,7 +340,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> dict[str, An
             "post_processor": None, "decoder": _byte_level(True),
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": unreached,
-                      "vocab": {to_text(token): i for token, i in tokenizer.ranks.items()},
+                      "vocab": {to_text(token): i for token, i in tokenizer.ranks.items()} | below,
                       "merges": [[to_text(a), to_text(b)] for a, b in merges]}}
     if start := template.start:
         first, text, second = ({kind: {"id": name, "type_id": type_id}} for kind, name, type_id in (
