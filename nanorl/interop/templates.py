@@ -61,7 +61,7 @@ class Template:
         for i, (role, content) in enumerate(turns):
             if self.family == "llama3":
                 content = LLAMA_DATES * (self.dates and i == 0) + content.strip()
-            if self.forget_thoughts and role == "assistant":
+            if self.forget_thoughts and role == "assistant" and "</think>" in content:
                 content = content.split("</think>")[-1].lstrip("\n")
             whole = SPECIAL.split(turn.replace("{role}", role) + end * (role == "assistant"))
             pieces += zip(whole[1::2], (text.replace("{content}", content) for text in whole[2::2]), strict=True)
@@ -82,8 +82,8 @@ class Template:
             dates = quoted(LLAMA_DATES * self.dates)
             content = f"({dates} if loop.first and {role} == 'system' else '') + {content} | trim"
         if self.forget_thoughts:
-            content = (f"({content}.split('</think>')[-1].lstrip('\\n') if {role} == 'assistant' and not loop.last "
-                       f"else {content})")
+            content = (f"({content}.split('</think>')[-1].lstrip('\\n') if {role} == 'assistant' and '</think>' in {content} "
+                       f"and not loop.last else {content})")
         if self.system or self.dates:
             text = turn.replace("{role}", "system").replace("{content}", LLAMA_DATES * self.dates + self.system)
             default = f"{{% if messages[0]['role'] != 'system' %}}{{{{ {quoted(text)} }}}}{{% endif %}}"

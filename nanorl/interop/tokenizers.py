@@ -227,8 +227,8 @@ def _tokenizer_from(file: dict[str, Any], settings: dict[str, Any]) -> Pretraine
     kind, decoder = model.get("type", "BPE"), file["decoder"]["type"]
     more = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(key)]
     if kind != "BPE" or decoder != "ByteLevel" or more:
-        raise ValueError(f"a model {kind!s:.40} with {', '.join([*more, 'the decoder '])}{decoder!s:.40}; expected a byte-level "
-                         "BPE, as Qwen, SmolLM2 and Llama 3 have it")
+        raise ValueError(f"a model {kind!s:.40} with {', '.join([*more, 'the decoder '])}{decoder!s:.40}; expected a byte-"
+                         "level BPE, as Qwen, SmolLM2 and Llama 3 have it")
     if normalizer not in (None, {"type": "NFC"}):
         raise ValueError(f"the normalizer {normalizer!s:.80}; expected none, or NFC")
     for token in added:
@@ -240,8 +240,10 @@ def _tokenizer_from(file: dict[str, Any], settings: dict[str, Any]) -> Pretraine
             raise ValueError(f"the added token {token['content']!r:.40}; expected characters")
     special = {token["content"]: token["id"] for token in added}
     vocab = {token: i for token, i in model["vocab"].items() if special.get(token) != i}
-    if strange := next((token for token in vocab if not token or not set(token) <= BYTE.keys()), None):
-        raise ValueError(f"the token {strange!r:.40} stands for no bytes; expected a byte-level BPE")
+    strange = [token for token in vocab if not token or not set(token) <= BYTE.keys()]
+    if strange or not vocab or len(special) < len(added):
+        raise ValueError(f"{len(vocab)} tokens, of which {strange[:1]!s:.40} stand for no bytes, and {len(added)} added ones "
+                         f"with {len(special)} names; expected a byte-level BPE")
 
     steps = [step for step in (file.get("post_processor") or {}).get("processors", [file.get("post_processor")]) if step]
     first = next((step["single"][0] for step in steps if step["type"] == "TemplateProcessing"), {})
@@ -252,16 +254,16 @@ def _tokenizer_from(file: dict[str, Any], settings: dict[str, Any]) -> Pretraine
     template = recognise(jinja, special, start)
     bos, eos, pad = (special.get(name["content"] if isinstance(name, dict) else name)
                      for name in map(settings.get, ("bos_token", "eos_token", "pad_token")))
-    end = eos if template.family == "plain" else special[end_of_turn(template.family)]
-    if end is None:
+    size, stops = 1 + max((vocab | special).values()), settings["stop_ids"]
+    stops = [i for i in (stops if isinstance(stops, list) else [stops]) if i < size]      # no id beyond is ever sampled
+    stops += [eos] if eos is not None else []
+    if template.family == "plain" and not stops:
         raise ValueError("names no eos_token; expected the special token that ends an answer")
+    end = stops[-1] if template.family == "plain" else special[end_of_turn(template.family)]
     text_begins = special[start] if start else special.get("<|endoftext|>", end if bos is None else bos)
-    stops = settings["stop_ids"] if isinstance(settings["stop_ids"], list) else [settings["stop_ids"]]
-    size = 1 + max((vocab | special).values())
-    stops = {i for i in (end, end if eos is None else eos, *stops) if i < size}       # no id beyond is ever sampled
     in_text = [token["content"] for token in added if not token["special"]]
     tokenizer = PretrainedTokenizer(vocab, special, in_text, _known(file["pre_tokenizer"]), bool(normalizer), asdict(template),
-                                    text_begins, end, end if pad is None else pad, sorted(stops))
+                                    text_begins, end, end if pad is None else pad, sorted({end, *stops}))
     _check_merges(tokenizer.ranks, [m.split(" ") if isinstance(m, str) else m for m in model["merges"]],
                   bool(model.get("ignore_merges")))
     return tokenizer
