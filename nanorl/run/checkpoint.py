@@ -14,7 +14,6 @@ import torch
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.interop.pretrained import is_pretrained, read_pretrained
-from nanorl.interop.tokenizers import PretrainedTokenizer
 from nanorl.tokenizer import Tokenizer
 
 Kind = Literal["policy", "reward model"]       # of model that a checkpoint holds
@@ -112,7 +111,7 @@ def _check_sound(checkpoint: Any) -> Kind:
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
-    size = tokenizer_from(checkpoint).vocab_size
+    size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
     if size != model.config.vocab_size:
         raise UserError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
     return "reward model" if isinstance(model, ScalarGPT) else "policy"
@@ -134,9 +133,7 @@ def model_from(checkpoint: dict[str, Any], device: torch.device, dtype: torch.dt
 
 
 def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:
-    """nanorl's own tokenizer, or the one that came with a pretrained model."""
-    state = checkpoint["tokenizer"]
-    return (PretrainedTokenizer if "vocab" in state else Tokenizer).from_state(state)
+    return Tokenizer.from_state(checkpoint["tokenizer"])
 
 
 def load_frozen(path: str, what: Kind, tokenizer: Tokenizer, device: torch.device) -> GPT | ScalarGPT:
