@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import io
 import json
 import resource
@@ -175,6 +176,7 @@ def test_a_configuration_written_and_read_is_the_same(changes):
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"), ({"rope_scaling": {"type": "dynamic"}}, "dynamic"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"), ({"rope_scaling": {"type": "linear"}}, "linear"),
     ({"rope_scaling": "llama3"}, "rope_scaling"), ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor is 4.0"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"), ({"rope_theta": "large"}, "rope_theta"),
     ({"rope_theta": float("nan")}, "rope_theta"), ({"rms_norm_eps": None}, "rms_norm_eps"),
     ({"hidden_size": 48.0}, "hidden_size"),
@@ -239,15 +241,20 @@ def in_two_files(**weight_map):
     return damage
 
 
+def with_rows(count, folder):
+    """The embedding and the head have so many rows."""
+    with_tensors(lambda tensors: tensors.update({name: torch.cat((x, x))[:count] for name, x in tensors.items()
+                                                 if len(x) == TOKENS}))(folder)
+    configured(vocab_size=count)(folder)
+
+
 def with_a_hole(folder):
     """The last ids of the tokenizer are one higher, and there is a row for them."""
     def change(content):
         for token in content["added_tokens"]:
             token["id"] += token["id"] >= TOKENS - 3
     change_json(folder / "tokenizer.json", change)
-    with_tensors(lambda tensors: tensors.update({name: torch.cat((x, x[:1])) for name, x in tensors.items()
-                                                 if len(x) == TOKENS}))(folder)
-    configured(vocab_size=TOKENS + 1)(folder)
+    with_rows(TOKENS + 1, folder)
 
 
 HEAD, UP, NORM = "lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
@@ -280,7 +287,8 @@ DAMAGE = {
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
     "another kind of tokenizer": (with_tokenizer(type="WordPiece"), "WordPiece"),
     "merges that cannot be reached": (with_tokenizer(merges=[]), "merge"),
-    "a row too few": (configured(vocab_size=TOKENS - 1), "shape"),
+    "another number of rows": (configured(vocab_size=TOKENS - 1), "shape"),
+    "a token without a row": (functools.partial(with_rows, TOKENS - 1), "a row of the model for every token"),
     "an id without a token": (with_a_hole, "expected a token for every id"),
     "a run, too": (lambda folder: (folder / "ckpt.pt").touch(), "both a run (ckpt.pt) and a pretrained model"),
 }
