@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from world import FRESH
 
 import train_grpo
@@ -22,7 +24,7 @@ from nanorl import chat, evaluate, export, run
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.interop import load_pretrained, write_pretrained
-from nanorl.interop.config import read_config, write_config
+from nanorl.interop.config import ONLY, read_config, write_config
 from nanorl.interop.safetensors import read_safetensors, write_safetensors
 from nanorl.interop.tokenizers import write_tokenizer
 from nanorl.sample import generate
@@ -190,6 +192,19 @@ def test_a_configuration_that_is_not_understood_is_refused(changes, mention):
         read_config(PLAIN | changes, "config.json")
     text = str(error.value)
     assert text.startswith("config.json: ") and mention in text and "\n" not in text and len(text) < 400, text
+
+
+JSON = st.recursive(st.sampled_from([None, True, False, 0, 1, 2, -1, 8, 1.0, 0.5, 2**31, 10**400, float("nan"), "llama3", "x"]),
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from([*LLAMA3, "type", "x"]), inner))
+
+
+@given(st.dictionaries(st.sampled_from([*PLAIN, *LLAMA3, *ONLY, "rope_theta", "rope_scaling", "rope_parameters", "head_dim",
+                                        "layer_types", "tie_word_embeddings"]), JSON, max_size=4))
+def test_whatever_a_configuration_says_it_is_read_or_refused_in_one_sentence(changes):
+    try:
+        read_config(PLAIN | changes, "config.json")
+    except UserError as e:
+        assert str(e).startswith("config.json: ") and "\n" not in str(e) and len(str(e)) < 400
 
 
 @pytest.mark.parametrize(("changes", "mention"), [({"positions": "learned"}, "positions=learned"),

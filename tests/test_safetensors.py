@@ -43,7 +43,9 @@ def refused(folder, content):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
 def test_what_is_written_is_read(dtype, tmp_path):
+    """Its data begins at a multiple of 8 bytes, so that any reader can map it."""
     write_safetensors(tmp_path / "x", TENSORS, dtype)
+    assert int.from_bytes((tmp_path / "x").read_bytes()[:8], "little") % 8 == 0
     found = read_safetensors(tmp_path / "x")
     assert list(found) == list(TENSORS)
     for name, x in TENSORS.items():
