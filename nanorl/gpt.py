@@ -38,18 +38,18 @@ class GPTConfig:
     tie_embeddings: bool = False  # the output head is the embedding matrix
 
     def __post_init__(self):
-        if self.kv_heads is None:
-            object.__setattr__(self, "kv_heads", self.heads)
-        if self.mlp_width is None:
-            object.__setattr__(self, "mlp_width", -(-self.width * 8 // (3 * 32)) * 32)
-        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_width"):
+        uneven = self.head_dim is None and self.width % max(1, self.heads)
+        derived = {"kv_heads": self.heads, "head_dim": self.width // max(1, self.heads),
+                   "mlp_width": -(-self.width * 8 // (3 * 32)) * 32}
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("vocab_size", "context", "layers", "width", "heads", *derived):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        if (self.head_dim is None and self.width % self.heads) or self.heads % self.kv_heads:
+        if uneven or self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width} and be a multiple of "
                              f"kv_heads={self.kv_heads}")
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.width // self.heads)
         if self.positions not in ("rope", "learned", "none"):
             raise ValueError(f"positions={self.positions!r} is none of rope, learned, none")
         if self.positions == "rope" and self.head_dim % 2:
@@ -80,8 +80,7 @@ def llama3_frequencies(theta: Tensor, factor: float, low: float, high: float, tr
     return torch.lerp(theta / factor, theta, ((trained * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1))
 
 
-def rope_angles(positions: Tensor, head_dim: int, base: float = 10_000.0,
-                scaling: tuple[float, float, float, float] | None = None) -> tuple[Tensor, Tensor]:
+def rope_angles(positions: Tensor, head_dim: int, base: float = 1e4, scaling: tuple | None = None) -> tuple[Tensor, Tensor]:
     """cos and signed sin of the angles m theta_i, theta_i = base^(-2i / D), of both coordinates of each pair.
 
         cos = (cos m theta, cos m theta)          sin = (-sin m theta, sin m theta)          [...] -> two of [..., D]
@@ -224,10 +223,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.layer = config.heads, config.kv_heads, config.head_dim, layer
-        self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q, self.k, self.v = (nn.Linear(config.width, n, bias=config.qkv_bias) for n in (queries, keys, keys))
+        self.out = nn.Linear(queries, config.width, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 

@@ -168,7 +168,10 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict[str, str]) -> "Tokenizer":
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, also of a tokenizer that came with somebody else's model."""
+        if "vocab" in state:
+            from nanorl.interop.tokenizers import PretrainedTokenizer       # it imports this module
+            return PretrainedTokenizer(**state)
         if "name" in state:
             return cls.named(state["name"])
         return cls(parse_ranks(state.get("ranks", ""), "the checkpoint's tokenizer"))

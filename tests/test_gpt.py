@@ -651,7 +651,7 @@ def test_a_fresh_scalar_head_says_nothing_and_can_learn():
     ({"kv_heads": 3}, "kv_heads=3"),
     ({"kv_heads": 8}, "kv_heads=8"),
     ({"width": 12, "heads": 4}, "3"),                           # a head of width 3 has no pairs to turn
-    ({"head_dim": 5}, "head_dim=5"),
+    ({"head_dim": 5}, "head_dim=5"), ({"head_dim": 0}, "head_dim=0"),
     ({"positions": "alibi"}, "alibi"),
     ({"heads": 0}, "heads=0"),
     ({"layers": -1}, "layers=-1"),

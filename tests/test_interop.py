@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import io
 import json
 import resource
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from world import FRESH
 
 import train_grpo
@@ -21,7 +24,7 @@ from nanorl import chat, evaluate, export, run
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.interop import load_pretrained, write_pretrained
-from nanorl.interop.config import read_config, write_config
+from nanorl.interop.config import ONLY, read_config, write_config
 from nanorl.interop.safetensors import read_safetensors, write_safetensors
 from nanorl.interop.tokenizers import write_tokenizer
 from nanorl.sample import generate
@@ -175,6 +178,7 @@ def test_a_configuration_written_and_read_is_the_same(changes):
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"), ({"rope_scaling": {"type": "dynamic"}}, "dynamic"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"), ({"rope_scaling": {"type": "linear"}}, "linear"),
     ({"rope_scaling": "llama3"}, "rope_scaling"), ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor is 4.0"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"), ({"rope_theta": "large"}, "rope_theta"),
     ({"rope_theta": float("nan")}, "rope_theta"), ({"rms_norm_eps": None}, "rms_norm_eps"),
     ({"hidden_size": 48.0}, "hidden_size"),
@@ -188,6 +192,19 @@ def test_a_configuration_that_is_not_understood_is_refused(changes, mention):
         read_config(PLAIN | changes, "config.json")
     text = str(error.value)
     assert text.startswith("config.json: ") and mention in text and "\n" not in text and len(text) < 400, text
+
+
+JSON = st.recursive(st.sampled_from([None, True, False, 0, 1, 2, -1, 8, 1.0, 0.5, 2**31, 10**400, float("nan"), "llama3", "x"]),
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from([*LLAMA3, "type", "x"]), inner))
+
+
+@given(st.dictionaries(st.sampled_from([*PLAIN, *LLAMA3, *ONLY, "rope_theta", "rope_scaling", "rope_parameters", "head_dim",
+                                        "layer_types", "tie_word_embeddings"]), JSON, max_size=4))
+def test_whatever_a_configuration_says_it_is_read_or_refused_in_one_sentence(changes):
+    try:
+        read_config(PLAIN | changes, "config.json")
+    except UserError as e:
+        assert str(e).startswith("config.json: ") and "\n" not in str(e) and len(str(e)) < 400
 
 
 @pytest.mark.parametrize(("changes", "mention"), [({"positions": "learned"}, "positions=learned"),
@@ -239,15 +256,20 @@ def in_two_files(**weight_map):
     return damage
 
 
+def with_rows(count, folder):
+    """The embedding and the head have so many rows."""
+    with_tensors(lambda tensors: tensors.update({name: torch.cat((x, x))[:count] for name, x in tensors.items()
+                                                 if len(x) == TOKENS}))(folder)
+    configured(vocab_size=count)(folder)
+
+
 def with_a_hole(folder):
     """The last ids of the tokenizer are one higher, and there is a row for them."""
     def change(content):
         for token in content["added_tokens"]:
             token["id"] += token["id"] >= TOKENS - 3
     change_json(folder / "tokenizer.json", change)
-    with_tensors(lambda tensors: tensors.update({name: torch.cat((x, x[:1])) for name, x in tensors.items()
-                                                 if len(x) == TOKENS}))(folder)
-    configured(vocab_size=TOKENS + 1)(folder)
+    with_rows(TOKENS + 1, folder)
 
 
 HEAD, UP, NORM = "lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
@@ -280,7 +302,8 @@ DAMAGE = {
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
     "another kind of tokenizer": (with_tokenizer(type="WordPiece"), "WordPiece"),
     "merges that cannot be reached": (with_tokenizer(merges=[]), "merge"),
-    "a row too few": (configured(vocab_size=TOKENS - 1), "shape"),
+    "another number of rows": (configured(vocab_size=TOKENS - 1), "shape"),
+    "a token without a row": (functools.partial(with_rows, TOKENS - 1), "a row of the model for every token"),
     "an id without a token": (with_a_hole, "expected a token for every id"),
     "a run, too": (lambda folder: (folder / "ckpt.pt").touch(), "both a run (ckpt.pt) and a pretrained model"),
 }

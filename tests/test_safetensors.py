@@ -43,7 +43,9 @@ def refused(folder, content):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
 def test_what_is_written_is_read(dtype, tmp_path):
+    """Its data begins at a multiple of 8 bytes, so that any reader can map it."""
     write_safetensors(tmp_path / "x", TENSORS, dtype)
+    assert int.from_bytes((tmp_path / "x").read_bytes()[:8], "little") % 8 == 0
     found = read_safetensors(tmp_path / "x")
     assert list(found) == list(TENSORS)
     for name, x in TENSORS.items():
@@ -110,6 +112,7 @@ HOSTILE = {
     "a shape of fractions": (file_of({"x": entry(shape=[1.0])}, bytes(4)), "expected a dtype"),
     "an empty tensor": (file_of({"x": entry(shape=[0, 2**62], offsets=[0, 0])}), "expected a dtype"),
     "nine dimensions": (file_of({"x": entry(shape=[1] * 9)}, bytes(4)), "expected a dtype"),
+    "bytes to spare": (file_of({"x": entry(offsets=[0, 8])}, bytes(8)), "'x' has 8 bytes; its shape and dtype take 4"),
     "a shape of exabytes": (file_of({"x": entry(shape=[2**40, 2**40])}, bytes(4)), "'x' has 4 bytes"),
     "a shape that overflows to 1": (file_of({"x": entry(shape=[2**62 + 1, 4])}, bytes(4)), "'x' has 4 bytes"),
     "offsets of exabytes": (file_of({"x": entry("U8", [2**60], [0, 2**60])}, bytes(4)), "4 follow the header"),

@@ -16,7 +16,7 @@ FIELDS = {"vocab_size": ("vocab_size", int, ...), "context": ("max_position_embe
 LLAMA3 = {"factor": float, "low_freq_factor": float, "high_freq_factor": float, "original_max_position_embeddings": int}
 
 # What these may say, if anything: all else would change what the model computes.
-ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1,
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
         "quantization_config": None, "rope_interleaved": False, "partial_rotary_factor": 1.0}
 MOST = {"max_position_embeddings": 2**20}       # positions have a table; anything else is checked with the weights' shapes
 
@@ -45,6 +45,8 @@ def read_config(config: dict[str, Any], where: str) -> GPTConfig:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "llama3":
         fields["rope_scaling"] = tuple(_value(rope, name, kind, ..., where) for name, kind in LLAMA3.items())
+        if not fields["rope_scaling"][1] < fields["rope_scaling"][2]:
+            raise UserError(f"{where}: low_freq_factor is {fields['rope_scaling'][1]}; expected less than high_freq_factor")
     elif kind != "default":
         raise UserError(f"{where}: rope_type is {kind!r:.60}; expected default or llama3: nothing else is understood")
     try:

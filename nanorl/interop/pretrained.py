@@ -53,7 +53,7 @@ def read_pretrained(path: Path) -> dict[str, Any]:
 
 
 def load_pretrained(path_or_name: str | Path, device: torch.device | str = "cpu",
-                    dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
+                    dtype: torch.dtype | None = None) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a directory with config.json, safetensors and tokenizer.json, or of the name smollm2."""
     from nanorl.run.checkpoint import load_checkpoint, model_from, tokenizer_from       # which itself needs this module
     checkpoint = load_checkpoint(path_or_name, "policy")

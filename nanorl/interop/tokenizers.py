@@ -16,7 +16,7 @@ from typing import Any
 
 from nanorl.data import parse_object, read_text
 from nanorl.errors import UserError
-from nanorl.interop.templates import FAMILIES, Message, Template, recognise
+from nanorl.interop.templates import Message, Template, end_of_turn, recognise
 from nanorl.tokenizer import PATTERN, Tokenizer, make_encoding
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -34,17 +34,15 @@ def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 # name, as GGUF files have it: the pattern for tiktoken, and the steps of a tokenizer.json
 PRE_TOKENIZERS = {
-    "nanorl": (PATTERN, [_split(NANORL), _byte_level(False)]),
-    "gpt-2": (GPT2, [_byte_level(True)]),
-    "smollm": (SMOLLM, [{"type": "Digits", "individual_digits": True}, _byte_level(True)]),
-    "qwen2": (QWEN2, [_split(QWEN2), _byte_level(False)]),
-    "llama-bpe": (LLAMA3, [_split(LLAMA3), _byte_level(False)]),
+    "nanorl": (PATTERN, [_split(NANORL), BYTE_LEVEL]),
+    "gpt-2": (GPT2, [BYTE_LEVEL | {"use_regex": True}]),
+    "smollm": (SMOLLM, [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}]),
+    "qwen2": (QWEN2, [_split(QWEN2), BYTE_LEVEL]),
+    "llama-bpe": (LLAMA3, [_split(LLAMA3), BYTE_LEVEL]),
 }
 
 # A byte's printable stand-in in files: itself where it is a printable character, else one from U+0100 on. (GPT-2's encoder.py)
@@ -113,10 +111,6 @@ class PretrainedTokenizer(Tokenizer):
                 "in_text": self.in_text, "pre_tokenizer": self.pre_tokenizer, "normalize": self.normalize,
                 "template": asdict(self.template), "bos": self.bos, "end": self.end, "pad": self.pad,
                 "stop_ids": sorted(self.stop_ids)}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "PretrainedTokenizer":
-        return cls(**state)
 
     def encode(self, text: str) -> list[int]:
         """Ordinary tokens, and the added ones that a text may contain. Special tokens in a text are text."""
@@ -197,90 +191,95 @@ def read_tokenizer(directory: str | Path, plain: bool = False) -> PretrainedToke
 
     file = parse_object(read_text(where), where, "a tokenizer")
     settings = optional("special_tokens_map.json") | optional("tokenizer_config.json")
-    stop_ids = (optional("generation_config.json") or optional("config.json")).get("eos_token_id") or []
-    jinja = read_text(folder / "chat_template.jinja") if (folder / "chat_template.jinja").exists() else None
+    settings["stop_ids"] = (optional("generation_config.json") or optional("config.json")).get("eos_token_id") or []
+    if (folder / "chat_template.jinja").exists():
+        settings["chat_template"] = read_text(folder / "chat_template.jinja")
     with _malformed_as_sentence(where):
-        model, added = file["model"], file["added_tokens"]
-        kind, decoder, normalizer = model.get("type", "BPE"), file["decoder"]["type"], file.get("normalizer")
-        more = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-                if model.get(key)]
-        if kind != "BPE" or decoder != "ByteLevel" or more:
-            raise ValueError(f"a model {kind!s:.40} with {', '.join([*more, 'the decoder '])}{decoder!s:.40}; expected a "
-                             "byte-level BPE, as Qwen, SmolLM2 and Llama 3 have it")
-        if normalizer not in (None, {"type": "NFC"}):
-            raise ValueError(f"the normalizer {normalizer!s:.80}; expected none, or NFC")
-        for token in added:
-            normalized = normalizer and token.get("normalized") and not token["special"]
-            if normalized or any(token.get(key) for key in ("lstrip", "rstrip", "single_word")) or not token["content"]:
-                raise ValueError(f"the added token {token['content']!r:.40} is empty, normalized, or takes in its neighbours; "
-                                 "expected one that is found as it is")
-        special = {token["content"]: token["id"] for token in added}
-        if jinja is None and isinstance(jinja := settings.get("chat_template"), list):
-            jinja = {each["name"]: each["template"] for each in jinja}["default"]
-        names = {role: settings.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-        ids = {role: special.get(name["content"] if isinstance(name, dict) else name) for role, name in names.items()}
-        return tokenizer_from_parts(
-            vocab=model["vocab"], merges=[m.split(" ") if isinstance(m, str) else m for m in model["merges"]],
-            ignore_merges=bool(model.get("ignore_merges")), special=special,
-            in_text=[token["content"] for token in added if not token["special"]],
-            pre_tokenizer=_known_pre_tokenizer(file["pre_tokenizer"]), normalize=bool(normalizer),
-            jinja=None if plain else jinja, start=_start_token(file.get("post_processor") or {}),
-            stop_ids=stop_ids if isinstance(stop_ids, list) else [stop_ids], **ids)
+        return _tokenizer_from(file, settings | ({"chat_template": None} if plain else {}))
 
 
 def read_gguf_tokenizer(reader: Any, where: str, plain: bool = False) -> PretrainedTokenizer:
-    """The tokenizer of a GGUF file, from a gguf.GGUFReader; `where` names it in the errors."""
+    """The tokenizer of a GGUF file, from a gguf.GGUFReader; `where` names it in the errors, `plain` as in `read_tokenizer`."""
     with _malformed_as_sentence(where):
         get = {name.removeprefix("tokenizer."): field.contents() for name, field in reader.fields.items()
                if name.startswith("tokenizer.")}.get
-        tokens, kinds, pre = get("ggml.tokens"), get("ggml.token_type"), get("ggml.pre")
-        if get("ggml.model") != "gpt2" or pre not in PRE_TOKENIZERS:
-            raise ValueError(f"the tokenizer {get('ggml.model')!s:.40} with the pre-tokenizer {pre!s:.40}; expected gpt2 with "
-                             f"one of {', '.join(PRE_TOKENIZERS)}")
-        ordinary, control, added = ({t: i for i, t in enumerate(tokens) if kinds[i] == kind} for kind in (1, 3, 4))
-        bos, eos, pad = (get(f"ggml.{role}_token_id") for role in ("bos", "eos", "padding"))
-        return tokenizer_from_parts(
-            vocab=ordinary, merges=[merge.split(" ") for merge in get("ggml.merges")], ignore_merges=pre == "llama-bpe",
-            special=control | added, in_text=list(added), pre_tokenizer=pre, normalize=pre == "qwen2",
-            jinja=None if plain else get("chat_template"), start=tokens[bos] if get("ggml.add_bos_token") else "",
-            stop_ids=[], bos=bos, eos=eos, pad=pad)
+        kind, pre, tokens = get("ggml.model"), get("ggml.pre"), list(enumerate(get("ggml.tokens")))
+        if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+            raise ValueError(f"a tokenizer {kind!s:.40} with the pre-tokenizer {pre!s:.40}; expected gpt2 with one of "
+                             f"{', '.join(PRE_TOKENIZERS)}")
+        kinds = dict(enumerate(get("ggml.token_type")))            # 1: ordinary, 3: control, 4: user-defined, 5: an unused row
+        file = {"added_tokens": [{"content": token, "id": i, "special": kinds[i] == 3} for i, token in tokens
+                                 if kinds[i] in (3, 4)],
+                "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre][1]}, "decoder": BYTE_LEVEL,
+                "model": {"vocab": {token: i for i, token in tokens if kinds[i] == 1}, "merges": get("ggml.merges"),
+                          "ignore_merges": pre == "llama-bpe"}}
+        settings = {f"{role}_token": dict(tokens).get(get(f"ggml.{name}_token_id"))
+                    for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+        if get("ggml.add_bos_token"):
+            file["post_processor"] = _puts_first(settings["bos_token"], get("ggml.bos_token_id"))
+        return _tokenizer_from(file, settings | {"chat_template": None if plain else get("chat_template"), "stop_ids": []})
 
 
-def tokenizer_from_parts(*, vocab: dict[str, int], merges: list[list[str]], ignore_merges: bool, special: dict[str, int],
-                         in_text: list[str], pre_tokenizer: str, normalize: bool, jinja: str | None, start: str,
-                         bos: int | None, eos: int | None, pad: int | None, stop_ids: list[int]) -> PretrainedTokenizer:
-    """A tokenizer from what a file says, or a ValueError that says what is wrong with it.
+def _tokenizer_from(file: dict[str, Any], settings: dict[str, Any]) -> PretrainedTokenizer:
+    """A tokenizer from a tokenizer.json and what the files beside it say; some exception where it is none."""
+    model, added, normalizer = file["model"], file["added_tokens"], file.get("normalizer")
+    kind, decoder = model.get("type", "BPE"), file["decoder"]["type"]
+    more = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(key)]
+    if kind != "BPE" or decoder != "ByteLevel" or more:
+        raise ValueError(f"a model {kind!s:.40} with {', '.join([*more, 'the decoder '])}{decoder!s:.40}; expected a byte-"
+                         "level BPE, as Qwen, SmolLM2 and Llama 3 have it")
+    if normalizer not in (None, {"type": "NFC"}):
+        raise ValueError(f"the normalizer {normalizer!s:.80}; expected none, or NFC")
+    for token in added:
+        normalized = normalizer and token.get("normalized") and not token["special"]
+        if normalized or any(token.get(key) for key in ("lstrip", "rstrip", "single_word")):
+            raise ValueError(f"the added token {token['content']!r:.40} is normalized or takes in its neighbours; expected one "
+                             "that is found as it is")
+        if not token["content"] or re.search("[\ud800-\udfff]", token["content"]):
+            raise ValueError(f"the added token {token['content']!r:.40}; expected characters")
+    special = {token["content"]: token["id"] for token in added}
+    vocab = {token: i for token, i in model["vocab"].items() if special.get(token) != i}
+    strange = [token for token in vocab if not token or not set(token) <= BYTE.keys()]
+    if strange or not vocab or len(special) < len(added):
+        raise ValueError(f"{len(vocab)} tokens, of which {strange[:1]!s:.40} stand for no bytes, and {len(added)} added ones "
+                         f"with {len(special)} names; expected a byte-level BPE")
 
-    ignore_merges: a pre-token that is a token needs no merges. start: the special token before every text, or "". The chat
-    template's end of turn and `eos` are stop ids, too. The rest is that of PretrainedTokenizer.
-    """
-    vocab = {token: i for token, i in vocab.items() if special.get(token) != i}
-    if strange := next((token for token in vocab if not token or not set(token) <= BYTE.keys()), None):
-        raise ValueError(f"the token {strange!r:.40} stands for no bytes; expected a byte-level BPE")
-    if unwritable := next((token for token in special if re.search("[\ud800-\udfff]", token)), None):
-        raise ValueError(f"the added token {unwritable!r:.40} holds half of a surrogate pair; expected characters")
-    if start and start not in special:
-        raise ValueError(f"puts {start!r:.40} before every text; expected an added token")
+    steps = [step for step in (file.get("post_processor") or {}).get("processors", [file.get("post_processor")]) if step]
+    first = next((step["single"][0] for step in steps if step["type"] == "TemplateProcessing"), {})
+    start = first["SpecialToken"]["id"] if "SpecialToken" in first else ""
+    jinja = settings.get("chat_template")
+    if isinstance(jinja, list):
+        jinja = {each["name"]: each["template"] for each in jinja}["default"]
     template = recognise(jinja, special, start)
-    end = special[FAMILIES[template.family][1]] if template.family in FAMILIES else eos
-    if end is None:
+    bos, eos, pad = (special.get(name["content"] if isinstance(name, dict) else name)
+                     for name in map(settings.get, ("bos_token", "eos_token", "pad_token")))
+    size, stops = 1 + max((vocab | special).values()), settings["stop_ids"]
+    stops = [i for i in (stops if isinstance(stops, list) else [stops]) if i < size]      # no id beyond is ever sampled
+    stops += [eos] if eos is not None else []
+    if template.family == "plain" and not stops:
         raise ValueError("names no eos_token; expected the special token that ends an answer")
-    text_begins = special.get(start, special.get("<|endoftext|>", end if bos is None else bos))
-    size = 1 + max([*vocab.values(), *special.values()])
-    stops = {end, *stop_ids} | ({eos} - {None})
-    tokenizer = PretrainedTokenizer(vocab, special, in_text, pre_tokenizer, normalize, asdict(template), text_begins, end,
-                                    end if pad is None else pad, [i for i in stops if i < size])      # beyond: never sampled
+    end = stops[-1] if template.family == "plain" else special[end_of_turn(template.family)]
+    text_begins = special[start] if start else special.get("<|endoftext|>", end if bos is None else bos)
+    in_text = [token["content"] for token in added if not token["special"]]
+    tokenizer = PretrainedTokenizer(vocab, special, in_text, _known(file["pre_tokenizer"]), bool(normalizer), asdict(template),
+                                    text_begins, end, end if pad is None else pad, sorted({end, *stops}))
+    _check_merges(tokenizer.ranks, [m.split(" ") if isinstance(m, str) else m for m in model["merges"]],
+                  bool(model.get("ignore_merges")))
+    return tokenizer
 
-    ranks = tokenizer.ranks
+
+def _check_merges(ranks: dict[bytes, int], merges: list[list[str]], ignore_merges: bool) -> None:
+    """ValueError unless these merges give what the ids alone give. ignore_merges: a pre-token that is a token needs none."""
     if sum(len(token) ** 2 for token in ranks) > MERGE_WORK:
         raise ValueError(f"tokens of up to {max(map(len, ranks))} bytes; expected words and parts of words")
     listed = [tuple(map(to_bytes, merge)) for merge in merges]
-    if not (ignore_merges and listed == all_merges(ranks)):
-        for number, (found, wanted) in enumerate(zip_longest(listed, implied_merges(ranks)), start=1):
-            if found != wanted:
-                raise ValueError(f"merge {number} is {found!s:.60}, the ids ask for {wanted!s:.60}; expected each token of "
-                                 "several bytes to come about by its own merge, in the order of ids")
-    return tokenizer
+    if ignore_merges and listed == all_merges(ranks):
+        return
+    for number, (found, wanted) in enumerate(zip_longest(listed, implied_merges(ranks)), start=1):
+        if found != wanted:
+            raise ValueError(f"merge {number} is {found!s:.60}, the ids ask for {wanted!s:.60}; expected each token of several "
+                             "bytes to come about by its own merge, in the order of ids")
 
 
 @contextmanager
@@ -294,10 +293,10 @@ def _malformed_as_sentence(where: str) -> Iterator[None]:
         raise UserError(f"{where}: not as a tokenizer's file should be ({type(e).__name__}: {e!s:.80})") from None
 
 
-def _known_pre_tokenizer(spec: dict[str, Any]) -> str:
+def _known(spec: dict[str, Any]) -> str:
     """The name in PRE_TOKENIZERS of what a tokenizer.json asks for."""
     steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
-    steps = [step | ({"trim_offsets": True} if step.get("type") == "ByteLevel" else {}) for step in steps]    # no matter here
+    steps = [{"use_regex": True} | step | {"trim_offsets": True} if step["type"] == "ByteLevel" else step for step in steps]
     for name, (_, known) in PRE_TOKENIZERS.items():
         if steps == known:
             return name
@@ -305,12 +304,12 @@ def _known_pre_tokenizer(spec: dict[str, Any]) -> str:
                      "Llama 3 or GPT-2")
 
 
-def _start_token(post: dict[str, Any]) -> str:
-    """The special token that a tokenizer.json puts before every text, or ""."""
-    for step in post.get("processors", [post]):
-        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            return step["single"][0]["SpecialToken"]["id"]
-    return ""
+def _puts_first(token: str, token_id: int) -> dict[str, Any]:
+    """The post_processor of a tokenizer.json that puts this special token before every text."""
+    first, text, second = ({kind: {"id": name, "type_id": type_id}} for kind, name, type_id in (
+        ("SpecialToken", token, 0), ("Sequence", "A", 0), ("Sequence", "B", 1)))
+    return {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, second],
+            "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,22 +332,19 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> dict[str, An
     merges = implied_merges(tokenizer.ranks)
     if unreached := any(len(merge) > 2 for merge in merges):
         merges = all_merges(tokenizer.ranks)
+    # `tokenizers` numbers added tokens from the end of the vocabulary on, unless they are in it
+    below = {name: i for name, i in tokenizer.special.items() if i < max(tokenizer.ranks.values())}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     file = {"version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": name, "special": name not in in_text} | plain
                              for name, i in sorted(tokenizer.special.items(), key=lambda item: item[1])],
             "normalizer": {"type": "NFC"} if normalize else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre_tokenizer][1]},
-            "post_processor": None, "decoder": _byte_level(True),
+            "post_processor": _puts_first(template.start, tokenizer.bos) if template.start else None, "decoder": BYTE_LEVEL,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": unreached,
-                      "vocab": {to_text(token): i for token, i in tokenizer.ranks.items()},
+                      "vocab": {to_text(token): i for token, i in tokenizer.ranks.items()} | below,
                       "merges": [[to_text(a), to_text(b)] for a, b in merges]}}
-    if start := template.start:
-        first, text, second = ({kind: {"id": name, "type_id": type_id}} for kind, name, type_id in (
-            ("SpecialToken", start, 0), ("Sequence", "A", 0), ("Sequence", "B", 1)))
-        file["post_processor"] = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, second],
-                                  "special_tokens": {start: {"id": start, "ids": [tokenizer.bos], "tokens": [start]}}}
     names = {i: name for name, i in tokenizer.special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "bos_token": names[tokenizer.bos], "eos_token": names[tokenizer.end], "pad_token": names[tokenizer.pad]}

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.interop.pretrained import is_pretrained, read_pretrained
-from nanorl.interop.tokenizers import PretrainedTokenizer
 from nanorl.lora import adapt, merged
 from nanorl.tokenizer import Tokenizer
 
@@ -118,7 +117,7 @@ def _check_sound(checkpoint: Any) -> Kind:
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
-    size = tokenizer_from(checkpoint).vocab_size
+    size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
     if size != model.config.vocab_size:
         raise UserError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
     return "reward model" if isinstance(model, ScalarGPT) else "policy"
@@ -134,11 +133,13 @@ def _shapes(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
 
 
 def model_from(checkpoint: dict[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> GPT | ScalarGPT:
-    """The policy or the reward model of a checkpoint, with a copy of its weights in this dtype, or float32, adapters merged."""
-    dtype = dtype or torch.get_default_dtype()
+    """The policy or the reward model of a checkpoint, with a copy of its weights in this dtype (None: PyTorch's default).
+
+    Adapters are merged into what they adapt.
+    """
     if "lora" in checkpoint:
-        return merged(adapted_from(checkpoint, device)[0]).requires_grad_().to(dtype)
-    model = _shapes(checkpoint).to(dtype).to_empty(device=device)
+        return merged(adapted_from(checkpoint, device)[0]).requires_grad_().to(dtype=dtype)
+    model = _shapes(checkpoint).to(dtype=dtype).to_empty(device=device)
     (model.trunk if isinstance(model, ScalarGPT) else model).complete()
     model.load_state_dict(checkpoint["model"])
     return model.to(device)
@@ -172,9 +173,7 @@ def adapted_from(checkpoint: dict[str, Any], device: torch.device) -> tuple[GPT,
 
 
 def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:
-    """nanorl's own tokenizer, or the one that came with a pretrained model."""
-    state = checkpoint["tokenizer"]
-    return (PretrainedTokenizer if "vocab" in state else Tokenizer).from_state(state)
+    return Tokenizer.from_state(checkpoint["tokenizer"])
 
 
 def load_frozen(path: str, what: Kind, tokenizer: Tokenizer, device: torch.device) -> GPT | ScalarGPT:
