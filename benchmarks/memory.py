@@ -39,10 +39,10 @@ def saved_per_token(config: GPTConfig, rank: int, bfloat16: bool) -> int:
 
     In float32: what goes into and comes out of both norms, queries, keys, values, the answer of attention, and of the MLP both
     products, the SiLU of one and the product of the two. A norm whose gain is trained keeps its input once more, normalised;
-    adapters keep A x. Under autocast the residual stream stays in float32, and rotary positions are in both.
+    adapters keep A x. Under autocast the residual stream stays in float32, and queries and keys are kept in both.
     """
     d, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    wide = 2 * d + (0 if rank else 2 * d) + (q + kv if bfloat16 or config.qk_norm else 0)
+    wide = 2 * d + (0 if rank else 2 * d) + (q + kv) * (bool(bfloat16 or config.qk_norm) + bool(config.qk_norm and not rank))
     narrow = 2 * d + 2 * q + 2 * kv + 4 * config.mlp_width + 7 * rank + (kv if bfloat16 else 0)
     return 4 * wide + (2 if bfloat16 else 4) * narrow
 
@@ -67,7 +67,8 @@ def step_memory(config: GPTConfig, cfg: Config, adapters: bool, kl: bool, bfloat
     parts["logits"] = 3 * 4 * scored * V + (0 if adapters else 2 * 4 * V * d)       # and the gradients of embedding and head
     columns = cfg.prompt - 1 + cfg.answer
     parts["cache"] = rows * columns * 2 * config.layers * config.kv_heads * config.head_dim * size
-    parts["merged"] = size * sum(p.numel() for p in matrices) if adapters else 0
+    copied = sum(p.numel() for p in matrices) * (adapters or bfloat16) + V * d * (bfloat16 and not adapters)
+    parts["merged"] = size * copied
     return parts | {"sampling": held + parts["cache"] + parts["merged"] + 5 * 4 * min(rows, rows_of_logits(V)) * V,
                     "update": held + parts["gradients"] + parts["activations"] + parts["logits"]}
 

@@ -72,10 +72,18 @@ def merged_weight(layer: nn.Linear) -> Tensor:
         return torch.addmm(layer.weight.to(layer.a.dtype), layer.b, layer.a, alpha=layer.scale)
 
 
+def is_merged(model: GPT, dtype: torch.dtype | None = None) -> bool:
+    """Whether `merged` would change nothing."""
+    return not has_adapters(model) and dtype in (None, model.head.weight.dtype)
+
+
 def merged(model: GPT, dtype: torch.dtype | None = None) -> GPT:
     """The model with its adapters merged and, given a dtype, all matrices but the embeddings in it. The rest is shared."""
+    if is_merged(model, dtype):
+        return model
+
     def merge(layer: nn.Linear) -> nn.Linear:
-        weight = merged_weight(layer).to(dtype)
+        weight = merged_weight(layer).to(dtype=dtype)
         if weight is layer.weight:
             return layer
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanorl.data import pad, response_mask, shift
 from nanorl.gpt import GPT, GPTConfig, KVCache, scatter
-from nanorl.lora import has_adapters, linear_layers, merged, merged_weight
+from nanorl.lora import is_merged, linear_layers, merged, merged_weight
 from nanorl.ops import cumulative_sum, linear_log_probs, log_softmax, rows_of_logits
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,8 +217,8 @@ class _Compiled:
         return found
 
     def weights(self, model: GPT, dtype: torch.dtype) -> GPT:
-        """The model with its matrices in this dtype, to which autocast would cast them for every token, and adapters merged."""
-        if dtype == model.head.weight.dtype and not has_adapters(model):
+        """`merged`, in the same memory at every call."""
+        if is_merged(model, dtype):
             return model
         if self.cast is None or self.cast.head.weight.dtype != dtype:
             self.cast = merged(model, dtype)
@@ -283,7 +283,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
         decoder = kept.weights(model, dtype)
     else:
         step, state = Slots.step, Slots(model.config, S, W - 1 + min(turns, GROWTH), B, columns, device, dtype)
-        decoder = merged(model, dtype) if has_adapters(model) else model
+        decoder = merged(model, dtype)      # autocast would cast matrices again for every token
     u = uniforms(seed, B, turns, first_row) if temperature else torch.zeros(B, turns)
     at = (lengths.repeat_interleave(G)[:, None] + torch.arange(turns)).clamp(max=columns - 1)
     state.u.copy_(u.new_zeros(B, columns).scatter(1, at, u))
