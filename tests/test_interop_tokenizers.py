@@ -557,6 +557,13 @@ def test_a_hostile_tokenizer_is_refused_in_one_sentence(folders, tmp_path, chang
     check_refused(tmp_path, message)
 
 
+@pytest.mark.parametrize("change", [edit("model", ignore_merges=False), lambda f: f["model"]["merges"].pop(40), swap_merges,
+                                    lambda f: f["model"]["merges"].append(["a", "b"])])
+def test_a_file_made_from_tiktokens_must_list_all_merges_in_order_and_ignore_them(folders, tmp_path, change):
+    copy_edited(folders["llama3"], tmp_path, change)
+    check_refused(tmp_path, "expected each token of several bytes")
+
+
 TOKENIZER_FILES = {
     "a template of another family": ({"chat_template": "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]"},
                                      "its chat template is none that nanorl knows"),

@@ -27,7 +27,7 @@ QWEN2 = LLAMA3.replace("{1,3}", "")
 SMOLLM = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
 # nanorl's PATTERN for the engine of `tokenizers`, whose \w is narrower than that of tiktoken's
 NANORL = PATTERN.replace(r"[^\W\d_]", r"[\p{Alphabetic}\p{M}\p{Pc}\p{Join_Control}&&[^_]]").replace(
-    r"[^\w\s]|_", r"[^\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}\s]|_").replace(r"\d", r"\p{Nd}")
+    r"[^\w\s]|_", r"[^\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}\s]|_")
 
 
 def _split(pattern: str) -> dict[str, Any]:
