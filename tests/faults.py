@@ -1013,8 +1013,6 @@ LOOPS = [
     # ---- Memory ----
     Mutant("what is trained is rounded", DEVICE, " and not part.weight.requires_grad", ""),
     Mutant("embeddings that were not published in bfloat16 are rounded", DEVICE, "part.weight is not tied and ", ""),
-    Mutant("columns of a cache that has grown count before they are written", GPT, "value=-torch.inf)\n\n    def keep",
-           "value=0.0)\n\n    def keep"),
     Mutant("a cache grows beyond its limit", SAMPLE, "min(GROWTH, capacity - column)", "GROWTH"),
     Mutant("prompts that are read later take the lengths of the first", SAMPLE, "read.length = n - 1",
            "read.length = lengths[: len(n)] - 1"),

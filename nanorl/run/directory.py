@@ -122,8 +122,8 @@ class Run:
                 constant.load_state_dict(self.state[name])
             elif constant is not None:
                 self._check_unchanged(name, constant)
-        for frozen in filter(None, (model, *constants.values())):
-            round_frozen(frozen, cfg.dtype)
+        for each in filter(None, (model, *constants.values())):
+            round_frozen(each, cfg.dtype)
         ranks.wait()                        # the others may still be checking what is here already
         if ranks.rank() == 0:
             self._begin()
