@@ -79,7 +79,7 @@ def objective(student, teacher, ids, mask, weights, *, gradient="token", group=1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(run.RunConfig):
+class Config(run.PolicyConfig):
     out: str = ""               # directory of this run (default: runs/distill, or runs/distill-TASK)
     init: str = ""              # the student to begin with (default: a small one, pretrained and fine-tuned first)
     steps: run.Count = 60
@@ -103,6 +103,7 @@ class Config(run.RunConfig):
     eval_problems: run.Count = 500    # held-out problems
 
     def __post_init__(self):
+        super().__post_init__()
         self.default("out", run.stage_dir("distill", self.task))
         self.default("max_new_tokens", default_max_new_tokens(self.task))
         self.require(self.divergence == "jsd" or self.beta is None, "divergence beta", "only --divergence jsd has a --beta")
@@ -134,7 +135,7 @@ def main(cfg: Config) -> None:
         run.load_checkpoint(typed, "policy")
     teacher_run = cfg.teacher or run.ensure_stage(cfg, "grpo", task=cfg.task)
     start = checkpoint or run.load_checkpoint(cfg.init or make_student(cfg))
-    tokenizer, student = run.tokenizer_from(start), run.model_from(start, device)
+    tokenizer, (student, _) = run.tokenizer_from(start), run.policy_from(cfg, checkpoint, start, device)
     teacher = run.load_frozen(teacher_run, "policy", tokenizer, device)
     prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
     run.check_fits_context(prompts, cfg.max_new_tokens, student, teacher)

@@ -99,7 +99,7 @@ def judged_pairs(scores):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(run.RunConfig):
+class Config(run.PolicyConfig):
     out: str = "runs/dpo"
     steps: run.Count = 100
     lr: run.Positive = 2e-4
@@ -129,6 +129,7 @@ class Config(run.RunConfig):
 
     def __post_init__(self):
         """Fill the flags that were not given from the loss's row, and refuse those that contradict each other."""
+        super().__post_init__()
         for flag in ("beta", "label_noise", "delta", "gamma", "nll_coef"):
             if flag in LOSSES[self.loss]:
                 self.default(flag, LOSSES[self.loss][flag])

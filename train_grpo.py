@@ -169,7 +169,7 @@ def main(cfg: Config) -> None:
         out.log({"rollout/tokens": int(fresh.rollout.mask.sum()) + fresh.resampled_tokens,
                  "rollout/resampled": fresh.resampled, "time/rollout_s": time.perf_counter() - started})
         if cfg.selfcheck and step == first_step:
-            out.say(first_step_check(fresh, task, tokenizer.end, score, loss, list(policy.parameters()), cfg.aggregate,
+            out.say(first_step_check(fresh, task, tokenizer.stop_ids, score, loss, list(policy.parameters()), cfg.aggregate,
                                      cfg.max_new_tokens, tolerance(device, cfg.dtype) / min(1.0, cfg.temperature)))
 
         # 4. Compare: how much better is each answer than the rest of its group? --stale n: on the rollout of n steps ago.

@@ -18,7 +18,6 @@ A learned reward is trusted only near what it was learned from. Watch eval/learn
 one rises and the other falls, the policy has found a gap between the two.
 """
 
-import copy
 import functools
 import time
 from dataclasses import dataclass
@@ -136,13 +135,13 @@ def main(cfg: Config) -> None:
     task = run.choose_task(cfg.task, cfg.data, needs_verifier=cfg.reward == "verifier", seed=cfg.seed)
     device, checkpoint, tokenizer, policy, reference, reward_model = run.begin(
         cfg, "sft", task=task, reference=True, reward_model=cfg.reward_model if cfg.reward == "model" else None)
-    critic = ScalarGPT(policy if cfg.critic == "shared" else copy.deepcopy(reference).requires_grad_(True)).to(device)
+    critic = ScalarGPT(policy if cfg.critic == "shared" else run.trainable_copy(cfg, reference, "critic")).to(device)
 
     optimizer = run.Optimizers(nn.ModuleDict({"policy": policy, "critic": critic}), "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=reference, reward_model=reward_model)
     if "critic" in out.state:
-        critic.load_state_dict(out.state["critic"])
-    out.state |= {"critic": critic.state_dict(), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
+        critic.load_state_dict(out.state["critic"], strict=False)
+    out.state |= {"critic": run.trained_state(critic), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference, critic.trunk if cfg.critic == "separate" else None)
     # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout` and the evaluations use it.

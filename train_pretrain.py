@@ -88,7 +88,7 @@ def main(cfg: Config) -> None:
     def evaluate_now() -> dict[str, float]:
         """The loss on text that is never trained on. Also shows what the model would write."""
         with run.autocast(device, cfg.dtype):
-            rollout = generate(model, [[tokenizer.bos]], max_new_tokens=min(80, cfg.length), stop_ids={tokenizer.end},
+            rollout = generate(model, [[tokenizer.bos]], max_new_tokens=min(80, cfg.length), stop_ids=tokenizer.stop_ids,
                                seed=run.derive(cfg.seed, "sample"))
             metrics = text_loss(model, tokenizer, heldout_ids, cfg.length)
         text = tokenizer.decode(rollout.responses()[0])

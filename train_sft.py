@@ -30,7 +30,7 @@ def objective(logp, mask, weights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(run.RunConfig):
+class Config(run.PolicyConfig):
     out: str = ""               # directory of this run (default: runs/sft, or runs/sft-TASK)
     steps: run.Count = 250
     lr: run.Positive = 1e-3
@@ -46,6 +46,7 @@ class Config(run.RunConfig):
     eval_problems: run.Count = 500    # held-out problems in an evaluation
 
     def __post_init__(self):
+        super().__post_init__()
         make_task(self.task, needs_verifier=False)          # or an error: with --data nobody else asks for it
         self.default("out", run.stage_dir("sft", self.task))
         self.default("max_new_tokens", default_max_new_tokens(self.task))

@@ -183,8 +183,8 @@ def rollout(device: torch.device, folder: Path) -> Iterator[Finding]:
         experience = collect(model, tokenizer, task, Sampling(limit), prompts=16, samples=4, seed=0)
     tol = tolerance(device, "bfloat16")
     try:
-        found, ok = first_step_check(experience, task, tokenizer.end, score, train_grpo.objective, list(model.parameters()),
-                                     "sequence_mean", limit, tol), True
+        found, ok = first_step_check(experience, task, tokenizer.stop_ids, score, train_grpo.objective,
+                                     list(model.parameters()), "sequence_mean", limit, tol), True
     except FirstStepCheckFailed as e:
         found, ok = str(e), False
     yield Finding("sampler as scorer, bfloat16, nano", found, f"{tol:g} nats, ratios and gradients", ok)

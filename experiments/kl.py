@@ -218,7 +218,7 @@ def c33(smoke):
 
     def sampled(model=policy, half=False, **how):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return generate(model, prompts, max_new_tokens=20 if smoke else 80, stop_ids={tokenizer.end}, seed=0, **how)
+            return generate(model, prompts, max_new_tokens=20 if smoke else 80, stop_ids=tokenizer.stop_ids, seed=0, **how)
 
     def scored(rollout, half=False, temperature=1.0):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):

@@ -31,7 +31,7 @@ TopP = Annotated[float, run.Bound(lambda p: 0 < p <= 1, "a number above 0, at mo
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    checkpoint: str             # run, or checkpoint, to talk to
+    checkpoint: str             # run, checkpoint or pretrained model to talk to
     temperature: run.NonNegative = 1.0    # 0 is greedy
     top_k: run.Natural = 0      # draw from the k likeliest tokens; 0 is from all
     top_p: TopP = 1.0           # draw from the likeliest tokens that have this probability together
@@ -77,7 +77,7 @@ def prompts() -> Iterator[str]:
 def probabilities(model: GPT, tokens: Tensor, start: int, cfg: Config, tokenizer: Tokenizer) -> str:
     """A line for each token from `start` on: its probability, the entropy of the distribution that it was drawn from, and the
     likeliest alternatives. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
-    logits = model(tokens[None, :-1])[0, start - 1 :]                                       # [response, V]
+    logits = model.head(model.hidden(tokens[None, :-1])[0, start - 1 :])                    # [response, V]
     logits = sampling_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p) if cfg.temperature else logits.float()
     logp, ids = log_softmax(logits), tokens[start:]
     best_logp, best = (x[:, :4] for x in logp.sort(descending=True, stable=True))           # the token may be one of them
@@ -114,7 +114,7 @@ def main(cfg: Config) -> None:
             limit = max(1, min(cfg.max_new_tokens, model.config.context - len(ids)))
             try:
                 said = generate(model, [ids], max_new_tokens=limit, temperature=cfg.temperature, top_k=cfg.top_k,
-                                top_p=cfg.top_p, stop_ids={tokenizer.end}, seed=run.derive(cfg.seed, number))
+                                top_p=cfg.top_p, stop_ids=tokenizer.stop_ids, seed=run.derive(cfg.seed, number))
             except (ValueError, FloatingPointError) as e:       # the line does not fit the context; logits that are not finite
                 print(e, file=sys.stderr)
                 continue

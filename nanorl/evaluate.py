@@ -51,7 +51,7 @@ ONLY_SOME = {"scorer": (("verifier",), {"best_of_n"}), "alpha": ((2.0, 4.0), {"l
 
 @dataclass(frozen=True, kw_only=True)
 class Config(run.DeviceConfig):
-    runs: tuple[str, ...]       # runs, or checkpoints, to compare
+    runs: tuple[str, ...]       # runs, checkpoints or pretrained models to compare
     method: tuple[Method, ...] = ("greedy", "sample", "majority", "best_of_n")    # see the table above
     task: str = ""              # the problems to answer (default: the task of the first run, or else addition)
     data: str = ""              # JSONL records {"prompt", "answer"} to answer instead
@@ -180,7 +180,7 @@ class Evaluation:
             asked = [problem for problem in part for _ in range(cfg.chains)]
             chains = power_sample(self.model, [self.tokenizer.render(problem.prompt) for problem in part], alpha=alpha,
                                   steps=cfg.steps, chains=cfg.chains, temperature=1.0 if proposal == "base" else 1 / alpha,
-                                  max_new_tokens=self.sampling.max_new_tokens, stop_ids={self.tokenizer.end},
+                                  max_new_tokens=self.sampling.max_new_tokens, stop_ids=self.tokenizer.stop_ids,
                                   seed=run.derive(cfg.seed, title, i))
             for step, now in enumerate(tqdm(chains, desc=title, total=cfg.steps + 1, leave=False)):
                 moved, tried = moved + int(now.accepted.sum()), tried + int(now.proposed.sum())

@@ -45,7 +45,7 @@ def check_verifier(task: Task) -> str:
     return "the verifier pays for gold answers only"
 
 
-def first_step_check(experience: Experience, task: Task, stop_id: int, score: Callable, objective: Callable,
+def first_step_check(experience: Experience, task: Task, stop_ids: set[int], score: Callable, objective: Callable,
                      parameters: list[Tensor], aggregate: str, max_new_tokens: int, tol: float) -> str:
     """Check the first rows of a rollout by the policy as it is now; a sentence with what was measured, or FirstStepCheckFailed.
 
@@ -59,13 +59,16 @@ def first_step_check(experience: Experience, task: Task, stop_id: int, score: Ca
     5. The gradient of a batch is the sum of its parts' gradients.
     """
     verified = check_verifier(task)
+    parameters = [p for p in parameters if p.requires_grad]
     rollout = experience.rollout
     rows = torch.arange(min(16, len(rollout.tokens)), device=rollout.tokens.device)
     T = int(rollout.lengths[rows].max())
     tokens, mask, finished = rollout.tokens[rows, :T], rollout.mask[rows, : T - 1], rollout.finished[rows]
 
     last = rollout.lengths[rows] - 1
-    expect(bool((tokens[rows[finished], last[finished]] == stop_id).all()), "an answer is called finished without a stop token")
+    stops = torch.tensor(sorted(stop_ids), device=rows.device)
+    expect(bool(torch.isin(tokens[rows[finished], last[finished]], stops).all()),
+           "an answer is called finished without a stop token")
     expect(bool(mask[rows, last - 1].all()), "an answer's last token, its stop token if it has one, is outside the mask")
     expect(torch.equal(mask.sum(-1), rollout.lengths[rows] - rollout.prompt_lengths[rows]),
            "the mask has more or fewer tokens than were sampled")

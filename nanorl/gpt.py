@@ -1,7 +1,7 @@
 """A GPT in one file: embeddings, rotary positions, attention, gated MLP, key-value cache, scalar head.
 
 The block is Llama's and Qwen's: RMSNorm before each sublayer, rotary positions, grouped-query attention, SwiGLU, no
-biases, no dropout. Reading order: GPTConfig, GPT.hidden, Block, Attention. There is no loss and no optimizer in here.
+dropout. Reading order: GPTConfig, GPT.hidden, Block, Attention. There is no loss and no optimizer in here.
 """
 
 import functools
@@ -27,31 +27,33 @@ class GPTConfig:
     width: int = 128            # of the residual stream
     heads: int = 4
     kv_heads: int | None = None  # fewer than heads is grouped-query attention; None is as many
+    head_dim: int | None = None  # None is width / heads
     mlp_width: int | None = None  # None is 8/3 of width, rounded up to a multiple of 32
     positions: Literal["rope", "learned", "none"] = "rope"
     rope_base: float = 10_000.0
-    qk_norm: bool = False       # RMSNorm on queries and keys, per head
+    rope_scaling: tuple[float, float, float, float] | None = None    # of Llama 3.1: see llama3_frequencies
+    qk_norm: bool = False       # RMSNorm on queries and keys, per head: Qwen3's
+    qkv_bias: bool = False      # biases of queries, keys and values: Qwen2's
+    norm_eps: float = 1e-6      # of every RMSNorm
     tie_embeddings: bool = False  # the output head is the embedding matrix
 
     def __post_init__(self):
-        if self.kv_heads is None:
-            object.__setattr__(self, "kv_heads", self.heads)
-        if self.mlp_width is None:
-            object.__setattr__(self, "mlp_width", -(-self.width * 8 // (3 * 32)) * 32)
-        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "mlp_width"):
+        uneven = self.head_dim is None and self.width % max(1, self.heads)
+        derived = {"kv_heads": self.heads, "head_dim": self.width // max(1, self.heads),
+                   "mlp_width": -(-self.width * 8 // (3 * 32)) * 32}
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("vocab_size", "context", "layers", "width", "heads", *derived):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.width % self.heads or self.heads % self.kv_heads:
+        if uneven or self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width} and be a multiple of "
                              f"kv_heads={self.kv_heads}")
         if self.positions not in ("rope", "learned", "none"):
             raise ValueError(f"positions={self.positions!r} is none of rope, learned, none")
         if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs of coordinates: width/heads={self.head_dim} must be even")
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
+            raise ValueError(f"rotary positions turn pairs of coordinates: head_dim={self.head_dim} must be even")
 
 
 PRESETS = {
@@ -68,12 +70,23 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rope_angles(positions: Tensor, head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+def llama3_frequencies(theta: Tensor, factor: float, low: float, high: float, trained: float) -> Tensor:
+    """Rotary frequencies for `factor` times the context that a model was trained on first.       (Llama 3.1)
+
+        s theta + (1 - s) theta / factor,       s = clamp( (trained theta / 2 pi - low) / (high - low), 0, 1 )
+
+    What turns at least `high` times within that context stays, what turns less than `low` times slows down by the factor.
+    """
+    return torch.lerp(theta / factor, theta, ((trained * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1))
+
+
+def rope_angles(positions: Tensor, head_dim: int, base: float = 1e4, scaling: tuple | None = None) -> tuple[Tensor, Tensor]:
     """cos and signed sin of the angles m theta_i, theta_i = base^(-2i / D), of both coordinates of each pair.
 
         cos = (cos m theta, cos m theta)          sin = (-sin m theta, sin m theta)          [...] -> two of [..., D]
     """
     theta = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    theta = theta if scaling is None else llama3_frequencies(theta, *scaling)
     cos, sin = (f(positions[..., None] * theta) for f in (torch.cos, torch.sin))
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -114,6 +127,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
     mask may also be what is added to the scores, 0 or -inf: the kernels make that of a bool mask at every call.
     """
+    if mask is not None and q.is_cuda:      # there, no kernel knows a mask and shared key heads: PyTorch would hold the scores
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -187,6 +202,13 @@ class KVCache:
         self.mask.index_copy_(0, rows, self.mask.new_zeros(empty.shape).masked_fill(empty, -torch.inf))
         self.visible = max(self.visible, width)
 
+    def grow(self, columns: int) -> None:
+        """By so many columns, which are empty."""
+        for part in (self.keys, self.values):
+            for layer, x in enumerate(part):
+                part[layer] = F.pad(x, (0, 0, 0, columns))
+        self.mask = F.pad(self.mask, (0, columns), value=-torch.inf)
+
     def keep(self, rows: Tensor) -> None:
         """Only these rows: their keys and values move to the front of the same memory."""
         seen, count = slice(0, self.visible), len(rows)
@@ -201,12 +223,11 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.layer = config.heads, config.kv_heads, config.head_dim, layer
-        self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
-        self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q, self.k, self.v = (nn.Linear(config.width, n, bias=config.qkv_bias) for n in (queries, keys, keys))
+        self.out = nn.Linear(queries, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope, cache: KVCache | None, shared: tuple | None) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))     # [B, T, H or Hkv, D]
@@ -239,8 +260,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(config.width, eps=1e-6), Attention(config, layer)
-        self.mlp_norm, self.mlp = nn.RMSNorm(config.width, eps=1e-6), MLP(config)
+        self.attention_norm, self.attention = nn.RMSNorm(config.width, config.norm_eps), Attention(config, layer)
+        self.mlp_norm, self.mlp = nn.RMSNorm(config.width, config.norm_eps), MLP(config)
 
     def forward(self, x: Tensor, rope, cache: KVCache | None = None, shared: tuple | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, cache, shared)
@@ -264,14 +285,19 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        if config.positions == "rope":
-            angles = rope_angles(torch.arange(config.context), config.head_dim, config.rope_base)
-            self.register_buffer("rope", torch.stack(angles, dim=1)[:, :, None], persistent=False)  # [context, 2, 1, D]
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.complete()
+        self._initialise(generator)
+
+    def complete(self) -> None:
+        """What is neither learned nor saved: the table of rotary angles, and that a tied head is the embedding matrix."""
+        config = self.config
+        if config.positions == "rope":
+            angles = rope_angles(torch.arange(config.context), config.head_dim, config.rope_base, config.rope_scaling)
+            self.register_buffer("rope", torch.stack(angles, dim=1)[:, :, None], persistent=False)  # [context, 2, 1, D]
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self._initialise(generator)
 
     def _initialise(self, generator: torch.Generator | None) -> None:
         """Embeddings of variance 1, and matrices of variance 1 / fan-in: what goes in with variance 1 comes out so. What writes
@@ -283,6 +309,8 @@ class GPT(nn.Module):
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 fan_in = weight.shape[1] * (2 * self.config.layers if residual else 1)
                 nn.init.normal_(weight, std=std.get(name, fan_in**-0.5), generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm.       tokens [B, T] int64 -> [B, T, width]
@@ -317,7 +345,7 @@ class GPT(nn.Module):
     def _blocks(self, tokens: Tensor, positions: Tensor | slice, cache: KVCache | None = None,
                 shared: tuple | None = None) -> Tensor:
         """tokens [B, T], and where in their sequences they are -> [B, T, width]"""
-        x, rope = self.embedding(tokens), None
+        x, rope = self.embedding(tokens).to(self.norm.weight.dtype), None
         if self.config.positions == "learned":
             x = x + self.position_embedding.weight[positions]
         elif self.config.positions == "rope":
@@ -338,12 +366,12 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def training_flops_per_token(self, T: int) -> int:
-        """Forward and backward, per token of a sequence of T: 6 per weight of a matrix product, and 12 T width a layer
-        for the two products of attention (halved: causal).       (Chowdhery et al. 2022, appendix B)"""
+        """Forward and backward, per token of a sequence of T: 6 per weight of a matrix product, and 12 T heads head_dim a
+        layer for the two products of attention (halved: causal).       (Chowdhery et al. 2022, appendix B)"""
         matrices = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and "embedding" not in name)
         if self.config.tie_embeddings:
             matrices += self.head.weight.numel()
-        return 6 * matrices + 6 * self.config.layers * self.config.width * T
+        return 6 * matrices + 6 * self.config.layers * self.config.heads * self.config.head_dim * T
 
 
 def scatter(x: Tensor, places: Tensor, shape: torch.Size) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanorl.data import consecutive_windows, response_mask, shift
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right
+from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right, rows_of_logits
 from nanorl.rollout import Experience, describe, learned_rewards, own_micro_batches, right_or_reward, sample_and_grade
 from nanorl.run import Run, autocast, derive, ranks
 from nanorl.sample import Rollout, Sampling, generate, token_log_probs
@@ -88,7 +88,8 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
     for rows, T in own_micro_batches(rollout, micro_batch):
         inputs, _ = shift(rollout.tokens[rows, :T])
         m = mask[rows, : T - 1]
-        for h, g in zip(*(net.hidden_at(inputs, m)[0].split(1024) for net in (model, other)), strict=True):
+        size = rows_of_logits(model.config.vocab_size)
+        for h, g in zip(*(net.hidden_at(inputs, m)[0].split(size) for net in (model, other)), strict=True):
             p, q = (net.head(x).float() / temperature for net, x in ((model, h), (other, g)))
             total += float(kl_divergence(p, q).sum())
     return sum(ranks.gathered(total)) / len(mask)
@@ -132,7 +133,7 @@ def show_responses(out: Run, model: GPT, tokenizer: Tokenizer, prompts: list[str
     """Print what the model says to these prompts, and keep it in samples.jsonl."""
     with autocast(model.head.weight.device, out.cfg.dtype):
         rollout = generate(model, [tokenizer.render(prompt) for prompt in prompts], max_new_tokens=out.cfg.max_new_tokens,
-                           stop_ids={tokenizer.end}, seed=derive(out.cfg.seed, "sample"))
+                           stop_ids=tokenizer.stop_ids, seed=derive(out.cfg.seed, "sample"))
     said = [{"prompt": prompt, "response": tokenizer.decode(ids)}
             for prompt, ids in zip(prompts, rollout.responses(), strict=True)]
     out.samples(said)

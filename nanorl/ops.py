@@ -24,6 +24,14 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+NO_FLOAT64 = {"mps"}        # devices
+
+
+def _widest(x: Tensor) -> Tensor:
+    """In float64, or float32 on a device without it."""
+    return x.float() if x.device.type in NO_FLOAT64 else x.double()
+
+
 def _below_maximum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """(x - m, m) with m = max_i x_i, kept as a dimension of 1: e^{x - m} cannot overflow.
 
@@ -156,7 +164,7 @@ def center(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
     a row of equal rewards gives exactly zero.
     """
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
-    r = rewards.double().masked_fill(~valid, 0.0)
+    r = _widest(rewards).masked_fill(~valid, 0.0)
     mean = r.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
     # Rounding can leave equal rewards a hair off their mean, and zscore would blow that hair up: decide by comparison.
     highest = r.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
@@ -171,7 +179,7 @@ def zscore(rewards: Tensor, eps: float = 1e-6, valid: Tensor | None = None) -> T
     pass rate p: +sqrt((1-p)/p) and -sqrt(p/(1-p)), so groups near p = 0 or 1 weigh more than the true gradient says.
     """
     count = rewards.shape[-1] if valid is None else valid.sum(-1, keepdim=True).clamp(min=1)
-    a = center(rewards.double(), valid)
+    a = center(_widest(rewards), valid)
     std = (a.square().sum(-1, keepdim=True) / count).sqrt()
     return (a / (std + eps)).to(_at_least_float32(rewards).dtype)
 
@@ -184,7 +192,7 @@ def zscore_batch(rewards: Tensor, eps: float = 1e-6, kept: Tensor | None = None)
     `kept` [P, G] is False for answers that are not trained on: they count in their group's mean, but not in the std.
     Unlike z-scores of each group, these leave the groups' weights as `center` has them.
     """
-    a = center(rewards.double())
+    a = center(_widest(rewards))
     std = masked_mean(a.square(), torch.ones_like(a, dtype=torch.bool) if kept is None else kept).sqrt()
     return (a / (std + eps)).to(_at_least_float32(rewards).dtype)
 
@@ -196,8 +204,9 @@ def leave_one_out(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
     compared with and gets 0.
     """
     count = rewards.shape[-1] if valid is None else valid.sum(-1, keepdim=True)
-    count = torch.as_tensor(count, dtype=torch.float64, device=rewards.device)
-    return (center(rewards.double(), valid) * count / (count - 1).clamp(min=1)).to(_at_least_float32(rewards).dtype)
+    a = center(_widest(rewards), valid)
+    count = torch.as_tensor(count, dtype=a.dtype, device=a.device)
+    return (a * count / (count - 1).clamp(min=1)).to(_at_least_float32(rewards).dtype)
 
 
 def overlong_penalty(lengths: Tensor, limit: int, buffer: float) -> Tensor:
@@ -241,7 +250,7 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 
     Of the whole step, never of a micro-batch. Values that are all equal, or a single one, give exactly 0.
     """
-    values, zeros = x[mask].double(), torch.zeros_like(_at_least_float32(x))
+    values, zeros = _widest(x[mask]), torch.zeros_like(_at_least_float32(x))
     if len(values) == 0 or values.max() == values.min():
         return zeros
     a = values - values.mean()
@@ -498,14 +507,22 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, ids, entropy = ctx.saved_tensors
         gradient = _compiled(_chunk_gradient) if ctx.compile else _chunk_gradient
         grad_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=entropy.dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:         # else the head is a constant, as with adapters
+            grad_weight = torch.zeros_like(weight, dtype=entropy.dtype)
         for start in range(0, len(ids), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             grad_z = gradient(hidden[rows], weight, ids[rows], ctx.temperature, entropy[rows], grad_logp[rows],
                               None if grad_entropy is None else grad_entropy[rows])
             grad_hidden[rows] = grad_z @ weight
-            grad_weight += grad_z.T @ hidden[rows]
+            if grad_weight is not None:
+                grad_weight += grad_z.T @ hidden[rows]
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def rows_of_logits(vocab_size: int) -> int:
+    """How many rows of logits to hold at a time: 1024, or where the vocabulary is large 8 million logits, but at least 128."""
+    return min(1024, max(128, 2**23 // vocab_size))
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, chunk_size: int | None = None,
@@ -516,11 +533,11 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: f
 
     hidden [N, d], weight [V, d], ids [N] -> (logp [N], entropy [N]) in nats, both differentiable in hidden and weight.
     The [N, V] logits are what fills a GPU's memory, not the model: here only [chunk_size, V] of them exist at a time,
-    forward and backward, at the price of computing them twice. Any chunk size gives the same values; by default it is 1024,
-    or less where the vocabulary is large: 8 million logits, but at least 128 rows. `compile` fuses what is done to them.
+    forward and backward, at the price of computing them twice. Any chunk size gives the same values; by default it is that of
+    `rows_of_logits`. `compile` fuses what is done to them.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    chunk_size = chunk_size or min(1024, max(128, 2**23 // len(weight)))
+    chunk_size = chunk_size or rows_of_logits(len(weight))
     return _LinearLogProbs.apply(hidden, weight.to(hidden.dtype), ids, temperature, chunk_size, compile)

@@ -64,7 +64,7 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
     if mine:                            # else there are more processes than problems
         prompts = [tokenizer.render(problems[p].prompt) + openings[p] for p in mine]
         rollout = generate(model, prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-                           stop_ids={tokenizer.end}, samples_per_prompt=samples, seed=seed, first_row=samples * mine[0],
+                           stop_ids=tokenizer.stop_ids, samples_per_prompt=samples, seed=seed, first_row=samples * mine[0],
                            slots=sampling.slots, compile=sampling.compile)
         rows = [p for p in mine for _ in range(samples)]
         texts = [tokenizer.decode(openings[p] + ids) for p, ids in zip(rows, rollout.responses(), strict=True)]

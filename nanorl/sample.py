@@ -5,7 +5,6 @@ the softmax, in at least float32, so for equal weights the ratio of their probab
 top-p, which the scorer knows nothing of).
 """
 
-import copy
 import itertools
 import math
 import weakref
@@ -15,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanorl.data import pad, response_mask, shift
 from nanorl.gpt import GPT, GPTConfig, KVCache, scatter
-from nanorl.ops import cumulative_sum, linear_log_probs, log_softmax
+from nanorl.lora import is_merged, linear_layers, merged, merged_weight
+from nanorl.ops import cumulative_sum, linear_log_probs, log_softmax, rows_of_logits
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From logits to a token
@@ -144,20 +144,25 @@ class Slots:
 
         The last token of a prompt is not read yet: it is the first to be fed. All arguments are on the model's device.
         """
-        read = KVCache(model.config, len(prompts), prompts.shape[1] - 1, prompts.device, self.cache.mask.dtype)
-        if prompts.shape[1] > 1:
-            model.hidden(prompts[:, :-1], read)
-        read.length = lengths - 1
-        self.cache.put(free, read)
-        newest = prompts.gather(1, read.length[:, None]).squeeze(-1)
-        self.ids[free], self.place[free], self.last[free] = newest.repeat_interleave(len(free) // len(prompts)), place, last
+        times, columns = len(free) // len(prompts), prompts.shape[1] - 1
+        size = max(1, READ_AT_ONCE // (max(columns, 1) * model.config.mlp_width))          # so many prompts at a time
+        for part, n, slots in zip(prompts.split(size), lengths.split(size), free.split(size * times), strict=True):
+            read = KVCache(model.config, len(part), columns, prompts.device, self.cache.mask.dtype)
+            if columns:
+                model.hidden(part[:, :-1], read)
+            read.length = n - 1
+            self.cache.put(slots, read)
+        newest = prompts.gather(1, lengths[:, None] - 1).squeeze(-1)
+        self.ids[free], self.place[free], self.last[free] = newest.repeat_interleave(times), place, last
         self.alive[free] = True
 
     def step(self, model: GPT, top_k: int, top_p: float) -> None:
         """Feed the newest token of every slot, draw the next, and write it down."""
-        logits = model(self.ids[:, None], self.cache)[:, 0]                                     # [S, V]
+        hidden, size = model.hidden(self.ids[:, None], self.cache), rows_of_logits(model.config.vocab_size)
         u = self.u.view(-1).index_select(0, self.place)
-        ids, logp = draw(sampling_logits(logits, self.temperature, top_k, top_p), u)
+        drawn = [draw(sampling_logits(model.head(h)[:, 0], self.temperature, top_k, top_p), part)      # of logits [size, V]
+                 for h, part in zip(hidden.split(size), u.split(size), strict=True)]
+        ids, logp = map(torch.cat, zip(*drawn, strict=True))                                    # [S]
         self.ids.copy_(ids)
         self.tokens.view(-1).index_copy_(0, self.place, ids)
         self.logp.view(-1).index_copy_(0, self.place, logp.to(self.logp.dtype))
@@ -178,6 +183,9 @@ class Slots:
 
 # To ask the device whether rows have finished, the host must wait for it: not after every token where that is expensive.
 CHECK_EVERY = {"cuda": 8}
+
+READ_AT_ONCE = 2**24    # activations of an MLP while prompts are read
+GROWTH = 64             # columns after the prompts that the cache of eager decoding begins with, and grows by as they fill up
 
 KEPT, KEPT_BYTES = 4, 2**31     # of each model at most so many shapes (a rollout's, an evaluation's, two more) and bytes
 
@@ -209,15 +217,14 @@ class _Compiled:
         return found
 
     def weights(self, model: GPT, dtype: torch.dtype) -> GPT:
-        """The model with its matrices in this dtype: autocast would cast them for every token."""
-        if dtype == model.head.weight.dtype:
+        """`merged`, in the same memory at every call."""
+        if is_merged(model, dtype):
             return model
         if self.cast is None or self.cast.head.weight.dtype != dtype:
-            self.cast = copy.deepcopy(model).requires_grad_(False)
-            for module in self.cast.modules():
-                if isinstance(module, nn.Linear):
-                    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
-        self.cast.load_state_dict(model.state_dict())
+            self.cast = merged(model, dtype)
+        for mine, theirs in zip(linear_layers(self.cast), linear_layers(model), strict=True):
+            if mine.weight is not theirs.weight:
+                mine.weight.copy_(merged_weight(theirs))
         return self.cast
 
 
@@ -275,7 +282,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
         step, state = kept.slots(model.config, S, capacity, B, columns, device, dtype)
         decoder = kept.weights(model, dtype)
     else:
-        step, state, decoder = Slots.step, Slots(model.config, S, capacity, B, columns, device, dtype), model
+        step, state = Slots.step, Slots(model.config, S, W - 1 + min(turns, GROWTH), B, columns, device, dtype)
+        decoder = merged(model, dtype)      # autocast would cast matrices again for every token
     u = uniforms(seed, B, turns, first_row) if temperature else torch.zeros(B, turns)
     at = (lengths.repeat_interleave(G)[:, None] + torch.arange(turns)).clamp(max=columns - 1)
     state.u.copy_(u.new_zeros(B, columns).scatter(1, at, u))
@@ -293,7 +301,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
             rows = torch.arange(next_row, next_row + len(free))
             part, first = slice(next_row // G, (next_row + len(free)) // G), rows * columns
             answers = (first + lengths[rows // G]).to(device), (first + ends[rows // G] - 1).to(device)
-            state.fill(free, model, prompt_ids[part, : lengths[part].max()], lengths[part].to(device), *answers)
+            state.fill(free, decoder, prompt_ids[part, : lengths[part].max()], lengths[part].to(device), *answers)
             next_row += len(free)
 
         # The columns after the prompts are reused every `turns` steps: by then, the rows that wrote them are done.
@@ -302,6 +310,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
         if compile:
             state.cache.column.fill_(column)
         else:
+            if column == state.cache.mask.shape[-1]:
+                state.cache.grow(min(GROWTH, capacity - column))
             state.cache.column = slice(column, column + 1)
         state.cache.visible = min(capacity, max(64, 1 << (seen - 1).bit_length())) if compile else seen
         step(state, decoder, top_k, top_p)

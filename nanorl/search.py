@@ -35,10 +35,10 @@ def best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:
     broken at random. Only the order of the scores matters. With values = scores it never falls with n; with 0/1 values and
     scores it is pass@n.       (Nakano et al. 2021, appendix I; Chen et al. 2021, eq. 1)
     """
-    N = scores.shape[-1]
+    (scores, values), N = (x.cpu() for x in (scores, values)), scores.shape[-1]
     ties = ((s[:, None] == s).double() for s in scores)                                     # [N, N] of each problem
     values = torch.stack([tied @ v / tied.sum(-1) for tied, v in zip(ties, values.double(), strict=True)])
-    weight = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64, device=values.device)
+    weight = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
     return values.gather(-1, scores.argsort(-1)) @ weight
 
 

@@ -115,6 +115,13 @@ def parse_ranks(text: str, source: str) -> dict[bytes, int]:
     return ranks
 
 
+def make_encoding(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> tiktoken.Encoding:
+    """tiktoken's encoder and decoder of a vocabulary. Unused ids, which an untrained model samples as well, decode, too."""
+    used = {*ranks.values(), *special.values()}
+    holes = {f"<|unused_{i}|>": i for i in range(max(used)) if i not in used}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special | holes)
+
+
 class Tokenizer:
     """Text to ids and back. Ids run from 0 to vocab_size - 1; pad, bos, user, assistant and end are the last five."""
 
@@ -126,12 +133,9 @@ class Tokenizer:
         self.name, self.ranks = name, ranks
         self.vocab_size = first + len(SPECIAL_TOKENS)
         self.pad, self.bos, self.user, self.assistant, self.end = range(first, self.vocab_size)
-        special |= zip(SPECIAL_TOKENS, range(first, self.vocab_size), strict=True)
-        # tiktoken's own vocabularies have holes, and an untrained model samples these as well: every id must decode
-        holes = set(range(first)).difference(ranks.values(), special.values())
-        special |= {f"<|unused_{hole}|>": hole for hole in holes}
-        self.encoding = tiktoken.Encoding(f"nanorl-{name or 'bpe'}", pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens=special)
+        self.stop_ids = {self.end}                                      # each of them ends an answer
+        self.special = special | dict(zip(SPECIAL_TOKENS, range(first, self.vocab_size), strict=True))
+        self.encoding = make_encoding(f"nanorl-{name or 'bpe'}", pattern, ranks, self.special)
         self.byte_lengths = {rank: len(token) for token, rank in ranks.items()}
 
     @classmethod
@@ -180,7 +184,10 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict[str, str]) -> "Tokenizer":
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, also of a tokenizer that came with somebody else's model."""
+        if "vocab" in state:
+            from nanorl.interop.tokenizers import PretrainedTokenizer       # it imports this module
+            return PretrainedTokenizer(**state)
         if "name" in state:
             return cls.named(state["name"])
         return cls(parse_ranks(state.get("ranks", ""), "the checkpoint's tokenizer"))

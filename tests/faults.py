@@ -31,6 +31,7 @@ DIRECTORY = "nanorl/run/directory.py"
 DEVICE = "nanorl/run/device.py"
 START = "nanorl/run/start.py"
 CHECKPOINT = "nanorl/run/checkpoint.py"
+LORA = "nanorl/lora.py"
 TASKS = "nanorl/tasks/base.py"
 
 DETACHED = 'assert not adv.requires_grad, "advantages are constants: detach them"\n    '
@@ -106,7 +107,7 @@ MATH = [
     Mutant("cross-entropy does not look at the mask", PRETRAIN, "-masked_sum(weights * logp, mask)", "-(weights * logp).sum()"),
     Mutant("a weight for masked tokens", OPS, "return mask / count", "return torch.ones_like(mask) / count"),
     Mutant("samples without a score enter the mean", OPS,
-           "r = rewards.double().masked_fill(~valid, 0.0)", "r = rewards.double()"),
+           "r = _widest(rewards).masked_fill(~valid, 0.0)", "r = _widest(rewards)"),
     Mutant("samples without a score count in the mean", OPS,
            "r.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True)", "r.sum(-1, keepdim=True) / valid.numel() * len(valid)"),
     Mutant("samples without a score have an advantage", OPS,
@@ -352,11 +353,13 @@ MATH = [
            "torch.zeros_like(weight, dtype=entropy.dtype)", "torch.zeros_like(weight)"),
     Mutant("the scorer ignores autocast", OPS, "if torch.is_autocast_enabled(device):", "if False:"),
     Mutant("rewards are averaged in float32", OPS,
-           "r = rewards.double().masked_fill", "r = _at_least_float32(rewards).masked_fill"),
-    Mutant("the z-score's std is taken in float32", OPS, "a = center(rewards.double(), valid)", "a = center(rewards, valid)"),
-    Mutant("leave-one-out rounds twice", OPS, "(center(rewards.double(), valid) * count", "(center(rewards, valid) * count"),
+           "r = _widest(rewards).masked_fill", "r = _at_least_float32(rewards).masked_fill"),
+    Mutant("the z-score's std is taken in float32", OPS, 
+           "a = center(_widest(rewards), valid)\n    std", "a = center(rewards, valid)\n    std"),
+    Mutant("leave-one-out rounds twice", OPS, 
+           "a = center(_widest(rewards), valid)\n    count", "a = center(rewards, valid)\n    count"),
     Mutant("the step's std is taken in float32", OPS,
-           "a = center(rewards.double())\n", "a = center(_at_least_float32(rewards))\n"),
+           "a = center(_widest(rewards))\n", "a = center(_at_least_float32(rewards))\n"),
     Mutant("the z-score's eps stands inside the root", OPS,
            "(a.square().sum(-1, keepdim=True) / count).sqrt()", "(a.square().sum(-1, keepdim=True) / count + eps**2).sqrt()"),
     Mutant("log_sigmoid overflows", OPS, "log_softmax(torch.stack((x, torch.zeros_like(x)), dim=-1))[..., 0]",
@@ -468,7 +471,7 @@ MATH = [
     Mutant("groups at the margin count as active", GROUPS, "(D[both] < margin).sum()", "(D[both] <= margin).sum()"),
 
     # ---- PPO ----
-    Mutant("whitening sees the padding", OPS, "x[mask].double()", "x.flatten().double()"),
+    Mutant("whitening sees the padding", OPS, "_widest(x[mask])", "_widest(x.flatten())"),
     Mutant("whitening divides by the variance", OPS, "(a.square().mean().sqrt() + eps)", "(a.square().mean() + eps)"),
     Mutant("whitening leaves the mean", OPS, "a = values - values.mean()", "a = values - 0.9 * values.mean()"),
     Mutant("equal values are whitened to rounding", OPS, "if len(values) == 0 or values.max() == values.min():",
@@ -567,7 +570,7 @@ MATH = [
     Mutant("masked_sum blanks its argument", OPS, "return x.masked_fill(~mask, 0.0).sum()",
            "x.detach().masked_fill_(~mask, 0.0)\n    return x.masked_fill(~mask, 0.0).sum()"),
     Mutant("advantages blank the rewards of samples without a score", OPS,
-           "rewards.double().masked_fill(~valid", "rewards.double().masked_fill_(~valid"),
+           "_widest(rewards).masked_fill(~valid", "_widest(rewards).masked_fill_(~valid"),
     Mutant("gae blanks the values of padding", OPS,
            "0.0), values.masked_fill(~mask, 0.0)", "0.0), values.masked_fill_(~mask, 0.0)"),
     Mutant("the truncated surrogate scales the advantages", OPS,
@@ -598,7 +601,7 @@ LOOPS = [
     Mutant("an answer that is done keeps writing over its last token", SAMPLE,
            "        self.alive &= more\n", "        self.place -= self.alive & ~more\n        self.alive &= more\n"),
     Mutant("an answer may be a token longer than its limit", SAMPLE, "(self.place < self.last)", "(self.place <= self.last)"),
-    Mutant("a prompt's last token is read twice", SAMPLE, "read.length = lengths - 1", "read.length = lengths"),
+    Mutant("a prompt's last token is read twice", SAMPLE, "read.length = n - 1", "read.length = n"),
     Mutant("rows that begin later write where the others are", SAMPLE,
            "column = W - 1 + turn % turns", "column = W - 1 + min(turn, turns - 1)"),
     Mutant("a step does not attend to its own token", SAMPLE,
@@ -606,7 +609,7 @@ LOOPS = [
     Mutant("a token of probability 0 is drawn where the sum wavers", SAMPLE,
            "    ids = torch.where(p.gather(-1, ids) > 0, ids, best)\n", ""),
     Mutant("compiled sampling keeps the weights of its first call", SAMPLE,
-           "        self.cast.load_state_dict(model.state_dict())\n", ""),
+           "mine.weight.copy_(merged_weight(theirs))", "pass"),
     Mutant("the log-prob of a token stands at the next one", SAMPLE,
            "self.logp.view(-1).index_copy_(0, self.place, logp", "self.logp.view(-1).index_copy_(0, self.place + 1, logp"),
     Mutant("the wrong rows are kept when the cache shrinks", SAMPLE,
@@ -619,8 +622,7 @@ LOOPS = [
            "limits = [max_new_tokens] * P if isinstance(max_new_tokens, int) else max_new_tokens",
            "limits = [max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[0]] * P"),
     Mutant("every row draws from the first one's logits", SAMPLE,
-           "logits = model(self.ids[:, None], self.cache)[:, 0]",
-           "logits = model(self.ids[:, None], self.cache)[:1, 0].repeat(len(self.ids), 1)"),
+           "model.head(h)[:, 0]", "model.head(h)[:1, 0].repeat(len(h), 1)"),
     Mutant("the scorer scores every position", SAMPLE,
            "hidden, places = model.hidden_at(inputs, mask)", "hidden, places = model.hidden_at(inputs)"),
 
@@ -751,7 +753,7 @@ LOOPS = [
            'if r["step"] < self.step]', 'if r["step"] <= self.step]'),
     Mutant("a checkpoint is a step behind", DIRECTORY, '"step": self.step, "config"', '"step": self.step - 1, "config"'),
     Mutant("a changed reference goes unnoticed", DIRECTORY,
-           "digest.hexdigest()) != digest.hexdigest():", 'digest.hexdigest()) == "":'),
+           'f"sha256 of {name}", found) != found:', 'f"sha256 of {name}", found) == "":'),
     Mutant("a torn line is read", DIRECTORY, 'split(b"\\n")[:-1]', 'split(b"\\n")'),
     Mutant("what is not finite is saved", CHECKPOINT,
            '    check_finite({name: checkpoint[name] for name in ("model", "optimizer", "state")})\n', ""),
@@ -759,8 +761,7 @@ LOOPS = [
     Mutant("a stage that is not finished is used as it is", START,
            'if found["step"] >= found["config"]["steps"]:', 'if found["step"]:'),
     Mutant("the reference is trained, too", START,
-           "model_from(initial, device).requires_grad_(False) if reference else None",
-           "model_from(weights, device).requires_grad_(False) if reference else None"),
+           "base = model_from(initial, device).requires_grad_(False)", "base = policy"),
     Mutant("gains decay, too", OPTIMIZER,
            '{"params": gains, "weight_decay": 0.0}', '{"params": gains, "weight_decay": weight_decay}'),
     Mutant("a gradient of zero takes a step", OPTIMIZER, "        if norm == 0:\n            return norm\n", ""),
@@ -970,7 +971,7 @@ LOOPS = [
     Mutant("PPO: one step for all minibatches", PPO,
            "            grad_norm = optimizer.step(lr, grad_clip=1.0)\n            add_metrics",
            "        grad_norm = optimizer.step(lr, grad_clip=1.0)\n        if True:\n            add_metrics"),
-    Mutant("PPO: a resumed run forgets its critic", PPO, 'critic.load_state_dict(out.state["critic"])', "pass"),
+    Mutant("PPO: a resumed run forgets its critic", PPO, 'critic.load_state_dict(out.state["critic"], strict=False)', "pass"),
     Mutant("PPO: a resumed run forgets its KL coefficient", PPO, 'out.state.get("kl_coef", cfg.kl_coef)', "cfg.kl_coef"),
 
     # ---- Distillation ----
@@ -990,4 +991,28 @@ LOOPS = [
     Mutant("distillation: cuts the last column of a micro-batch", DISTILL, "T = 2 + int(mask", "T = 1 + int(mask"),
     Mutant("distillation: prompts are distilled, too", DISTILL,
            "m = mask[part, : T - 1]\n", "m = mask[part, : T - 1].flip(-1).cummax(-1).values.flip(-1)\n"),
+
+    # ---- Adapters ----
+    Mutant("adapters count alpha times", LORA, "self.scale = alpha / rank", "self.scale = alpha"),
+    Mutant("adapters begin as noise", LORA, "linear.weight.new_zeros(out_features, rank)",
+           "0.1 * torch.randn(out_features, rank, dtype=linear.weight.dtype)"),
+    Mutant("adapters: the base is trained, too", LORA, "    base.requires_grad_(False)\n", ""),
+    Mutant("adapters: the base is copied", LORA, ", {id(x): x for x in (*model.parameters(), *model.buffers())})", ")"),
+    Mutant("adapters are left out when they are merged", LORA, "layer.a, alpha=layer.scale)", "layer.a, alpha=0.0)"),
+    Mutant("adapters: a bias is lost when they are merged", LORA, "requires_grad=False), layer.bias",
+           "requires_grad=False), None"),
+    Mutant("adapters: eager sampling leaves them out", SAMPLE, "decoder = merged(model, dtype)", "decoder = model"),
+    Mutant("adapters go on beside another base", CHECKPOINT, "digest(base) != lora[\"sha256\"]", "False"),
+    Mutant("adapters: a resumed run begins anew", CHECKPOINT, "policy.load_state_dict(checkpoint[\"model\"], strict=False)",
+           "pass"),
+    Mutant("adapters: the critic has the policy's", START, "generator(cfg.seed, \"lora\", purpose)",
+           "generator(cfg.seed, \"lora\", \"policy\")"),
+    Mutant("adapters: a merged policy cannot be trained", CHECKPOINT, "[0]).requires_grad_()", "[0])"),
+
+    # ---- Memory ----
+    Mutant("what is trained is rounded", DEVICE, " and not part.weight.requires_grad", ""),
+    Mutant("embeddings that were not published in bfloat16 are rounded", DEVICE, "part.weight is not tied and ", ""),
+    Mutant("a cache grows beyond its limit", SAMPLE, "min(GROWTH, capacity - column)", "GROWTH"),
+    Mutant("prompts that are read later take the lengths of the first", SAMPLE, "read.length = n - 1",
+           "read.length = lengths[: len(n)] - 1"),
 ]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import reduce
 from types import SimpleNamespace
 
@@ -15,9 +16,11 @@ from world import ROOT
 
 import benchmarks.__main__ as command
 import nanorl.gpt
-from benchmarks import checks, plain
+from benchmarks import checks, memory, plain
 from benchmarks.__main__ import INSIDE, Benchmark, Config, Row, forward_flops, model_of, plain_of, settled
 from benchmarks.measure import Stopwatch, inside, median_ratio, race
+from nanorl.gpt import GPT
+from nanorl.lora import adapt
 from nanorl.ops import entropy_from_logits, selective_log_softmax
 from train_grpo import objective
 
@@ -224,3 +227,32 @@ def test_the_whole_benchmark_runs(tmp_path):
         measured = "memory" if row["group"] == "memory" else "share" if row["work"].startswith(INSIDE) else "seconds"
         assert row[measured] >= 0 and (measured != "seconds" or row[measured] > 0)
         assert row["ratio"] is None or row["ratio"] > 0
+
+
+# ---- The memory of real models ----
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("model", memory.MODELS)
+def test_what_a_block_keeps_of_a_token_is_what_autograd_saves(model, adapters):
+    """At a narrower width, to one part in a hundred: beside it there are numbers, such as one for each head and norm."""
+    real = memory.MODELS[model]
+    config = replace(real, vocab_size=32, layers=1, width=16 * real.heads, head_dim=16 if real.head_dim is None else 32,
+                     mlp_width=512)
+    net, tokens = GPT(config), torch.randint(32, (2, 40))
+    net = adapt(net, 4, 8.0) if adapters else net
+    own = {x.untyped_storage().data_ptr() for x in (*net.parameters(), *net.buffers())}
+    saved = {}
+
+    def keep(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        net.blocks[0](net.embedding(tokens), net.rope[:40].unbind(-3)).sum()
+    found = sum(size for at, (size, _) in saved.items() if at not in own)
+    assert found / 80 == pytest.approx(memory.saved_per_token(config, 4 if adapters else 0, bfloat16=False), rel=0.01)
+
+
+def test_the_table_of_memory_is_that_of_the_docs():
+    assert memory.table(memory.Config()) in (ROOT / "docs/real-models.md").read_text()

@@ -19,7 +19,7 @@ def check(rollout=lambda r: r, score=token_log_probs, objective=train_grpo.objec
     problems = [Parity().draw(Random(seed)) for seed in range(16 // samples)]
     experience = sample_and_grade(MODEL, TOKENIZER, Parity(), problems, SAMPLING, samples=samples, seed=3)
     experience.rollout = rollout(experience.rollout)
-    return first_step_check(experience, make_task("addition"), TOKENIZER.end, functools.partial(score, MODEL), objective,
+    return first_step_check(experience, make_task("addition"), TOKENIZER.stop_ids, functools.partial(score, MODEL), objective,
                             list(MODEL.parameters()), "sequence_mean", 4, 1e-4)
 
 

@@ -24,6 +24,7 @@ from nanorl.gpt import (
     attention,
     decoding_attention,
     fused_attention,
+    llama3_frequencies,
     rope_angles,
 )
 
@@ -184,9 +185,9 @@ def test_scores_of_unit_variance_inputs_have_unit_variance(head_dim):
 rope_cases = (st.sampled_from([2, 4, 8, 16]), st.integers(0, 60), st.integers(0, 60), seeds)
 
 
-def rotate(x, m):
+def rotate(x, m, base=10_000.0, scaling=None):
     """R_m x, for x [..., D]."""
-    return apply_rope(x, *rope_angles(torch.tensor(m), x.shape[-1]))
+    return apply_rope(x, *rope_angles(torch.tensor(m), x.shape[-1], base, scaling))
 
 
 @given(*rope_cases)
@@ -229,6 +230,21 @@ def test_rope_keeps_the_dtype():
         assert rotate(torch.ones(1, 1, 1, 4, dtype=dtype), 3).dtype == dtype
 
 
+@given(st.floats(1e-6, 1.0), st.floats(1.5, 40.0), st.floats(0.5, 2.0), st.floats(2.5, 8.0), st.integers(16, 8192))
+@quick
+def test_llama3_slows_down_long_waves_and_blends_in_between(theta, factor, low, high, trained):
+    """By how often a wave turns within the context that was trained on first."""
+    turns = trained * theta / (2 * math.pi)
+    if turns >= high:
+        expected = theta
+    elif turns <= low:
+        expected = theta / factor
+    else:
+        expected = theta / factor + (theta - theta / factor) * (turns - low) / (high - low)
+    found = llama3_frequencies(torch.tensor(theta, dtype=torch.float64), factor, low, high, trained)
+    torch.testing.assert_close(float(found), expected, rtol=1e-12, atol=0)
+
+
 # ---- The model is its formula ----
 
 
@@ -237,10 +253,11 @@ def plain_hidden(model: GPT, tokens: list[int]) -> torch.Tensor:
     config, D = model.config, model.config.head_dim
 
     def norm(x, gain):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+        return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * gain
 
     def project(linear, h, x):
-        return x @ linear.weight[h * D : (h + 1) * D].T
+        rows = slice(h * D, (h + 1) * D)
+        return x @ linear.weight[rows].T + (linear.bias[rows] if config.qkv_bias else 0.0)
 
     x = model.embedding.weight[tokens]
     if config.positions == "learned":
@@ -254,7 +271,8 @@ def plain_hidden(model: GPT, tokens: list[int]) -> torch.Tensor:
             if config.qk_norm:
                 q, k = norm(q, a.q_norm.weight), norm(k, a.k_norm.weight)
             if config.positions == "rope":
-                q, k = (torch.stack([rotate(row, t) for t, row in enumerate(z)]) for z in (q, k))
+                how = config.rope_base, config.rope_scaling
+                q, k = (torch.stack([rotate(row, t, *how) for t, row in enumerate(z)]) for z in (q, k))
             heads.append(torch.stack([torch.softmax(q[t] @ k[: t + 1].T / D**0.5, -1) @ v[: t + 1]
                                       for t in range(len(tokens))]))
         x = x + torch.cat(heads, -1) @ a.out.weight.T
@@ -264,12 +282,16 @@ def plain_hidden(model: GPT, tokens: list[int]) -> torch.Tensor:
     return norm(x, model.norm.weight)
 
 
+FAMILIES = {"llama": {"norm_eps": 1e-2, "rope_scaling": (8.0, 1.0, 4.0, 16)}, "qwen2": {"qkv_bias": True, "rope_base": 100.0},
+            "qwen3": {"qk_norm": True, "head_dim": 6}, "qwen3, heads wider than the model": {"qk_norm": True, "head_dim": 10}}
+
+
 @every_position
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_forward_pass_is_its_formula(positions, kv_heads, qk_norm):
+@pytest.mark.parametrize("changes", [{}, *FAMILIES.values()], ids=["plain", *FAMILIES])
+def test_the_forward_pass_is_its_formula(positions, kv_heads, changes):
     """Against `plain_hidden`, which shares no layer, no kernel and no batching with the model."""
-    model = tiny(positions=positions, kv_heads=kv_heads, qk_norm=qk_norm)
+    model = tiny(positions=positions, kv_heads=kv_heads, **changes)
     tokens = ids(2, 9, seed=1)
     hidden = model.hidden(tokens)
     for row, expected in zip(hidden, tokens.tolist(), strict=True):
@@ -403,7 +425,7 @@ def test_nano_has_less_than_a_million_parameters():
 
 
 @every_position
-@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"tie_embeddings": True}, {"qk_norm": True}])
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"tie_embeddings": True}, *FAMILIES.values()])
 def test_flops_per_token_count_the_matrix_products(positions, changes):
     """Against PyTorch's counter over one forward and backward, exactly: it sees all T^2 scores, we half of them.
 
@@ -411,7 +433,7 @@ def test_flops_per_token_count_the_matrix_products(positions, changes):
     """
     T, B = 24, 2
     model = tiny(positions=positions, **changes).float()
-    other_half = 6 * model.config.layers * model.config.width * T
+    other_half = 6 * model.config.layers * model.config.heads * model.config.head_dim * T
     with pytest.MonkeyPatch.context() as patch:                 # the counter does not know the fused kernel on a CPU
         patch.setattr(nanorl.gpt, "fused_attention", attention)
         with FlopCounterMode(display=False) as counter:
@@ -629,6 +651,7 @@ def test_a_fresh_scalar_head_says_nothing_and_can_learn():
     ({"kv_heads": 3}, "kv_heads=3"),
     ({"kv_heads": 8}, "kv_heads=8"),
     ({"width": 12, "heads": 4}, "3"),                           # a head of width 3 has no pairs to turn
+    ({"head_dim": 5}, "head_dim=5"), ({"head_dim": 0}, "head_dim=0"),
     ({"positions": "alibi"}, "alibi"),
     ({"heads": 0}, "heads=0"),
     ({"layers": -1}, "layers=-1"),

@@ -412,6 +412,36 @@ def test_linear_log_probs_never_hold_more_logits_than_a_chunk(chunk_size):
         assert (forward.numel, backward.numel) == (largest, largest)
 
 
+def test_a_head_that_is_a_constant_costs_no_gradient():
+    """That of the hidden states is the same; nothing of the weight's size is made."""
+    N, V, d, g = 10, 40, 3, torch.Generator().manual_seed(0)
+    hidden, weight, ids = leaf(randn(g, N, d)), leaf(randn(g, V, d)), torch.randint(V, (N,), generator=g)
+    found = []
+    for constant in (False, True):
+        logp, entropy = linear_log_probs(hidden, weight.detach() if constant else weight, ids, 0.7, 2)
+        with LargestTensor() as backward:
+            found.append(torch.autograd.grad((logp + entropy).sum(), hidden)[0])
+        assert (backward.numel >= weight.numel()) != constant
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("f", [center, zscore, leave_one_out, zscore_batch, lambda r: whiten(r, r > 0.2)])
+def test_no_float64_on_a_device_that_has_none(f, monkeypatch):
+    """Nothing in it is made there, and the result is the same to float32's rounding."""
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            assert getattr(made, "dtype", None) != torch.float64, func
+            return made
+
+    rewards = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    expected = f(rewards)
+    monkeypatch.setattr("nanorl.ops.NO_FLOAT64", {"cpu"})
+    with Refuse():
+        found = f(rewards)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_chunks_keep_the_temporaries_of_entropy_small():
     """Without a graph, the largest tensor that entropy_from_logits makes of [N, V] in chunks of n is [n, V]."""
     z = randn(torch.Generator().manual_seed(0), 100, 40)

@@ -14,7 +14,7 @@ from nanorl.run import optimizer, ranks
 from nanorl.sample import uniforms
 
 pytestmark = pytest.mark.usefixtures("inside")
-ALL = [*ONE_OF_EACH, "online", "grpo-full", "taught"]
+ALL = [*ONE_OF_EACH, "online", "grpo-full", "taught", "lora"]
 
 DRIVER = """
 import sys

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanorl import sample
 from nanorl.batches import add_metrics
 from nanorl.data import pad
-from nanorl.gpt import GPT, PRESETS, GPTConfig
+from nanorl.gpt import GPT, PRESETS, GPTConfig, KVCache
 from nanorl.ops import kl_divergence, log_softmax
 from nanorl.sample import draw, generate, sampling_logits, token_log_probs, top_k_filter, top_p_filter, uniforms
 
@@ -478,6 +478,37 @@ def test_rows_wait_for_slots(model, request, slots, compile, seed):
     with fixed_slots, patch.object(model, "hidden", wraps=model.hidden) as hidden:
         parts = generate(model, prompts, **how, slots=slots, compile=compile)
     assert max(len(call.args[0]) for call in hidden.call_args_list) <= at_most
+    same_rollout(parts, whole, atol=1e-6)
+
+
+@given(models, requests(), st.integers(1, 12), seeds)
+@example({"seed": 0}, longer_later, 2, 2)
+@quick
+def test_a_cache_that_grows_as_it_fills_up_is_one_that_was_large_enough(model, request, slots, seed):
+    """To the bit, rows that wait for a slot or are dropped included; and it never holds more than the answers have needed."""
+    (prompts, how), model = request, tiny(**model)
+    how["max_new_tokens"] = [1 + (seed + 5 * p) % 11 for p in range(len(prompts))]
+    whole = generate(model, prompts, **how, slots=slots)
+    with patch.object(sample, "GROWTH", 2), patch.object(KVCache, "grow", autospec=True, side_effect=KVCache.grow) as grow:
+        parts = generate(model, prompts, **how, slots=slots)
+        assert sum(call.args[1] for call in grow.call_args_list) <= max(0, max(how["max_new_tokens"]) - 2)
+        grow.reset_mock()
+        generate(model, prompts, **how | {"stop_ids": set(range(V))})
+        assert not grow.called
+    assert torch.equal(parts.tokens, whole.tokens) and torch.equal(parts.logp, whole.logp)
+
+
+@given(models, requests())
+@quick
+def test_prompts_may_be_read_a_few_at_a_time(model, request):
+    """And logits drawn from a few rows at a time: never more of either than that."""
+    (prompts, how), model = request, tiny(**model)
+    whole, rows = generate(model, prompts, **how), []
+    model.head.register_forward_hook(lambda head, args, logits: rows.append(len(logits)))
+    with patch.object(sample, "READ_AT_ONCE", 1), patch.object(sample, "rows_of_logits", lambda V: 2), \
+            patch.object(model, "hidden", wraps=model.hidden) as hidden:
+        parts = generate(model, prompts, **how)
+    assert max(rows) <= 2 and all(len(tokens) == 1 for (tokens, cache), _ in hidden.call_args_list if not cache.visible)
     same_rollout(parts, whole, atol=1e-6)
 
 

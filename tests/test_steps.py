@@ -33,6 +33,7 @@ from nanorl import run
 from nanorl.batches import minibatches
 from nanorl.data import pad, random_windows, read_text, response_mask, shuffled_batch
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
+from nanorl.lora import adapt
 from nanorl.run.checkpoint import FORMAT
 from nanorl.tasks import is_heldout
 from nanorl.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ FEW = "--eval-problems 1"
 NO_BEST = "--best-of 0"
 UNCHECKED = "--no-selfcheck"
 ROWS = "--micro-batch"
+ADAPTERS = []               # the flags that a test of adapters gives to each script
 
 
 class Enough(Exception):
@@ -135,8 +137,9 @@ def play(monkeypatch, tmp_path):
         monkeypatch.setattr(Descent, "wanted", math.inf if samples else steps)
         if samples:
             monkeypatch.setattr(script, "collect", collect)
+        typed = [*COMMON.split(), *flags.split(), *ADAPTERS, "--out", str(tmp_path / "run")]
         with pytest.raises(Enough):
-            script.main(run.parse(script.Config, [*COMMON.split(), *flags.split(), "--out", str(tmp_path / "run")]))
+            script.main(run.parse(script.Config, typed))
         lines = metrics(tmp_path / "run")
         assert len(lines) == steps
         return rollouts, lines, run.load_checkpoint(tmp_path / "run")
@@ -151,6 +154,42 @@ def play(monkeypatch, tmp_path):
 
 def load(path):
     return run.model_from(run.load_checkpoint(path), CPU)
+
+
+class BesideBA(torch.nn.Module):
+    """A model with W + (alpha / R) B A in place of each W of its blocks, written out. It trains A, B and a scalar head."""
+
+    def __init__(self, model, adapters, trunk=""):
+        super().__init__()
+        self.model, self.adapters = model.requires_grad_(False), adapters
+        self.prefix, self.scalar = trunk, dict(model.scalar.named_parameters(prefix="scalar")) if trunk else {}
+
+    def forward(self, tokens):
+        weights = dict(self.model.named_parameters()) | self.scalar
+        for name, (a, b) in self.adapters.items():
+            weights[f"{self.prefix}{name}.weight"] = weights[f"{self.prefix}{name}.weight"] + 3 / 2 * b @ a
+        return torch.func.functional_call(self.model, weights, (tokens,))
+
+    def parameters(self):
+        return [*(x for ab in self.adapters.values() for x in ab), *self.scalar.values()]
+
+    def state_dict(self):
+        return {f"{self.prefix}{name}.{which}": x for name, ab in self.adapters.items()
+                for which, x in zip("ab", ab, strict=True)} | self.scalar
+
+
+def to_train(purpose="policy", head=False, adapters=None):
+    """The policy as a script begins to train it, or with a scalar head a critic. Adapters begin as the seed says, B at 0."""
+    if not ADAPTERS:
+        return ScalarGPT(load("policy")) if head else load("policy")
+    if adapters is None:
+        fresh = adapt(load("policy"), 2, 3.0, run.generator(0, "lora", purpose))
+        adapters = {name: (layer.a, layer.b) for name, layer in fresh.named_modules() if hasattr(layer, "b")}
+    model = ScalarGPT(load("policy")) if head else load("policy")
+    ours = BesideBA(model, adapters, "trunk." if head else "")
+    for x in ours.parameters():
+        x.requires_grad_()
+    return ours
 
 
 def read(model, answer, temperature=1.0):
@@ -367,13 +406,13 @@ def test_pretraining_descends_the_mean_loss_of_all_tokens_of_a_step(play):
 def test_fine_tuning_descends_the_mean_loss_of_all_response_tokens_of_a_step(play):
     _, lines, end = play(train_sft, 8, f"--steps {SHORT} --init policy --data said.jsonl --batch 7 {ROWS} 2 --lr 0.1 "
                                        f"--max-new-tokens {LIMIT}", samples=False)
-    model, records = load("policy"), learned_from("said.jsonl", "response")
+    model, records = to_train(), learned_from("said.jsonl", "response")
     for step, line in enumerate(lines):
         rows = [records[i][0] for i in shuffled_batch(len(records), 7, step, seed=0)]
         loss, lr = cross_entropy(model, rows), rate(0.1, step, 0.1, 0.5)
         norm = descend([model], loss, lr)
         logged(line, {"train/loss": float(loss), "train/grad_norm": norm, "train/lr": lr})
-    agree(model, end["model"], load("policy"))
+    agree(model, end["model"], to_train())
 
 
 def test_the_reward_model_descends_the_mean_loss_of_choices_read_at_last_tokens(play):
@@ -431,7 +470,7 @@ def test_dpo_descends_the_mean_loss_of_pairs_of_a_file(loss, play):
     flags, choices = PAIRS[loss]
     _, lines, end = play(train_dpo, 4, f"--loss {loss} {flags} --init policy --data pairs.jsonl --batch 5 {ROWS} 2 "
                                        f"--lr 0.2 {SAMPLING} {NO_BEST}", samples=False)
-    policy, reference = load("policy"), load("policy")
+    policy, reference = to_train(), load("policy")
     pairs = learned_from("pairs.jsonl", "chosen", "rejected")
     for step, line in enumerate(lines):
         if "refresh" in flags and step == 2:
@@ -440,7 +479,7 @@ def test_dpo_descends_the_mean_loss_of_pairs_of_a_file(loss, play):
         losses = [pair_loss(loss, policy, reference, *pairs[i], seen, **choices)
                   for i in shuffled_batch(len(pairs), 5, step, seed=0)]
         logged(line, mean_of(seen) | {"train/grad_norm": descend([policy], sum(losses) / 5, lr), "train/lr": lr})
-    agree(policy, end["model"], load("policy"))
+    agree(policy, end["model"], to_train())
 
 
 @pytest.mark.parametrize("judge", ("hidden", "model"))
@@ -487,7 +526,7 @@ def test_group_dpo_descends_the_mean_loss_of_groups(loss, play):
     rollouts, lines, end = play(train_group_dpo, 2, f"--loss {loss} --init policy --data wanted.jsonl --prompts 5 "
                                                     f"--group 4 {ROWS} 8 --beta 0.4 --lr 1 {SAMPLING} {FEW} {NO_BEST}"
                                                     + (loss == "hinge") * " --margin 0.3")
-    policy, reference = load("policy"), load("policy")
+    policy, reference = to_train(), load("policy")
     for step, (line, batch) in enumerate(zip(lines, rollouts, strict=False)):
         drawn_from(policy, batch, SOME)
         described(line, batch)
@@ -511,7 +550,7 @@ def test_group_dpo_descends_the_mean_loss_of_groups(loss, play):
         assert "margin" in seen
         logged(line, mean_of(seen) | {"train/grad_norm": descend([policy], total, lr), "train/lr": lr})
     assert any(line["rollout/no_contrast"] > 0 for line in lines)       # some group has no margin to average
-    agree(policy, end["model"], load("policy"))
+    agree(policy, end["model"], to_train())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -678,14 +717,21 @@ def test_grpo_and_its_relatives_ascend_their_objective(name, play):
     steps = 4 if c.stale else 3 if c.baseline_decay else 2
     flags += f" --init policy --data wanted.jsonl --prompts 4 --group 4 --lr {c.lr} {ROWS} 3"
     rollouts, lines, end = play(train_grpo, steps, f"{flags} {SAMPLING} {FEW} {UNCHECKED}")
-    policy = load("policy")
+    policy = to_train()
     grpo(c, policy, rollouts, lines, learned_from("said.jsonl", "response"))
-    agree(policy, end["model"], load("policy"))
-    for metric in shown:
+    agree(policy, end["model"], to_train())
+    for metric in shown if not ADAPTERS else ():            # whose B begins at 0: they have hardly moved
         assert any(line.get(f"train/{metric}", 0) > 0 for line in lines), metric
 
 
 # ---- PPO: a critic, rewards per token ----
+
+
+def critic_of(policy, shared):
+    """With a trunk of its own, or a head on the policy's."""
+    if not shared:
+        return to_train("critic", head=True)
+    return to_train(head=True, adapters=policy.adapters) if ADAPTERS else ScalarGPT(policy)
 
 
 def values_of(critic, answer):
@@ -722,8 +768,8 @@ def test_ppo_ascends_its_objective_with_policy_and_critic(name, play):
     c = SimpleNamespace(**choices)
     flags += f" --init policy --prompts 3 --group 4 --epochs 2 --minibatches 2 --lr 1 {ROWS} 3"
     rollouts, lines, end = play(train_ppo, 3 if c.kl_target else 2, f"{flags} {SAMPLING} {FEW} {NO_BEST}")
-    policy, reference, judge = load("policy"), load("policy"), run.model_from(run.load_checkpoint("judge"), CPU)
-    critic, kl_coef = ScalarGPT(policy if c.shared else load("policy")), c.kl_coef
+    policy, reference, judge = to_train(), load("policy"), run.model_from(run.load_checkpoint("judge"), CPU)
+    critic, kl_coef = critic_of(policy, c.shared), c.kl_coef
     for step, (line, batch) in enumerate(zip(lines, rollouts, strict=False)):
         drawn_from(policy, batch, SOME)
         described(line, batch)
@@ -762,10 +808,10 @@ def test_ppo_ascends_its_objective_with_policy_and_critic(name, play):
             kl_coef *= 1 + 0.1 * min(0.2, max(-0.2, answer_kl / c.kl_target - 1))
         if c.learned:
             assert line["rollout/learned_reward"] == pytest.approx(fmean(rewards), rel=1e-6)
-    agree(policy, end["model"], load("policy"))
+    agree(policy, end["model"], to_train())
     if not c.shared:
-        agree(critic, end["state"]["critic"], ScalarGPT(load("policy")))
-    for metric in ("clipped_low", "clipped_high", "value_clipped"):
+        agree(critic, end["state"]["critic"], to_train("critic", head=True))
+    for metric in ("clipped_low", "clipped_high", "value_clipped") if not ADAPTERS else ():
         assert any(line[f"train/{metric}"] > 0 for line in lines), metric
 
 
@@ -807,7 +853,7 @@ def test_distillation_descends_the_mean_divergence_of_answers(name, play):
     flags += f" --steps {SHORT} --init policy --teacher teacher --prompts 4 --group 3 {ROWS} 7 --lr 0.5"
     rollouts, lines, end = play(train_distill, 8 if name == "data" else 2, f"{flags} --max-new-tokens {LIMIT} {FEW}",
                                 samples=name != "data")
-    student, teacher, said = load("policy"), load("teacher"), learned_from("said.jsonl", "response")
+    student, teacher, said = to_train(), load("teacher"), learned_from("said.jsonl", "response")
     sequence, tau = choices.pop("sequence", False), choices.get("tau", 1.0)
     for step, line in enumerate(lines):
         if name == "data":
@@ -834,4 +880,28 @@ def test_distillation_descends_the_mean_divergence_of_answers(name, play):
                         loss = loss + (to_go[b][t] - others) * logp / 12
         norm = descend([student], loss, lr)
         logged(line, mean_of(seen) | {"train/grad_norm": norm, "train/lr": lr})
-    agree(student, end["model"], load("policy"))
+    agree(student, end["model"], to_train())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+ADAPTED = {
+    "fine-tuning": test_fine_tuning_descends_the_mean_loss_of_all_response_tokens_of_a_step,
+    "pairs": partial(test_dpo_descends_the_mean_loss_of_pairs_of_a_file, "dpo"),
+    "groups": partial(test_group_dpo_descends_the_mean_loss_of_groups, "mean"),
+    "kl in the loss": partial(test_grpo_and_its_relatives_ascend_their_objective, "dr_grpo"),
+    "kl in the reward": partial(test_grpo_and_its_relatives_ascend_their_objective, "reinforce"),
+    "a critic of its own": partial(test_ppo_ascends_its_objective_with_policy_and_critic, "verifier"),
+    "a shared critic": partial(test_ppo_ascends_its_objective_with_policy_and_critic, "learned reward"),
+    "distillation": partial(test_distillation_descends_the_mean_divergence_of_answers, "student"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_with_adapters_a_script_takes_the_step_of_its_objective_in_A_and_B(name, play, monkeypatch):
+    """The same steps, with W + (alpha / R) B A written out; what is sampled comes from merged weights."""
+    monkeypatch.setitem(globals(), "ADAPTERS", ["--lora-rank", "2", "--lora-alpha", "3"])
+    ADAPTED[name](play)

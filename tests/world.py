@@ -48,6 +48,7 @@ SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grp
            "group": (train_group_dpo, GROUP), "ppo": (train_ppo, PPO + " --data wanted.jsonl --entropy-coef 0.01"),
            "rlhf": (train_ppo, PPO + " --reward model --reward-model reward --critic shared --kl-coef 0.1 --kl-target 1 "
                                      "--truncated bootstrap"),
+           "lora": (train_ppo, PPO + " --data wanted.jsonl --lora-rank 2 --kl-coef 0.1"),
            "distill": (train_distill, DISTILL + " --on student --divergence reverse --gradient sequence"),
            "taught": (train_distill, DISTILL + " --on data --data letters.jsonl --divergence jsd --tau 2 --top-k 3"),
            "reinforce": (train_grpo, GRPO + " --algo reinforce --advantage running_mean --likelihood-coef 0.1 --kl-coef 0.1 "

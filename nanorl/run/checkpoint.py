@@ -3,6 +3,7 @@
 What a resumed run reads, and what it cuts off, is in directory.py.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -10,15 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
+from nanorl.interop.pretrained import is_pretrained, read_pretrained
+from nanorl.lora import adapt, merged
 from nanorl.tokenizer import Tokenizer
 
 Kind = Literal["policy", "reward model"]       # of model that a checkpoint holds
 FORMAT = 1      # raised when a checkpoint's meaning changes
 CHECKPOINT_FIELDS = {"step": int, "config": dict, "gpt": dict, "tokenizer": dict, "model": dict, "optimizer": list,
                      "state": dict}
+ADAPTER_FIELDS = {"rank": int, "alpha": float, "base": str, "sha256": str}      # "lora", of a policy that has adapters
 
 
 def check_finite(x: Any, name: str = "") -> None:
@@ -64,27 +69,34 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any]:
-    """The checkpoint of a run's directory, or a checkpoint file. Tensors and builtins only: no code is ever run.
+    """The checkpoint of a run's directory, a checkpoint file, or what a pretrained model (nanorl/interop) is as a checkpoint.
+    Tensors and builtins only: no code is ever run.
 
     UserError when there is none, when it is damaged, or when `what` is given and it holds something else.
     """
+    path = Path(path)
     try:
-        path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
-        there = path.exists()
+        file = path / "ckpt.pt" if path.is_dir() else path
+        there, pretrained = file.exists(), is_pretrained(path)
+        if there == pretrained:
+            found = "both a run (ckpt.pt) and" if there else "neither a run (ckpt.pt) nor"
+            raise UserError(f"{path}: {found} a pretrained model (config.json with a model_type); expected one of them")
+        checkpoint, holds = (read_pretrained(path), "policy") if pretrained else _load_sound(file)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    if not there:
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        holds = _check_sound(checkpoint)
-    except Exception as e:              # whatever torch.load raises on a damaged or foreign file
-        why = (str(e) or "empty file").splitlines()[0][:200]
-        raise UserError(f"{path}: not a sound checkpoint ({why})") from None
     if what not in (None, holds):
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise UserError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
-    return checkpoint
+    return checkpoint | {"path": str(path)}
+
+
+def _load_sound(path: Path) -> tuple[dict[str, Any], Kind]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint, _check_sound(checkpoint)
+    except Exception as e:              # whatever torch.load raises on a damaged or foreign file
+        why = (str(e) or "empty file").splitlines()[0][:200]
+        raise UserError(f"{path}: not a sound checkpoint ({why})") from None
 
 
 def _check_sound(checkpoint: Any) -> Kind:
@@ -93,14 +105,15 @@ def _check_sound(checkpoint: Any) -> Kind:
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != FORMAT:
         raise UserError(f"expected nanorl's format {FORMAT}, found {found!s:.40}")
-    for name, kind in CHECKPOINT_FIELDS.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"its {name!r} is {checkpoint.get(name)!r:.40}, expected a {kind.__name__}")
-    check_finite(checkpoint["model"])
-    with torch.device("meta"):          # shapes without memory
-        model = _fresh_model(checkpoint)
+    adapters = checkpoint.get("lora", {})
+    wanted = [(checkpoint, CHECKPOINT_FIELDS), (adapters, ADAPTER_FIELDS if "lora" in checkpoint else {})]
+    for part, name, kind in ((part, name, kind) for part, fields in wanted for name, kind in fields.items()):
+        if not isinstance(part.get(name), kind):
+            raise UserError(f"its {name!r} is {part.get(name)!r:.40}, expected a {kind.__name__}")
+    check_finite(checkpoint["model"] | adapters)
+    model = _shapes(checkpoint)
     wanted, found = ({name: tuple(x.shape) for name, x in weights.items()}
-                     for weights in (model.state_dict(), checkpoint["model"]))
+                     for weights in (trained_state(model), checkpoint["model"]))
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
@@ -110,17 +123,53 @@ def _check_sound(checkpoint: Any) -> Kind:
     return "reward model" if isinstance(model, ScalarGPT) else "policy"
 
 
-def _fresh_model(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
-    """A model like that of a checkpoint, without its weights."""
-    model = GPT(GPTConfig(**checkpoint["gpt"]))
-    return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
+def _shapes(checkpoint: dict[str, Any]) -> GPT | ScalarGPT:
+    """A model like that of a checkpoint on the meta device: its shapes, without memory."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**checkpoint["gpt"]))
+        if "lora" in checkpoint:
+            model = adapt(model, checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"])
+        return ScalarGPT(model) if "scalar.weight" in checkpoint["model"] else model
 
 
-def model_from(checkpoint: dict[str, Any], device: torch.device) -> GPT | ScalarGPT:
-    """The policy or the reward model of a checkpoint, with its weights."""
-    model = _fresh_model(checkpoint)
+def model_from(checkpoint: dict[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> GPT | ScalarGPT:
+    """The policy or the reward model of a checkpoint, with a copy of its weights in this dtype (None: PyTorch's default).
+
+    Adapters are merged into what they adapt.
+    """
+    if "lora" in checkpoint:
+        return merged(adapted_from(checkpoint, device)[0]).requires_grad_().to(dtype=dtype)
+    model = _shapes(checkpoint).to(dtype=dtype).to_empty(device=device)
+    (model.trunk if isinstance(model, ScalarGPT) else model).complete()
     model.load_state_dict(checkpoint["model"])
     return model.to(device)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Of a model's state, what is trained: everything, or its adapters."""
+    return {name: x.detach() for name, x in model.state_dict(keep_vars=True).items() if x.requires_grad}
+
+
+def digest(model: nn.Module) -> str:
+    """The sha256 of a model's weights and their names."""
+    found = hashlib.sha256()
+    for name, x in model.state_dict().items():
+        found.update(name.encode())
+        found.update(x.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def adapted_from(checkpoint: dict[str, Any], device: torch.device) -> tuple[GPT, GPT]:
+    """The policy of a checkpoint that holds adapters, and what they adapt: UserError where that is not what it was."""
+    lora = checkpoint["lora"]
+    base = model_from(load_checkpoint(lora["base"], "policy"), device)
+    if base.config != GPTConfig(**checkpoint["gpt"]) or digest(base) != lora["sha256"]:
+        raise UserError(f"{checkpoint['path']}: its adapters belong to other weights than those of {lora['base']}; expected "
+                        "the ones that they were trained beside")
+    policy = adapt(base, lora["rank"], lora["alpha"])
+    policy.load_state_dict(checkpoint["model"], strict=False)
+    policy.lora = lora
+    return policy, base
 
 
 def tokenizer_from(checkpoint: dict[str, Any]) -> Tokenizer:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import torch
+from torch import nn
 
 from nanorl.errors import UserError
 from nanorl.gpt import GPT
@@ -63,6 +64,19 @@ def uses_bfloat16(device: torch.device, dtype: str) -> bool:
 def autocast(device: torch.device, dtype: str):
     """Matrix products in `dtype`, weights in float32: updates of 1e-6 of a weight would vanish in bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, dtype))
+
+
+def round_frozen(model: nn.Module, dtype: str) -> None:
+    """Where matrix products are in bfloat16, hold the matrices that are constants in it, too: the same products in half the
+    memory. Embeddings enter no product; they are held so only where that loses nothing, as in a model published in bfloat16."""
+    for module in model.modules():
+        if isinstance(module, GPT) and uses_bfloat16(module.embedding.weight.device, dtype):
+            tied = module.embedding.weight
+            for part in module.modules():
+                if isinstance(part, nn.Linear | nn.Embedding) and not part.weight.requires_grad:
+                    rounded = part.weight.bfloat16()
+                    if (part.weight is not tied and isinstance(part, nn.Linear)) or torch.equal(rounded.float(), part.weight):
+                        part.weight.data = rounded
 
 
 @contextlib.contextmanager

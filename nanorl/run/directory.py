@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import re
@@ -14,14 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from nanorl.data import parse_object
 from nanorl.errors import UserError, exit_with, user_errors_as_sentences
+from nanorl.lora import has_adapters
 from nanorl.run import ranks
-from nanorl.run.checkpoint import check_finite, load_checkpoint, save_checkpoint, write_atomically
+from nanorl.run.checkpoint import check_finite, digest, load_checkpoint, save_checkpoint, trained_state, write_atomically
+from nanorl.run.device import round_frozen
 from nanorl.run.flags import RunConfig
 from nanorl.run.optimizer import Optimizers
 from nanorl.tokenizer import Tokenizer
@@ -122,6 +122,8 @@ class Run:
                 constant.load_state_dict(self.state[name])
             elif constant is not None:
                 self._check_unchanged(name, constant)
+        for each in filter(None, (model, *constants.values())):
+            round_frozen(each, cfg.dtype)
         ranks.wait()                        # the others may still be checking what is here already
         if ranks.rank() == 0:
             self._begin()
@@ -166,10 +168,8 @@ class Run:
 
     def _check_unchanged(self, name: str, model: nn.Module) -> None:
         """UserError where this model has other weights than when the run began."""
-        digest = hashlib.sha256()
-        for key, x in model.state_dict().items():
-            digest.update(key.encode() + x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        if self.state.setdefault(f"sha256 of {name}", digest.hexdigest()) != digest.hexdigest():
+        found = digest(model)
+        if self.state.setdefault(f"sha256 of {name}", found) != found:
             raise UserError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected the one that "
                             "it started from")
 
@@ -268,5 +268,6 @@ class Run:
             return
         save_checkpoint(self.out / "ckpt.pt", {
             "step": self.step, "config": dataclasses.asdict(self.cfg), "gpt": dataclasses.asdict(self.model.config),
-            "tokenizer": self.tokenizer.state_dict(), "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "state": self.state})
+            "tokenizer": self.tokenizer.state_dict(), "model": trained_state(self.model),
+            "optimizer": self.optimizer.state_dict(), "state": self.state,
+            **({"lora": self.model.lora} if has_adapters(self.model) else {})})

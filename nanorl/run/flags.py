@@ -65,7 +65,7 @@ class RunConfig(DeviceConfig):
 
     # the run
     out: str                    # directory of this run
-    init: str = ""              # run or checkpoint file to start from (default: the stage before, made first if missing)
+    init: str = ""              # run or pretrained model to start from (default: the stage before, made first if missing)
     resume: bool = False        # continue the run in --out; flags come from its config.json
     steps: Count                # how many steps to train
     lr: Positive                # peak learning rate
@@ -77,7 +77,23 @@ class RunConfig(DeviceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig(RunConfig):
+class PolicyConfig(RunConfig):
+    """The flags of scripts that train a policy."""
+
+    # adapters
+    lora_rank: Natural = 0      # train adapters of this rank instead of all weights (nanorl/lora.py); 0 trains all weights
+    lora_alpha: Positive | None = None    # adapters count alpha / rank (default: 32)
+
+    def __post_init__(self) -> None:
+        self.require(self.lora_rank or self.lora_alpha is None, "lora_alpha", "requires --lora-rank")
+        self.require(not (self.lora_rank and getattr(self, "refresh_reference", None)), "lora_rank refresh_reference",
+                     "with adapters, the reference is the policy without them; leave one of the two out")
+        if self.lora_rank:
+            self.default("lora_alpha", 32.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(PolicyConfig):
     """The flags of scripts that train on the policy's own answers."""
 
     # rollouts
@@ -91,6 +107,7 @@ class RolloutConfig(RunConfig):
     eval_problems: Count = 500  # held-out problems in an evaluation
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.default("max_new_tokens", default_max_new_tokens(self.task))
 
 

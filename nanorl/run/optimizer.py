@@ -23,7 +23,7 @@ class Optimizers:
     """
 
     def __init__(self, model: nn.Module, kind: str, lr: float, weight_decay: float = 0.0):
-        self.named = list(model.named_parameters())
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         gains = [p for _, p in self.named if p.ndim < 2]
         matrices = [p for name, p in self.named if p.ndim == 2 and kind == "muon" and "blocks" in name]
         taken = {id(p) for p in gains + matrices}

@@ -1,5 +1,6 @@
 """How a run starts: the stages before it, made where they are missing, and the models that they left."""
 
+import copy
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -12,11 +13,12 @@ import torch
 from nanorl.data import read_records
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
+from nanorl.lora import adapt
 from nanorl.run import ranks
-from nanorl.run.checkpoint import load_checkpoint, load_frozen, model_from, tokenizer_from
-from nanorl.run.device import pick_device
+from nanorl.run.checkpoint import adapted_from, digest, load_checkpoint, load_frozen, model_from, tokenizer_from
+from nanorl.run.device import generator, pick_device
 from nanorl.run.directory import Run
-from nanorl.run.flags import RunConfig, flag_of, parse, read_config
+from nanorl.run.flags import PolicyConfig, RunConfig, flag_of, parse, read_config
 from nanorl.tasks import FileTask, Task, make_task
 from nanorl.tokenizer import Tokenizer
 
@@ -116,6 +118,26 @@ def check_fits_context(prompts: list[list[int]], max_new_tokens: int, *models: G
                         f"{context} has room for {max(0, context - longest)}")
 
 
+def trainable_copy(cfg: PolicyConfig, model: GPT, purpose: str) -> GPT:
+    """A model to train, which begins as this one: a copy, or with --lora-rank adapters of their own beside the same weights."""
+    if cfg.lora_rank:
+        return adapt(model, cfg.lora_rank, cfg.lora_alpha, generator(cfg.seed, "lora", purpose))
+    return copy.deepcopy(model).requires_grad_(True)
+
+
+def policy_from(cfg: PolicyConfig, checkpoint: dict[str, Any] | None, initial: dict[str, Any],
+                device: torch.device) -> tuple[GPT, GPT | None]:
+    """The policy, as this run's checkpoint has it, else as `initial`; and with --lora-rank, the model without the adapters."""
+    if not cfg.lora_rank:
+        return model_from(checkpoint or initial, device), None
+    if checkpoint:
+        return adapted_from(checkpoint, device)
+    base = model_from(initial, device)
+    policy = trainable_copy(cfg, base, "policy")
+    policy.lora = {"rank": cfg.lora_rank, "alpha": cfg.lora_alpha, "base": initial["path"], "sha256": digest(base)}
+    return policy, base
+
+
 class Start(NamedTuple):
     """What a run starts from."""
 
@@ -123,7 +145,7 @@ class Start(NamedTuple):
     checkpoint: dict[str, Any] | None   # of this run, where it is resumed
     tokenizer: Tokenizer
     policy: GPT                         # with the weights of that checkpoint, else of --init
-    reference: GPT | None               # --init itself; its weights are constants
+    reference: GPT | None               # --init itself, whose weights are constants; with --lora-rank the policy shares them
     reward_model: ScalarGPT | None
 
 
@@ -145,15 +167,16 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     initial = checkpoint
     if reward_model:
         load_checkpoint(reward_model, "reward model")       # before minutes are spent on another stage
-    if not checkpoint or (reference and "reference" not in checkpoint["state"]):
+    if not checkpoint or (reference and not cfg.lora_rank and "reference" not in checkpoint["state"]):
         same_task = {"task": cfg.task} if stage == "sft" else {}
         initial = load_checkpoint(cfg.init or ensure_stage(cfg, stage, **same_task), "policy")
     if reward_model == "":
         reward_model = ensure_stage(cfg, "reward")
     weights = checkpoint or initial
-    tokenizer = tokenizer_from(weights)
-    start = Start(device, checkpoint, tokenizer, model_from(weights, device),
-                  model_from(initial, device).requires_grad_(False) if reference else None,
+    tokenizer, (policy, base) = tokenizer_from(weights), policy_from(cfg, checkpoint, initial, device)
+    if reference and not base:
+        base = model_from(initial, device).requires_grad_(False)
+    start = Start(device, checkpoint, tokenizer, policy, base if reference else None,
                   load_frozen(reward_model, "reward model", tokenizer, device) if reward_model else None)
     if task:
         prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
