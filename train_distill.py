@@ -34,7 +34,7 @@ from nanorl.data import render_records, response_batch, shift, shuffled_batch, t
 from nanorl.heldout import answer_kl, before_and_after, evaluate_and_show, heldout_problems
 from nanorl.ops import (cumulative_sum, entropy_from_logits, jensen_shannon, kl_divergence, leave_one_out,
                         selective_log_softmax, token_weights, with_tail)
-from nanorl.rollout import collect, describe, sample_and_grade
+from nanorl.rollout import collect, describe, right_or_reward, sample_and_grade
 from nanorl.sample import Sampling
 from nanorl.tasks import default_max_new_tokens
 
@@ -151,10 +151,10 @@ def main(cfg: Config) -> None:
     with run.autocast(device, cfg.dtype):
         heldout = heldout_problems(task, cfg.eval_problems, cfg.seed)
         teacher_answers = sample_and_grade(teacher, tokenizer, task, heldout, sampling, seed=run.derive(cfg.seed, "teacher"))
-    teacher_accuracy = float(teacher_answers.rewards.mean())
+    teacher_value = float(right_or_reward(task, teacher_answers.rewards).mean())
     print(f"Distilling {teacher.num_parameters():,} parameters into {student.num_parameters():,}: {cfg.divergence} divergence "
-          f"on answers of the {cfg.on} to {task}, on {device.type}. The teacher is right in {teacher_accuracy:.3f} of its "
-          "samples.")
+          f"on answers of the {cfg.on} to {task}, on {device.type}. The {task.measured} of the teacher's samples is "
+          f"{teacher_value:.3f}.")
 
     def evaluate_now() -> dict[str, float]:
         metrics = evaluate_and_show(out, student, tokenizer, task, sampling, reference=teacher)
@@ -209,7 +209,7 @@ def main(cfg: Config) -> None:
     # 6. What the student has learned.
     out.finish(evaluate_now())
     print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
-    print(f"  {'the teacher, sampled':37s} {teacher_accuracy:8.3f}")
+    print(f"  {'the teacher, sampled':37s} {teacher_value:8.3f}")
 
 
 if __name__ == "__main__":

@@ -232,6 +232,7 @@ def main(cfg: Config) -> None:
                 rollout, scores = fresh.rollout, fresh.rewards
                 if cfg.judge == "model":
                     scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
+            run.check_finite(scores, f"a reward of the {cfg.judge}")
             pairs = torch.stack(judged_pairs(scores), dim=1).to(device)                     # [N, 2] better and worse rows
             count = len(pairs)
             parts = [part.T.flatten() for part in run.ranks.parts(pairs, cfg.micro_batch)]

@@ -29,9 +29,9 @@ import torch
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
-from nanorl.heldout import before_and_after, evaluate_and_show
+from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
-from nanorl.rollout import collect, describe, score_rollout
+from nanorl.rollout import collect, describe, right_or_reward, score_rollout
 from nanorl.sample import Sampling, token_log_probs
 
 
@@ -88,7 +88,8 @@ class Config(run.RolloutConfig):
 @run.script
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
-    task = run.choose_task(cfg.task, cfg.data)
+    task = run.choose_task(cfg.task, cfg.data, seed=cfg.seed)
+    task.require_right("right answers are set against wrong ones, but")
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=True)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
@@ -108,10 +109,10 @@ def main(cfg: Config) -> None:
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
-                            seed=run.derive(cfg.seed, "rollout", step))
+                            seed=run.derive(cfg.seed, "rollout", step), state=out.state)
             rollout = fresh.rollout
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
-        won = (fresh.rewards == 1).to(device)                                          # [P, G]
+        won = right_or_reward(task, fresh.rewards).bool().to(device)                   # [P, G]
         out.log(describe(fresh, "rollout"))
         out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
@@ -144,7 +145,7 @@ def main(cfg: Config) -> None:
 
     # 6. Held-out problems, before and after.
     out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference))
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
+    print(before_and_after(f"{len(heldout_problems(task, cfg.eval_problems, cfg.seed))} held-out problems", out.metrics()))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from nanorl import family, run
 from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
 from nanorl.data import DATA, read_text, render_records, training_records
 from nanorl.first_step import first_step_check, tolerance
-from nanorl.heldout import before_and_after, evaluate_and_show
+from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
 from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum,
                         masked_surrogate, overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
@@ -131,7 +131,7 @@ class Config(family.FamilyConfig):
 @run.script
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
-    task = run.choose_task(cfg.task, cfg.data)
+    task = run.choose_task(cfg.task, cfg.data, seed=cfg.seed)
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
     stories = tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
@@ -164,7 +164,7 @@ def main(cfg: Config) -> None:
         started = time.perf_counter()
         with out.saved_on(NoContrast), run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
-                            seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample")
+                            seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample", state=out.state)
         out.log(describe(fresh, "rollout"))
         out.log({"rollout/tokens": int(fresh.rollout.mask.sum()) + fresh.resampled_tokens,
                  "rollout/resampled": fresh.resampled, "time/rollout_s": time.perf_counter() - started})
@@ -222,7 +222,7 @@ def main(cfg: Config) -> None:
 
     # 7. Held-out problems, before and after.
     out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories))
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
+    print(before_and_after(f"{len(heldout_problems(task, cfg.eval_problems, cfg.seed))} held-out problems", out.metrics()))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch import nn
 from nanorl import run
 from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
 from nanorl.gpt import ScalarGPT
-from nanorl.heldout import before_and_after, evaluate_and_show
+from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
 from nanorl.ops import (clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1, masked_sum,
                         token_weights, whiten)
 from nanorl.rollout import collect, describe, learned_rewards, score_rollout, state_values
@@ -133,7 +133,7 @@ class Config(run.RolloutConfig):
 @run.script
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
-    task = run.choose_task(cfg.task, cfg.data, needs_verifier=cfg.reward == "verifier")
+    task = run.choose_task(cfg.task, cfg.data, needs_verifier=cfg.reward == "verifier", seed=cfg.seed)
     device, checkpoint, tokenizer, policy, reference, reward_model = run.begin(
         cfg, "sft", task=task, reference=True, reward_model=cfg.reward_model if cfg.reward == "model" else None)
     critic = ScalarGPT(policy if cfg.critic == "shared" else copy.deepcopy(reference).requires_grad_(True)).to(device)
@@ -161,7 +161,7 @@ def main(cfg: Config) -> None:
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
-                            seed=run.derive(cfg.seed, "rollout", step))
+                            seed=run.derive(cfg.seed, "rollout", step), state=out.state)
             rollout, mask, rewards = fresh.rollout, fresh.rollout.mask, fresh.rewards.flatten().to(device)
             if reward_model:
                 rewards = learned_rewards(reward_model, rollout, cfg.micro_batch)           # [B]
@@ -216,7 +216,7 @@ def main(cfg: Config) -> None:
 
     # 7. Held-out problems, before and after.
     out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model))
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
+    print(before_and_after(f"{len(heldout_problems(task, cfg.eval_problems, cfg.seed))} held-out problems", out.metrics()))
 
 
 if __name__ == "__main__":

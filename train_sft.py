@@ -69,7 +69,8 @@ def main(cfg: Config) -> None:
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
     del checkpoint
     sampling = Sampling(cfg.max_new_tokens, compile=run.compile_models(cfg, device, model))
-    print(f"Fine-tuning on {len(training):,} demonstrations of {source}, {cfg.batch} a step, on {device.type}.")
+    print(f"Fine-tuning on {len(training):,} demonstrations of {source} ({len(heldout):,} held out), {cfg.batch} a step, on "
+          f"{device.type}.")
 
     def evaluate_now() -> dict[str, float]:
         """Answers to held-out problems; with --data, responses to held-out records and the loss on them."""
@@ -109,8 +110,8 @@ def main(cfg: Config) -> None:
     out.finish(final)
     if not task:
         result = f"Held-out responses: {final['eval/response_loss']:.3f} nats per token." if final else "No record is held out."
-    elif not task.verifiable:
-        result = f"Held-out {task}: a hidden reward of {final['eval/hidden_reward']:.2f}."
+    elif task.right_reward is None:
+        result = f"Held-out {task}: a {task.measured} of {final.get('eval/reward', final.get('eval/hidden_reward')):.2f}."
     else:
         result = (f"Held-out {task}: {final['eval/accuracy_sampled']:.3f} sampled, {final['eval/accuracy_greedy']:.3f} "
                   f"greedy; {final['eval/worked']:.2f} of the answers worked out.")

@@ -111,13 +111,13 @@ def c27(smoke):
     samples, groups, gains = 4 if smoke else 64, {"right": [], "wrong": []}, {}
     for temperature in (1.0, 0.25, 0.1):
         poll, found = (asked("sft", temperature, 4 if smoke else 100, samples, purpose, smoke) for purpose in ("poll", "vote"))
-        polled = list(zip(poll.ballots, poll.rewards.tolist(), strict=True))
+        polled = list(zip(poll.ballots, poll.values.tolist(), strict=True))
         leads = torch.tensor([lead(*each) for each in polled])                              # [P]
         votes = torch.stack([vote(found, size, False) for size in sizes], -1)               # [P, sizes]
         groups["right"].append(votes[leads > 2])
         groups["wrong"].append(votes[leads < -2])
         record(f"a GPT's, temperature {temperature:g}", sum(vote_value(*each) for each in polled) / len(polled),
-               float(votes[:, 0].mean()), float(votes[:, -1].mean()), float(pass_at_k(found.rewards, n).mean()))
+               float(votes[:, 0].mean()), float(votes[:, -1].mean()), float(pass_at_k(found.values, n).mean()))
     for name, votes in ((name, torch.cat(each)) for name, each in groups.items()):
         if len(votes):
             gains[name] = mean_and_interval(votes[:, -1] - votes[:, 0])
@@ -150,7 +150,7 @@ def random_policies(T, seeds, n):
 def tiny_model(name, n, smoke):
     """The same of a tiny model, measured.       -> [problems, temperatures] each"""
     found = [asked(name, tau, 4 if smoke else 120, 2 * n, f"temperature {tau:g}", smoke) for tau in TEMPERATURES]
-    return (torch.stack([each.rewards.double().mean(-1) for each in found], -1),
+    return (torch.stack([each.values.double().mean(-1) for each in found], -1),
             torch.stack([vote(each, n, False) for each in found], -1))
 
 

@@ -33,13 +33,16 @@ from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.heldout import heldout_problems
 from nanorl.plot import check_can_draw, draw_search
+from nanorl.rollout import right_or_reward
 from nanorl.sample import Sampling
 from nanorl.search import (ROWS, Answers, Style, autocorrelation, best_of_n, doublings, opening, power_sample,
                            sample_answers, vote_value)
-from nanorl.tasks import Problem, Task, default_max_new_tokens
+from nanorl.tasks import Problem, Task, default_max_new_tokens, grade
 from nanorl.tokenizer import Tokenizer
 
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
+
+SPLITS = {"all": "problems", "train": "training problems", "heldout": "held-out problems"}
 
 # Flags that only some methods use: the default, and those methods.
 ONLY_SOME = {"scorer": (("verifier",), {"best_of_n"}), "alpha": ((2.0, 4.0), {"low_temperature", "power"}),
@@ -51,8 +54,9 @@ class Config(run.DeviceConfig):
     runs: tuple[str, ...]       # runs, or checkpoints, to compare
     method: tuple[Method, ...] = ("greedy", "sample", "majority", "best_of_n")    # see the table above
     task: str = ""              # the problems to answer (default: the task of the first run, or else addition)
-    data: str = ""              # JSONL records {"prompt", "answer"}, of which the held-out ones are used instead
-    problems: run.Count = 300   # held-out problems; duplicates are dropped
+    data: str = ""              # JSONL records {"prompt", "answer"} to answer instead
+    split: Literal[*SPLITS] | None = None    # by the prompt's hash (default: heldout; all of data that no run has seen)
+    problems: run.Count | None = None    # how many at most; duplicates are dropped (default: 300; of data, every row)
     n: run.Count = 16           # answers per problem; methods with one answer are averaged over all n
     temperature: run.Positive = 1.0    # for all methods that do not set their own
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut, and wrong (default: the task's)
@@ -84,7 +88,7 @@ class Row:
     run: str
     method: str
     n: int              # answers, or steps of the chain
-    value: float        # accuracy, or the hidden reward
+    value: float        # accuracy; or the reward, hidden or not, where the task calls no answer right
     low: float          # its 95 % confidence interval, over problems
     high: float
     tokens: float       # sampled per problem
@@ -98,11 +102,13 @@ def interval(values: Tensor, shares: bool = True) -> tuple[float, float]:
         (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)                   (Wilson 1927; Brown et al. 2001)
 
     with n = P coin flips; values that are means over several answers vary less, like n = P p(1-p) / Var(values) coin flips.
-    For anything else, mean +- z std / sqrt(P).
+    For anything else, mean +- t std / sqrt(P), t by Student's distribution, to 2 % from P = 5 on; for one value, anything.
     """
     n, mean, variance, z = len(values), float(values.double().mean()), float(values.double().var(correction=0)), 1.96
     if not shares:
-        half = z * (variance / n) ** 0.5
+        f = n - 1           # degrees of freedom
+        t = z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2) if f else math.inf
+        half = t * (variance / f) ** 0.5 if f else math.inf
         return mean - half, mean + half
     if variance > 0:
         n *= mean * (1 - mean) / variance
@@ -116,9 +122,9 @@ def vote(answers: Answers, n: int, weighted: bool) -> Tensor:
     Weighted votes are in proportion to the probability with which the answer was sampled.
     """
     values = []
-    for ballots, rewards, logp in zip(answers.ballots, answers.rewards.tolist(), answers.logp.double(), strict=True):
+    for ballots, right, logp in zip(answers.ballots, answers.values.tolist(), answers.logp.double(), strict=True):
         parts = [slice(i, i + n) for i in range(0, len(ballots) - n + 1, n)]
-        worth = [vote_value(ballots[part], rewards[part], torch.softmax(logp[part], 0).tolist() if weighted else None)
+        worth = [vote_value(ballots[part], right[part], torch.softmax(logp[part], 0).tolist() if weighted else None)
                  for part in parts]
         values.append(sum(worth) / len(worth))
     return torch.tensor(values)
@@ -142,7 +148,7 @@ class Evaluation:
     def add(self, method: str, n: int, values: Tensor, tokens: Tensor) -> None:
         """Add a row, from values and token counts: one per problem, or several, which are averaged."""
         values, tokens = (x.double().view(len(self.problems), -1).mean(-1) for x in (values, tokens))
-        low, high = interval(values, self.task.verifiable)
+        low, high = interval(values, self.task.right_reward is not None)
         self.rows.append(Row(self.name, method, n, float(values.mean()), low, high, float(tokens.mean())))
 
     def answers(self, purpose: str, samples: int, temperature: float, style: Style | None = None) -> Answers:
@@ -157,7 +163,7 @@ class Evaluation:
 
     def alone(self, method: str, found: Answers) -> None:
         """Add the row of a method with one answer: the mean over all that were sampled."""
-        self.add(method, 1, found.rewards, found.tokens)
+        self.add(method, 1, found.values, found.tokens)
 
     def choose(self, method: str, values: Callable[[int], Tensor]) -> None:
         """Add rows for 1, 2, 4, ... of the sampled answers: values(n) [P] is the result of the vote or the scorer on n."""
@@ -181,11 +187,11 @@ class Evaluation:
                 trace.append(now.logp.cpu().view(len(part), cfg.chains))
                 if step in rewards:
                     texts = [self.tokenizer.decode(ids) for ids in now.rollout.responses()]
-                    rewards[step] += self.task.rewards(asked, texts, now.rollout.finished.tolist())
+                    rewards[step] += grade(self.task, asked, texts, now.rollout.finished.tolist())
                     tokens[step] += now.sampled.tolist()
             traces.append(torch.stack(trace))
         for step in rewards:
-            self.add(title, step, torch.tensor(rewards[step]), torch.tensor(tokens[step]))
+            self.add(title, step, right_or_reward(self.task, torch.tensor(rewards[step])), torch.tensor(tokens[step]))
         self.notes.append(f"{self.name}, {title}: {moved / max(tried, 1):.0%} of the proposals accepted")
         if cfg.chains > 1:
             rho = autocorrelation(torch.cat(traces, dim=1)[cfg.steps // 2 :]).tolist()
@@ -211,9 +217,9 @@ class Evaluation:
                     self.choose(method, functools.partial(vote, self.sampled, weighted=method == "weighted"))
                 case "best_of_n":
                     found = self.sampled
-                    scores = {"verifier": found.rewards, "logprob": found.logp, "reward": found.learned}
+                    scores = {"verifier": found.values, "logprob": found.logp, "reward": found.learned}
                     for scorer in cfg.scorer:
-                        self.choose(f"best by {scorer}", functools.partial(best_of_n, scores[scorer], found.rewards))
+                        self.choose(f"best by {scorer}", functools.partial(best_of_n, scores[scorer], found.values))
                 case "power":
                     for alpha, proposal in itertools.product(cfg.alpha, cfg.proposal):
                         self.walk(alpha, proposal)
@@ -242,10 +248,14 @@ def load_runs(cfg: Config) -> list[Evaluation]:
         raise UserError(f"{cfg.runs[0]}: was trained on {trained['data']}; say what to ask, with --task or --data")
     name = cfg.task or "-".join(str(trained[flag]) for flag in ("task", "difficulty") if trained.get(flag)) or "addition"
     task = run.choose_task(name, cfg.data, needs_verifier=False)
-    comparing = {"majority", "weighted", "direct", "worked"}.intersection(cfg.method)
-    if comparing and not task.verifiable:
-        raise UserError(f"--method {min(comparing)}: answers to {task} are not right or wrong; expected another method")
-    problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed)))      # duplicates would count as independent
+    if comparing := {"majority", "weighted", "direct", "worked"}.intersection(cfg.method):
+        task.require_right(f"--method {min(comparing)}:")
+    run.warn(task.warnings())
+    practised = {Path(checkpoint["config"].get("data") or "").resolve() for checkpoint in checkpoints.values()}
+    cfg.default("split", "all" if cfg.data and Path(cfg.data).resolve() not in practised else "heldout")
+    cfg.default("problems", len(task.examples()) if cfg.data else 300)
+    # Without duplicates, which would count as independent.
+    problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed, cfg.split)))
     sampling = Sampling(cfg.max_new_tokens or default_max_new_tokens(name), compile=run.wants_compile(cfg, device))
     evaluations = []
     for path, checkpoint in checkpoints.items():
@@ -255,6 +265,7 @@ def load_runs(cfg: Config) -> list[Evaluation]:
         prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, style) if style else [])
                    for problem in problems for style in styles]
         run.check_fits_context(prompts, sampling.max_new_tokens, model, reward_model)
+        run.warn(run.cut_answers(task, tokenizer, sampling.max_new_tokens))
         evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, sampling))
     return evaluations
 
@@ -263,20 +274,19 @@ def load_runs(cfg: Config) -> list[Evaluation]:
 def main(cfg: Config) -> None:
     try:
         evaluations = load_runs(cfg)
-        task, device = evaluations[0].task, evaluations[0].model.head.weight.device
+        task, problems, device = evaluations[0].task, evaluations[0].problems, evaluations[0].model.head.weight.device
         for evaluation in evaluations:
             with run.autocast(device, cfg.dtype):
                 evaluation.measure()
         rows = [row for evaluation in evaluations for row in evaluation.rows]
         notes = [note for evaluation in evaluations for note in evaluation.notes]
-        measured = "accuracy" if task.verifiable else "hidden reward"
-        print(f"{len(evaluations[0].problems)} held-out problems of {task}, on {device.type}.\n\n{table(rows, measured)}")
+        print(f"{len(problems)} {SPLITS[cfg.split]} of {task}, on {device.type}.\n\n{table(rows, task.measured)}")
         print("".join(f"\n{note}." for note in notes))
         if cfg.out:
             kept = {"settings": asdict(cfg), "task": str(task), "rows": [asdict(row) for row in rows], "chains": notes}
             run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
         if cfg.plot:
-            draw_search([asdict(row) for row in rows], measured, Path(cfg.plot))
+            draw_search([asdict(row) for row in rows], task.measured, Path(cfg.plot))
     except (FloatingPointError, OSError) as e:
         raise UserError(str(e)) from None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nanorl.data import consecutive_windows, response_mask, shift
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right
-from nanorl.rollout import Experience, describe, learned_rewards, own_micro_batches, sample_and_grade
+from nanorl.rollout import Experience, describe, learned_rewards, own_micro_batches, right_or_reward, sample_and_grade
 from nanorl.run import Run, autocast, derive, ranks
 from nanorl.sample import Rollout, Sampling, generate, token_log_probs
 from nanorl.search import best_of_n_curve
@@ -26,28 +26,28 @@ STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def heldout_problems(task: Task, count: int, seed: int) -> list[Problem]:
-    """The problems of an evaluation: the same for every policy and step of a seed."""
-    rng = Random(derive(seed, "evaluate"))
-    return [task.problem(rng, "heldout") for _ in range(count)]
+def heldout_problems(task: Task, count: int, seed: int, split: str = "heldout") -> list[Problem]:
+    """The problems of an evaluation: the same for every policy and step of a seed. Of a file, `count` rows at most."""
+    return task.choose(Random(derive(seed, "evaluate")), split, count)
 
 
 def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *, problems: int, seed: int,
                     reference: GPT | None = None, reward_model: ScalarGPT | None = None, micro_batch: int = 64,
                     best_of: int = 0) -> tuple[dict[str, float], Experience]:
-    """Held-out accuracy, one sampled and one greedy answer to each of `problems` draws, which depend on the seed alone.
+    """Held-out accuracy, one sampled and one greedy answer to each of `problems`, which depend on the seed alone.
 
-    A task without a verifier has no accuracy: its metrics are those of the sampled answers. With a reference, also the KL
-    of the policy to it; with a reward model, also its mean reward; with best_of = n > 0, the reward of the best of n answers.
+    A task that calls no answer right has no accuracy: its metrics are those of the sampled answers. With a reference, also the
+    KL of the policy to it; with a reward model, also its mean reward; with best_of = n > 0, the value of the best of n answers.
     Returns the eval/ metrics and the sampled answers.
     """
     heldout, draw = heldout_problems(task, problems, seed), derive(seed, "evaluate")
     sampled = sample_and_grade(model, tokenizer, task, heldout, sampling, seed=draw)
     metrics = describe(sampled, "eval")
-    if task.verifiable:
+    if task.right_reward is not None:
         greedy = sample_and_grade(model, tokenizer, task, heldout, replace(sampling, temperature=0.0), seed=draw)
-        metrics["eval/accuracy_sampled"] = metrics.pop("eval/reward")
-        metrics["eval/accuracy_greedy"] = float(greedy.rewards.mean())
+        del metrics["eval/reward"]
+        metrics["eval/accuracy_sampled"] = float(right_or_reward(task, sampled.rewards).double().mean())
+        metrics["eval/accuracy_greedy"] = float(right_or_reward(task, greedy.rewards).mean())
     if reference:
         metrics["eval/answer_kl"] = answer_kl(model, reference, sampled.rollout, sampling.temperature, micro_batch)
     if reward_model:
@@ -96,10 +96,10 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
 
 def before_and_after(title: str, lines: list[dict[str, float]]) -> str:
     """The evaluations in the first and the last of these lines of metrics.jsonl, as a table."""
-    table = [f"\n{title:30s}   before    after"]
+    table, worth = [f"\n{title:30s}   before    after"], "accuracy" if "eval/accuracy_sampled" in lines[-1] else "reward"
     for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
-                        ("worked", "share worked out"), ("reward_worked", "accuracy when worked out"),
-                        ("reward_direct", "accuracy when direct"), ("hidden_reward", "hidden reward"),
+                        ("worked", "share worked out"), ("reward_worked", f"{worth} when worked out"),
+                        ("reward_direct", f"{worth} when direct"), ("reward", "reward"), ("hidden_reward", "hidden reward"),
                         ("hidden_praise", "  of it, for praise"), ("hidden_short", "  of it, for being short"),
                         ("learned_reward", "learned reward"), ("length", "tokens per answer"),
                         ("truncated", "share cut at the limit"), ("answer_kl", "KL to the start, nats"),
@@ -114,16 +114,17 @@ def before_and_after(title: str, lines: list[dict[str, float]]) -> str:
 
 def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     """Print a few answers with their rewards, and keep them in samples.jsonl."""
-    G = experience.rewards.shape[1]
+    G, task = experience.rewards.shape[1], experience.task
     records = [{"prompt": problem.prompt, "response": experience.texts[p * G], "reward": experience.rewards[p, 0].item(),
                 "finished": experience.rollout.finished[p * G].item()} for p, problem in enumerate(experience.problems[:count])]
     out.samples(records)
-    if experience.task.verifiable:
-        legend, mark, width = "+ right, - wrong", lambda reward: "+" if reward else "-", 160
+    values, width = right_or_reward(task, experience.rewards)[:, 0].tolist(), 160 if task.verifiable else 600
+    if task.right_reward is not None:
+        legend, marks = "+ right, - wrong", ["+" if value else "-" for value in values]
     else:
-        legend, mark, width = "with their hidden rewards", "{:+.0f}".format, 600
-    lines = (f"  {mark(r['reward'])} {r['prompt']} {r['response']!s:.{width}}{'' if r['finished'] else ' ...'}"
-             for r in records)
+        legend, marks = f"with their {task.measured}s", [f"{value:+.3g}" for value in values]
+    lines = (f"  {mark} {r['prompt']} {r['response']!s:.{width}}{'' if r['finished'] else ' ...'}"
+             for mark, r in zip(marks, records, strict=False))
     out.say(f"\nAfter {out.step} steps ({legend}):\n" + "\n".join(lines) + "\n")
 
 

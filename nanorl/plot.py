@@ -106,7 +106,7 @@ def draw_search(rows: list[dict], measured: str, out: Path) -> None:
             axis.errorbar(x, y, torch.stack((y - low, high - y)).clamp(min=0), color=colour, marker=marker,
                           label=method if len(runs) == 1 else f"{name}: {method}", linestyle=styles[name], markersize=4,
                           linewidth=1.2, elinewidth=0.6)
-    axis.set(xscale="log", xlabel="tokens sampled per problem", ylabel=f"{measured}, held out")
+    axis.set(xscale="log", xlabel="tokens sampled per problem", ylabel=measured)
     axis.xaxis.set_major_formatter("{x:g}")
     if measured == "accuracy":
         axis.set_ylim(-0.02, 1.02)
@@ -151,8 +151,8 @@ def draw_fit(runs: list[Path], out: Path) -> None:
             value, low, high = zip(*(fitted.predict(1000 * float(c)) for c in x), strict=True)
             axis.plot(x, value, style, color=colour, linewidth=1.4)
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    highest = max(float(reward.max()) for _, reward in rewards.values())
-    axis.set(xscale="log", xlabel="thousand answer tokens sampled", ylabel="reward in training", ylim=(0, 1.25 * highest))
+    low, high = (1.25 * float(x) for x in torch.cat([torch.zeros(1), *(reward for _, reward in rewards.values())]).aminmax())
+    axis.set(xscale="log", xlabel="thousand answer tokens sampled", ylabel="reward in training", ylim=(low, high))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, out)

@@ -5,8 +5,9 @@ P prompts with G samples each make B = P * G rows, prompt-major: the samples of 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.run import derive, ranks
 from nanorl.sample import Rollout, Sampling, generate, token_log_probs
-from nanorl.tasks import Problem, Task
+from nanorl.tasks import Problem, Task, grade
 from nanorl.tokenizer import Tokenizer
 
 
@@ -31,6 +32,11 @@ class Experience:
     rewards: Tensor             # [P, G]
     resampled: int = 0          # further groups that were sampled and not used ...
     resampled_tokens: int = 0   # ... and the tokens of their answers
+
+
+def right_or_reward(task: Task, rewards: Tensor) -> Tensor:
+    """What answers are worth in an evaluation: 1 if right and 0 if wrong; their rewards where the task calls none right."""
+    return rewards if task.right_reward is None else (rewards >= task.right_reward).to(rewards.dtype)
 
 
 ATTEMPTS = 20       # draws of `prompts` problems until as many groups have contrast
@@ -62,7 +68,7 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
                            slots=sampling.slots, compile=sampling.compile)
         rows = [p for p in mine for _ in range(samples)]
         texts = [tokenizer.decode(openings[p] + ids) for p, ids in zip(rows, rollout.responses(), strict=True)]
-        rewards = task.rewards([problems[p] for p in rows], texts, rollout.finished.tolist())
+        rewards = grade(task, [problems[p] for p in rows], texts, rollout.finished.tolist())
         found = Experience(task, rollout, [problems[p] for p in mine], texts, torch.tensor(rewards).view(len(mine), samples))
     if ranks.count() == 1:
         return found
@@ -72,25 +78,28 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
 
 
 def collect(policy: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *, prompts: int, samples: int, seed: int,
-            resample: bool = False) -> Experience:
-    """One step of experience on freshly drawn training problems.
+            resample: bool = False, state: dict[str, Any] | None = None) -> Experience:
+    """One step of experience on freshly drawn training problems. A run's `state` counts those of a file.
 
     With `resample`, groups without contrast are replaced by new draws until all `prompts` have it (DAPO's dynamic
     sampling, Yu et al. 2025, section 3.2).
     """
-    rng, kept, tokens = Random(seed), [], 0
+    state, kept, tokens = {} if state is None else state, [], 0
+    drawn = state.get("drawn", 0)
+    draws = task.training_problems(Random(seed), drawn)
     for attempt in range(ATTEMPTS):
-        problems = [task.problem(rng, "train") for _ in range(prompts)]
+        problems = list(islice(draws, prompts))
         experience = sample_and_grade(policy, tokenizer, task, problems, sampling, samples=samples,
                                       seed=derive(seed, attempt) if attempt else seed)
-        if not resample:
-            return experience
-        kept += [(experience, p) for p in has_contrast(experience.rewards).nonzero().squeeze(-1).tolist()]
-        tokens += int(experience.rollout.mask.sum())
-        if len(kept) >= prompts:
-            joined = _join(kept[:prompts])
-            joined.resampled, joined.resampled_tokens = attempt * prompts, tokens - int(joined.rollout.mask.sum())
-            return joined
+        if resample:
+            kept += [(experience, p) for p in has_contrast(experience.rewards).nonzero().squeeze(-1).tolist()]
+            tokens += int(experience.rollout.mask.sum())
+            if len(kept) < prompts:
+                continue
+            experience = _join(kept[:prompts])
+            experience.resampled, experience.resampled_tokens = attempt * prompts, tokens - int(experience.rollout.mask.sum())
+        state["drawn"] = drawn + (attempt + 1) * prompts
+        return experience
     raise NoContrast(f"only {len(kept)} of {ATTEMPTS * prompts} groups had contrast, {prompts} are wanted: the task is too "
                      "easy or too hard for this policy by now; go on with --groups all in a new run, --init this one")
 
@@ -161,6 +170,7 @@ def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[s
     For a task without a verifier, the reward is the hidden one, and its features come with it.
     """
     reward = experience.rewards.flatten().double()
+    right = right_or_reward(experience.task, experience.rewards).flatten().double()
     length = (experience.rollout.lengths - experience.rollout.prompt_lengths).cpu().double()
     facts = {"reward": reward.mean(), "length": length.mean(),
              "truncated": 1 - experience.rollout.finished.cpu().double().mean()}
@@ -173,8 +183,10 @@ def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[s
         facts["worked"] = worked.double().mean()
         if G > 1:
             facts["no_contrast"] = 1 - has_contrast(experience.rewards).double().mean()
-        for name, x, where in (("length_correct", length, reward == 1), ("length_wrong", length, reward < 1),
-                               ("reward_worked", reward, worked), ("reward_direct", reward, direct)):
+        means = [("reward_worked", right, worked), ("reward_direct", right, direct)]
+        if experience.task.right_reward is not None:
+            means += [("length_correct", length, right == 1), ("length_wrong", length, right == 0)]
+        for name, x, where in means:
             if where.any():
                 facts[name] = x[where].mean()
     else:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.rollout import learned_rewards, sample_and_grade, score_rollout
+from nanorl.rollout import learned_rewards, right_or_reward, sample_and_grade, score_rollout
 from nanorl.run import derive, generator, in_float32
 from nanorl.sample import Rollout, Sampling, generate
 from nanorl.tasks import Problem, Task
@@ -47,8 +47,10 @@ def pass_at_k(right: Tensor, k: int) -> Tensor:
 
         pass@k = 1 - C(N - c, k) / C(N, k)                                                (Chen et al. 2021, eq. 1)
 
-    Unbiased, unlike 1 - (1 - c/N)^k. It is best-of-k with the verifier as the scorer.
+    Unbiased, unlike 1 - (1 - c/N)^k. It is best-of-k with the verifier as the scorer. ValueError for rewards of another kind.
     """
+    if not ((right == 0) | (right == 1)).all():
+        raise ValueError("pass@k counts right answers: expected 1 for a right one and 0 for a wrong one")
     return best_of_n(right, right, k)
 
 
@@ -115,7 +117,7 @@ def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Style) ->
 class Answers:
     """N answers to each of P problems."""
 
-    rewards: Tensor             # [P, N]
+    values: Tensor              # [P, N] 1 if right, 0 if wrong; the reward where the task calls no answer right
     tokens: Tensor              # [P, N] tokens of each, including forced ones
     logp: Tensor                # [P, N] log-prob of the sampled tokens under the sampling distribution, in nats
     ballots: list[list[str | None]]    # P lists of N: what each votes for, None if it was cut or has no answer
@@ -130,34 +132,34 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[
     With a `style`, the answers are forced to begin in it. `purpose` selects the random stream and names the progress bar.
     """
     size, shape = max(1, ROWS // samples), (len(problems), samples)
-    rewards, tokens, logp, ballots, learned = [], [], [], [], []
+    values, tokens, logp, ballots, learned = [], [], [], [], []
     for i in tqdm(range(0, len(problems), size), desc=purpose, disable=quiet, leave=False):
         asked = problems[i : i + size]
         begun = [opening(task, tokenizer, problem, style) if style else [] for problem in asked]
         found = sample_and_grade(model, tokenizer, task, asked, sampling, samples=samples, openings=begun,
                                  seed=derive(seed, purpose, i))
         said, forced = found.rollout, torch.tensor([len(ids) for ids in begun]).repeat_interleave(samples)
-        rewards.append(found.rewards)
+        values.append(right_or_reward(task, found.rewards))
         tokens.append((said.lengths - said.prompt_lengths).cpu() + forced)
         logp.append(said.logp.sum(-1).cpu())
         ballots += [task.ballot(text) if done else None for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
         if reward_model:
             learned.append(learned_rewards(reward_model, said, MICRO_BATCH).cpu())
-    return Answers(torch.cat(rewards), torch.cat(tokens).view(shape), torch.cat(logp).view(shape),
+    return Answers(torch.cat(values), torch.cat(tokens).view(shape), torch.cat(logp).view(shape),
                    [ballots[row : row + samples] for row in range(0, len(ballots), samples)],
                    torch.cat(learned).view(shape) if reward_model else None)
 
 
 def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
                     seed: int, reward_model: ScalarGPT | None = None) -> dict[int, float]:
-    """The mean reward of the best of 1, 2, 4, ... `samples` answers to each problem, as the task grades them.
+    """The accuracy, or else the mean reward, of the best of 1, 2, 4, ... `samples` answers to each problem.
 
     The reward model chooses the best if there is one, otherwise the task itself: its verifier, or the hidden reward.
     """
     found = sample_answers(model, tokenizer, task, problems, sampling, samples=samples, seed=seed, purpose="best_of_n",
                            reward_model=reward_model)
-    scores = found.rewards if found.learned is None else found.learned
-    return {n: float(best_of_n(scores, found.rewards, n).mean()) for n in doublings(samples)}
+    scores = found.values if found.learned is None else found.learned
+    return {n: float(best_of_n(scores, found.values, n).mean()) for n in doublings(samples)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -157,12 +157,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a rank file in tiktoken's format; a file that is not one raises a ValueError that says where."""
+        """Read a rank file in tiktoken's format. UserError where it is none, or was made with another pattern than PATTERN: the
+        file does not hold it, and ids would not be those of its encoding."""
         try:
             text = Path(path).read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"cannot read the rank file {path}: {error.strerror}") from None
-        return cls(parse_ranks(text, str(path)))
+        tokenizer = cls(parse_ranks(text, str(path)))
+        texts = [token.decode("utf-8", "ignore") for token in tokenizer.ranks]
+        never = [rank for rank, text in enumerate(texts)       # training splits with `re`, encoding not always where it does
+                 if len(re.findall(PATTERN, text)) > 1 and len(tokenizer.encode(text)) > 1]
+        if never:
+            raise UserError(f"{path}, line {never[0] + 1}: {texts[never[0]]!r} and {len(never) - 1} others can never occur, "
+                            "as their pattern is not nanorl's and the file does not hold it; expected a tiktoken name, as gpt2")
+        return tokenizer
 
     def state_dict(self) -> dict[str, str]:
         """What a checkpoint keeps: {"name": ...} of a named encoding, or {"ranks": the text of the rank file}."""

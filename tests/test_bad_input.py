@@ -26,7 +26,7 @@ import train_sft
 from nanorl import run
 from nanorl.data import read_records, read_text
 from nanorl.run.checkpoint import CHECKPOINT_FIELDS
-from nanorl.tasks import is_heldout
+from nanorl.tasks import TASKS, Problem, Task, final_answer, is_heldout
 from nanorl.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -92,7 +92,7 @@ BAD = [
         ("--bound mask --clip-low 9", "--clip-low 9.0"), ("--bound mask --clip-high -0.5", "--clip-high -0.5"),
         ("--bound truncate --clip-high 0", "--clip-high 0.0"),
         ("--algo raft --overlong 0.2", "--overlong 0.2"), ("--kl-coef 0.1 --kl k1_reward", "--advantage zscore"),
-        ("--init sft --likelihood-coef 0.1 --data heldout.jsonl", "heldout.jsonl: the train split is empty"),
+        ("--init sft --likelihood-coef 0.1 --data heldout.jsonl", "heldout.jsonl: no record to train on"),
         ("--clip-high inf --bound mask", "--clip-high inf"),
         ("--advantage positive --kl-coef 0.1 --kl k1_reward", "--advantage positive"),
         ("--algo raft --group 1 --groups drop", "--group 1"),
@@ -164,6 +164,35 @@ def bad_files(world):
 @pytest.mark.parametrize(("script", "flags", "named"), BAD)
 def test_bad_flags_and_files_of_a_script_are_refused(script, flags, named, bad_files, capsys):
     assert named in refused(capsys, script, flags.split())
+
+
+class Broken(Task):
+    """A verifier that says something else than a number where the answer is wrong."""
+
+    name, value = "broken", None
+
+    def draw(self, rng):
+        return Problem(f"Say {rng.randrange(99)}.", "x")
+
+    def verify(self, problem, response):
+        return 1.0 if final_answer(response) == problem.answer else self.value
+
+
+@pytest.mark.parametrize("value", [None, "wrong", float("nan"), [0.0]], ids=str)
+@pytest.mark.parametrize("script", [train_grpo, train_ppo, train_group_dpo, train_sft, train_distill],
+                         ids=lambda script: script.__name__)
+def test_a_reward_that_is_no_number_is_refused_before_any_stage_is_made(script, value, capsys, monkeypatch):
+    monkeypatch.setitem(TASKS, "broken", type("Own", (Broken,), {"value": value}))
+    error = refused(capsys, script, ["--task", "broken", "--device", "cpu"])
+    for part in ("task broken: the reward of", "'Say ", repr(value), "expected a finite number, or True or False"):
+        assert part in error
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_ppo, train_group_dpo], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("file, split", [("heldout.jsonl", "train"), ("one.jsonl", "heldout")])
+def test_a_file_without_rows_to_train_on_or_to_evaluate_with_is_refused(script, file, split, bad_files, capsys):
+    error = refused(capsys, script, ["--data", file, "--device", "cpu"])
+    assert f"{file}: the {split} split is empty: one prompt in ten is held out by its hash, here" in error
 
 
 # ---- text and records ----

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from world import write_records
+from world import seal_rewards, write_records
 
 from nanorl import evaluate, run
 from nanorl.evaluate import interval, vote
@@ -17,7 +17,7 @@ from nanorl.heldout import heldout_problems
 from nanorl.rollout import sample_and_grade
 from nanorl.sample import Sampling
 from nanorl.search import Answers, majority_vote
-from nanorl.tasks import is_heldout
+from nanorl.tasks import TASKS, Problem, Task, final_answer, is_heldout
 
 # ---- Intervals ----
 
@@ -63,6 +63,25 @@ def test_an_interval_holds_its_mean_and_stays_a_share(values):
     assert 0 <= low <= values.mean() + 1e-9 and values.mean() - 1e-9 <= high <= 1
     low, high = interval(100 * values, shares=False)
     assert low <= 100 * values.mean() + 1e-6 and 100 * values.mean() - 1e-6 <= high
+
+
+@pytest.mark.math
+@pytest.mark.parametrize("count", [5, 12, 60])
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (100.0, 0.0), (2.0, -1.0), (0.01, 1e4)])
+def test_the_interval_of_rewards_of_any_size_covers_their_mean(count, scale, shift):
+    """Near 95 %, for few problems as for many: of 2,000 draws from a normal distribution, within four standard errors."""
+    drawn = shift + scale * torch.randn(2000, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    covered = [low <= shift <= high for low, high in (interval(values, shares=False) for values in drawn)]
+    assert 0.93 <= sum(covered) / 2000 <= 0.97
+    low, high = interval(drawn[0], shares=False)
+    plain = interval((drawn[0] - shift) / scale, shares=False)
+    assert (low, high) == pytest.approx([shift + scale * end for end in plain], rel=1e-6)
+
+
+@pytest.mark.math
+def test_one_reward_says_nothing_about_others_and_equal_ones_are_a_point():
+    assert interval(torch.tensor([7.0]), shares=False) == (-math.inf, math.inf)
+    assert interval(torch.full((9,), -3.0), shares=False) == (-3.0, -3.0)
 
 
 # ---- Votes ----
@@ -144,6 +163,12 @@ def test_the_rows_fit_together(result):
         assert 0 <= row["low"] <= row["value"] + 1e-9 and row["value"] - 1e-9 <= row["high"] <= 1 and row["tokens"] >= 1
 
 
+def test_every_method_reads_rewards_through_the_gate(result, inside, tmp_path, monkeypatch):
+    seal_rewards(monkeypatch)
+    found = evaluated(f"grpo {SMALL} {EVERYTHING} --reward-model reward --proposal base tempered", tmp_path / "out.json")
+    assert found["rows"] == [row for (name, _, _), row in result.items() if name == "grpo"]
+
+
 def test_greedy_is_what_the_scripts_call_greedy(result, inside):
     task, checkpoint = run.choose_task("addition", "wanted.jsonl"), run.load_checkpoint("grpo")
     problems = list(dict.fromkeys(heldout_problems(task, 6, 0)))
@@ -157,9 +182,88 @@ def test_a_problem_that_is_drawn_twice_is_asked_once(inside, tmp_path, capsys):
     records = [{"prompt": f"Say {i}.", "answer": "x"} for i in range(99)]
     heldout = [record for record in records if is_heldout(record["prompt"])][:2]
     write_records(tmp_path / "two.jsonl", [record for record in records if not is_heldout(record["prompt"])] + heldout)
-    flags = f"grpo --problems 50 --max-new-tokens 12 --device cpu --method greedy --data {tmp_path / 'two.jsonl'}"
+    flags = "grpo --problems 50 --max-new-tokens 12 --device cpu --method greedy --split heldout"
+    flags += f" --data {tmp_path / 'two.jsonl'}"
     [row] = evaluated(flags, tmp_path / "out.json")["rows"]
     assert "2 held-out problems" in capsys.readouterr().out and row["high"] - row["low"] > 0.5
+
+
+@pytest.mark.parametrize("rows, flags, asked", [
+    (range(99), "", "99 problems"), (range(99), "--split all", "99 problems"), (range(99), "--problems 40", "40 problems"),
+    (range(99), "--split heldout", "12 held-out problems"), (range(99), "--split train", "87 training problems"),
+    ([2, 5, 8], "", "3 problems"), ([2, 5, 8], "--split heldout --problems 9", "3 held-out problems"),
+    ([0, 1], "", "2 problems"), ([0], "", "1 problems"), ([0, 2, 0, 2, 1], "", "3 problems"), (range(700), "", "700 problems")])
+def test_a_file_of_ones_own_is_asked_row_by_row(rows, flags, asked, inside, tmp_path, capsys):
+    """All of it, or a split; few rows, rows of one split, rows that repeat, more than an evaluation of a task asks."""
+    write_records(tmp_path / "mine.jsonl", ({"prompt": f"Say {n}.", "answer": "x"} for n in rows))
+    flags += f" --data {tmp_path / 'mine.jsonl'} --method greedy --max-new-tokens 9 --device cpu"
+    evaluated(f"sft {flags}", tmp_path / "out.json")
+    assert capsys.readouterr().out.startswith(f"{asked} of {tmp_path / 'mine.jsonl'}, on cpu.")
+
+
+@pytest.mark.parametrize("runs, asked", [("grpo", "12 held-out problems"), ("sft grpo", "12 held-out problems"),
+                                         ("sft", "99 problems")])
+def test_of_a_file_that_a_run_was_trained_on_the_held_out_rows_are_asked(runs, asked, inside, tmp_path, capsys, monkeypatch):
+    """Unless --split says otherwise; by whatever path the file is named."""
+    monkeypatch.setattr(evaluate.Evaluation, "measure", lambda self: None)
+    evaluated(f"{runs} --data ./wanted.jsonl --method greedy --max-new-tokens 9 --device cpu", tmp_path / "out.json")
+    evaluated(f"{runs} --data wanted.jsonl --split all --method greedy --max-new-tokens 9 --device cpu", tmp_path / "out.json")
+    found = [line for line in capsys.readouterr().out.splitlines() if "problems of" in line]
+    assert found == [f"{asked} of ./wanted.jsonl, on cpu.", "99 problems of wanted.jsonl, on cpu."]
+
+
+def test_a_file_says_what_can_hardly_be_right_before_it_is_asked(inside, tmp_path, capsys):
+    rows = [("Say 1.", "so\n#### 1"), ("Say 2.", "x"), ("Say 2.", "y"), ("Say 3.", "a long and winding answer")]
+    write_records(tmp_path / "mine.jsonl", ({"prompt": prompt, "answer": answer} for prompt, answer in rows))
+    evaluated(f"sft --data {tmp_path / 'mine.jsonl'} --method greedy --max-new-tokens 16 --device cpu", tmp_path / "out.json")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3 and all("mine.jsonl, record " in line for line in warnings)
+    for part in ("'####'", "keep one", "--max-new-tokens 16; raise it"):
+        assert any(part in line for line in warnings)
+
+
+class Signed(Task):
+    """Say the letter x: 1 if right, -1 if wrong."""
+
+    name = "signed"
+
+    def draw(self, rng):
+        return Problem(f"Say {rng.randrange(99)}.", "x")
+
+    def verify(self, problem, response):
+        return 1 if final_answer(response) == problem.answer else -1
+
+
+class Length(Signed):
+    name = "length"
+
+    def verify(self, problem, response):
+        return len(response)
+
+
+def test_a_task_of_ones_own_is_measured_by_what_is_right(inside, tmp_path, monkeypatch, capsys):
+    """By every method, the rows are those of the same problems with rewards 0 and 1."""
+    monkeypatch.setitem(TASKS, "signed", Signed)
+    flags = "--problems 12 --max-new-tokens 12 --device cpu --n 4 --steps 2 --method greedy sample majority best_of_n power"
+    found = evaluated(f"grpo --task signed {flags}", tmp_path / "signed.json")
+    write_records(tmp_path / "same.jsonl", (vars(problem) for problem in heldout_problems(Signed(), 12, 0)))
+    plain = evaluated(f"grpo {flags} --data {tmp_path / 'same.jsonl'}", tmp_path / "plain.json")
+    assert found["rows"] == plain["rows"] and capsys.readouterr().out.count("| accuracy |") == 2
+    assert any(0 < row["value"] < 1 for row in found["rows"])
+
+
+def test_where_nothing_is_right_rewards_are_measured_and_votes_are_refused(inside, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "length", Length)
+    flags = "grpo --task length --problems 6 --max-new-tokens 12 --device cpu --n 4"
+    rows = evaluated(f"{flags} --method sample best_of_n", tmp_path / "out.json")["rows"]
+    said = capsys.readouterr()
+    assert "| reward |" in said.out.replace("  ", "") and "accuracy" not in said.out
+    assert "warning: the mean reward is measured, no accuracy: no answer to length is right or wrong" in said.err
+    assert rows[0]["value"] > 1 and rows[0]["low"] < rows[0]["value"] < rows[0]["high"]
+    assert [row["value"] for row in rows[1:]] == sorted(row["value"] for row in rows[1:])
+    with pytest.raises(SystemExit):
+        evaluated(f"{flags} --method majority", tmp_path / "out.json")
+    assert "--method majority: no answer to length is right or wrong, for its class names no" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_file_alone_or_beside_others(inside, tmp_path, capsys):

@@ -12,7 +12,7 @@ from nanorl.data import response_mask
 from nanorl.first_step import FirstStepCheckFailed, check_verifier, first_step_check, tolerance
 from nanorl.rollout import sample_and_grade
 from nanorl.sample import Rollout, token_log_probs
-from nanorl.tasks import TASKS, FileTask, Task, make_task
+from nanorl.tasks import TASKS, FileTask, Task, final_answer, make_task
 
 
 def check(rollout=lambda r: r, score=token_log_probs, objective=train_grpo.objective, samples=4):
@@ -115,7 +115,34 @@ class Stingy(Generous):
         return 0.0
 
 
-@pytest.mark.parametrize("task, says", [(Generous(), "pays for"), (Stingy(), "refuses its own")])
+class Moody(Generous):
+    """Does not pay the same for all of its gold answers."""
+
+    def verify(self, problem, response):
+        return final_answer(response) == problem.answer and 1 + len(problem.answer)
+
+
+class Signed(Moody):
+    def verify(self, problem, response):
+        return 1 if final_answer(response) == problem.answer else -1
+
+
+class Points(Generous):
+    right_reward = None
+
+
+class Lenient(Moody):
+    right_reward = 2
+
+
+@pytest.mark.parametrize("task, says", [(Signed(), "the verifier pays for gold answers only"), (Lenient(), "pays for gold"),
+                                        (Points(), "no answer to generous is right or wrong, by its own word")])
+def test_right_is_what_the_task_calls_so(task, says):
+    assert says in check_verifier(task)
+
+
+@pytest.mark.parametrize("task, says", [(Moody(), "gives 4 to its own"), (Generous(), "gives 1 to an adversarial"),
+                                        (Stingy(), "gives 0 to an adversarial")])
 def test_a_verifier_that_can_be_gamed_is_named(task, says):
     with pytest.raises(FirstStepCheckFailed, match=says):
         check_verifier(task)

@@ -1,6 +1,7 @@
 """Evaluations ask held-out problems, which depend on the seed alone, and report the means of what was answered."""
 
 import json
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from test_rollout import (GREEDY, MODEL, SAMPLING, TOKENIZER, Parity, assert_belongs_together, experience_of, make_model,
                           scorer)
 
-from nanorl.heldout import answer_kl, evaluate_policy, show_answers, total_loss
+from nanorl.heldout import answer_kl, before_and_after, evaluate_policy, heldout_problems, show_answers, total_loss
 from nanorl.rollout import collect, describe, learned_rewards, sample_and_grade
 from nanorl.sample import Sampling, token_log_probs
-from nanorl.tasks import is_heldout, make_task
+from nanorl.tasks import FileTask, is_heldout, make_task
 
 
 @pytest.mark.parametrize("size", [3, 100])
@@ -56,6 +57,70 @@ def test_evaluation_reports_the_means_of_what_it_saw():
     assert metrics["eval/accuracy_greedy"] == float(greedy.rewards.mean())
     assert metrics["eval/length"] == describe(sampled, "eval")["eval/length"] and "eval/reward" not in metrics
     assert evaluate_policy(MODEL, TOKENIZER, Parity(), SAMPLING, problems=20, seed=5)[0] == metrics
+
+
+SCALES = {"bool": bool, "-1 and 1": lambda x: 2 * int(x) - 1, "0 and 100": lambda x: 100 * x,
+          "thirds": lambda x: Fraction(int(x), 3), "tensors": torch.tensor}
+
+
+class Scaled(Parity):
+    """Parity, its rewards on another scale."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.right_reward = scale, float(scale(1.0))
+
+    def verify(self, problem, response):
+        return self.scale(super().verify(problem, response))
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_right_means_the_same_on_every_scale_of_rewards(scale):
+    """Accuracies, lengths of right and wrong answers, the best of n, the printed marks: all as with 0 and 1."""
+    said, found = [], []
+    for task in (Parity(), Scaled(scale)):
+        lines, records = [], []
+        metrics, answers = evaluate_policy(MODEL, TOKENIZER, task, SAMPLING, problems=20, seed=5, best_of=4)
+        show_answers(SimpleNamespace(samples=records.extend, say=lines.append, step=7), answers, 20)
+        found.append(metrics)
+        said.append([line[:3] for line in lines[0].splitlines()])
+    assert {r["reward"] for r in records} <= {float(torch.tensor(float(scale(x)))) for x in (0.0, 1.0)} | {0.0}
+    assert found[0] == found[1] and said[0] == said[1] and {"  +", "  -"} <= set(said[0])
+    assert 0 < found[0]["eval/accuracy_sampled"] < found[0]["eval/best_of_n"] <= 1
+
+
+class Length(Parity):
+    """Points for length: no answer is right or wrong."""
+
+    right_reward = None
+
+    def verify(self, problem, response):
+        return len(response) / 2
+
+
+def test_where_no_answer_is_right_an_evaluation_is_of_rewards():
+    """No accuracy, no lengths of right answers, no marks: mean rewards, called so in metrics, table and shown answers."""
+    lines, records = [], []
+    metrics, answers = evaluate_policy(MODEL, TOKENIZER, Length(), SAMPLING, problems=20, seed=5, best_of=4)
+    assert metrics["eval/reward"] == pytest.approx(float(answers.rewards.mean()))
+    assert metrics["eval/best_of_n"] > metrics["eval/reward"]
+    assert not {"eval/accuracy_sampled", "eval/accuracy_greedy", "eval/length_correct", "eval/length_wrong"} & metrics.keys()
+    table = before_and_after("20 held-out problems", [metrics | {"eval/reward_direct": 2.5}, metrics])
+    assert "  reward  " in table and "reward when direct" in table and "accuracy" not in table
+    show_answers(SimpleNamespace(samples=records.extend, say=lines.append, step=7), answers, 20)
+    assert "(with their rewards)" in lines[0]
+    assert all(f"  {r['reward']:+.3g} {r['prompt']}" in lines[0] for r in records) and len({r["reward"] for r in records}) > 2
+
+
+@pytest.mark.parametrize("count, asked", [(1, 1), (5, 5), (12, 12), (500, 12)])
+def test_an_evaluation_of_a_file_asks_each_held_out_row_once(count, asked):
+    """Or some of them, the same in every evaluation of a seed; and its means are over so many."""
+    task = FileTask([(f"Say {n}.", f"{n}") for n in range(99)])
+    metrics, answers = evaluate_policy(MODEL, TOKENIZER, task, SAMPLING, problems=count, seed=5)
+    assert len(answers.problems) == len(set(answers.problems)) == asked == len(answers.rewards)
+    assert all(is_heldout(problem.prompt) for problem in answers.problems)
+    assert answers.problems == heldout_problems(task, count, 5)
+    assert metrics["eval/truncated"] == pytest.approx(1 - float(answers.rollout.finished.double().mean()))
 
 
 @pytest.mark.parametrize("count", [3, 9])

@@ -29,7 +29,7 @@ GREEDY = Sampling(max_new_tokens=4, temperature=0.0)
 class Parity(Task):
     """Rewards that look like chance but are a function of prompt and response: half of all answers are right."""
 
-    name = "parity"
+    name, right_reward = "parity", 1.0
 
     def draw(self, rng):
         return Problem(f"Say {rng.randrange(10**rng.randint(1, 5))}.", "")
@@ -202,6 +202,50 @@ def test_resampling_gives_up_with_a_clear_error():
     assert "0 of 40" in text and "2 are wanted" in text and "--groups" in text
 
 
+@pytest.mark.parametrize("resample", [False, True])
+def test_a_run_goes_through_a_file_row_by_row_and_epoch_by_epoch(resample):
+    """Each step goes on where the one before left off; one that resamples counts what it has thrown away. Resumed from a
+    checkpoint's state, it goes on as if it had not been stopped."""
+    class Half(FileTask):
+        verify = Parity.verify
+
+    task, asked, states = Half([(f"Say {n}.", "x") for n in range(30)]), [], [{}]
+    rows = task.rows("train")
+
+    def step(state, seed):
+        found = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nanorl.rollout.sample_and_grade",
+                          lambda *args, **kwargs: found.extend(args[3]) or sample_and_grade(*args, **kwargs))
+            experience = collect(MODEL, TOKENIZER, task, SAMPLING, prompts=4, samples=2, seed=seed, resample=resample,
+                                 state=state)
+        assert len(found) == 4 + experience.resampled and set(experience.problems) <= set(found)
+        return found
+
+    for seed in range(12):
+        states.append(dict(states[-1]))
+        asked += step(states[-1], seed)
+    epochs = [asked[i : i + len(rows)] for i in range(0, len(asked) - len(rows) + 1, len(rows))]
+    assert len(epochs) > 1 + resample and all(sorted(map(str, epoch)) == sorted(map(str, rows)) for epoch in epochs)
+    assert epochs[0] != epochs[1] and states[-1] == {"drawn": len(asked)}
+    start = states[5]["drawn"]
+    assert step(dict(states[5]), 5) == asked[start : states[6]["drawn"]]
+
+
+def test_a_step_may_ask_for_more_prompts_than_there_are_rows():
+    task = FileTask([(f"Say {n}.", "x") for n in (0, 1, 3)])
+    found = collect(MODEL, TOKENIZER, task, SAMPLING, prompts=8, samples=2, seed=0)
+    assert sorted(found.problems.count(problem) for problem in task.problems) == [2, 3, 3]
+    assert found.rollout.prompt_index.tolist() == [p for p in range(8) for _ in range(2)]
+
+
+def test_a_step_without_contrast_leaves_the_file_where_it_was():
+    task, state = FileTask([(f"Say {n}.", "x") for n in range(30)]), {"drawn": 3}
+    with pytest.raises(NoContrast):
+        collect(MODEL, TOKENIZER, task, SAMPLING, prompts=4, samples=1, seed=0, resample=True, state=state)
+    assert state == {"drawn": 3}
+
+
 # ---- Describing ----
 
 
@@ -225,6 +269,22 @@ def test_describe_is_what_one_counts_by_hand():
     assert described(experience) == {
         "reward": 2.5 / 4, "length": 24 / 4, "worked": 2 / 4, "truncated": 1 / 4, "length_correct": 10 / 2,
         "length_wrong": 14 / 2, "reward_worked": 1.0 / 2, "reward_direct": 1.0 / 1, "distinct": 4 / 2, "no_contrast": 1 / 2}
+
+
+def test_describe_tells_right_from_wrong_by_the_task():
+    """Of rewards -1 and 1, and where the task calls no answer right: the mean reward is of rewards, accuracies are of right."""
+    class Signed(Parity):
+        right_reward = 1.0
+
+    class Points(Parity):
+        right_reward = None
+
+    case = [[1.0, -1.0], [-1.0, 0.5]], [2, 8, 5, 9], [True] * 4, ["Answer: 1", "1+1=2. Answer: 2", "so Answer: 9", "no idea"]
+    signed, points = (described(experience_of(*case, task())) for task in (Signed, Points))
+    assert signed["reward"] == points["reward"] == -0.125
+    assert signed["length_correct"] == 2 and signed["length_wrong"] == 22 / 3
+    assert signed["reward_worked"] == 0 and signed["reward_direct"] == 1
+    assert points["reward_worked"] == -1 and signed.keys() - points.keys() == {"length_correct", "length_wrong"}
 
 
 def test_describe_leaves_out_the_mean_of_nothing():

@@ -31,6 +31,7 @@ from world import (
     exit_code,
     metrics,
     same_parameters,
+    seal_rewards,
     start,
     write_records,
 )
@@ -50,7 +51,7 @@ from nanorl.heldout import answer_kl, evaluate_policy, heldout_problems
 from nanorl.ops import kl_divergence
 from nanorl.rollout import collect, sample_and_grade
 from nanorl.sample import Sampling
-from nanorl.tasks import Stories, is_heldout, make_task
+from nanorl.tasks import TASKS, Problem, Stories, Task, final_answer, is_heldout, make_task
 
 pytestmark = pytest.mark.usefixtures("inside")
 
@@ -285,6 +286,128 @@ def test_a_run_that_finds_no_contrast_is_saved_before_it_gives_up(tmp_path, monk
     assert metrics(tmp_path / "run") == metrics("grpo")
 
 
+@pytest.mark.parametrize("name", ["grpo", "grpo-full", "group", "ppo", "rlhf", "online", "distill"])
+def test_every_script_reads_rewards_through_the_gate(name, tmp_path, monkeypatch):
+    """Where a task's rewards can be made floats and nothing else, the run is the same."""
+    seal_rewards(monkeypatch)
+    start(*SCRIPTS[name], tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(name)
+
+
+class Letter(Task):
+    """Say the letter x."""
+
+    name, right, wrong = "letter", 1, 0
+
+    def draw(self, rng):
+        return Problem(f"Say {rng.randrange(99)}.", "x")
+
+    def work(self, problem, rng):
+        return "That is it. Answer: x"
+
+    def verify(self, problem, response):
+        return self.right if final_answer(response) == problem.answer else self.wrong
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_ppo, train_group_dpo], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("right, wrong", [(True, False), (1, -1), (100, 0), (torch.tensor(0.7), np.float16(0.2)), (2, 1)])
+def test_a_task_of_ones_own_may_reward_as_it_likes(script, right, wrong, tmp_path, monkeypatch, capsys):
+    """What is right, and how often, does not depend on what a right answer gets."""
+    flags, lines = " --init sft --task letter --steps 1 --max-new-tokens 9 --eval-problems 12 --quiet --device cpu", []
+    flags = f"--prompts 4 --group 4 {flags}" + " --best-of 4" * (script is not train_grpo)
+    for name, values in (("plain", (1, 0)), ("own", (right, wrong))):
+        monkeypatch.setitem(TASKS, "letter", type("Own", (Letter,), dict(zip(("right", "wrong"), values, strict=True))))
+        start(script, flags, tmp_path / name)
+        lines.append(metrics(tmp_path / name)[0])
+    judged = [name for name in lines[0] if re.search("accuracy|correct|wrong|worked|direct|best_of_n", name)]
+    assert {name: lines[0][name] for name in judged} == {name: lines[1][name] for name in judged}
+    assert 0 < lines[0]["eval/accuracy_sampled"] < 1 and len(judged) > 5
+    assert lines[1]["rollout/reward"] == pytest.approx(
+        float(wrong) + lines[0]["rollout/reward"] * (float(right) - float(wrong)), rel=1e-3)
+    tables = re.findall(r"12 held-out problems.*?accuracy, greedy +(\S+)", capsys.readouterr().out, re.S)
+    assert len(tables) == 2 and tables[0] == tables[1]
+
+
+class Long(Letter):
+    """The longer the better."""
+
+    def verify(self, problem, response):
+        return len(response)
+
+
+def test_a_task_without_right_answers_is_practised_on_and_measured_by_its_reward(tmp_path, monkeypatch, capsys):
+    """With a word about why there is no accuracy. What needs right answers refuses it; the first-step check wants the task's
+    own word for it."""
+    monkeypatch.setitem(TASKS, "letter", Long)
+    flags = "--init sft --task letter --steps 1 --max-new-tokens 9 --eval-problems 6 --quiet --device cpu --prompts 4 --group 4"
+    start(train_ppo, flags + " --best-of 2", tmp_path / "ppo")
+    said = capsys.readouterr()
+    assert "warning: the mean reward is measured, no accuracy: no answer to letter is right or wrong" in said.err
+    assert "\n  reward  " in said.out and "accuracy" not in said.out
+    assert {"eval/reward", "eval/best_of_n"} <= metrics(tmp_path / "ppo")[0].keys()
+    start(train_sft, SFT.replace("--data letters.jsonl", "--task letter") + " --steps 1", tmp_path / "sft")
+    assert "Held-out letter: a reward of " in capsys.readouterr().out
+    for script, sentence in ((train_group_dpo, "right answers are set against wrong ones, but no answer to letter is right"),
+                             (train_grpo, "first-step check: the verifier gives")):
+        with pytest.raises(SystemExit):
+            start(script, flags, tmp_path / script.__name__)
+        assert sentence in capsys.readouterr().err
+    monkeypatch.setattr(Long, "right_reward", None, raising=False)
+    start(train_grpo, flags, tmp_path / "grpo")
+    assert "eval/reward" in metrics(tmp_path / "grpo")[-1]
+
+
+@pytest.mark.parametrize("flags", ["", " --algo dapo --group 8"])
+def test_a_file_is_trained_on_row_by_row_also_by_a_run_that_was_stopped(flags, tmp_path, monkeypatch):
+    """Every row once an epoch, in the order of the seed; resumed, it goes on with the row that was next."""
+    write_records(tmp_path / "few.jsonl", ({"prompt": f"Say {n}.", "answer": "x"} for n in range(20)))
+    flags = GRPO + SELDOM + f" --data {tmp_path / 'few.jsonl'}" + flags
+    real, save, asked = train_grpo.collect, run.Run.save, []
+
+    def collect(*args, **kwargs):
+        monkeypatch.setattr("nanorl.rollout.sample_and_grade",
+                            lambda *args, **kwargs: asked.extend(args[3]) or sample_and_grade(*args, **kwargs))
+        return real(*args, **kwargs)
+
+    def stop(self):
+        save(self)
+        if self.step == 2:
+            raise SystemExit(0)
+
+    monkeypatch.setattr(train_grpo, "collect", collect)
+    start(train_grpo, flags + " --steps 8", tmp_path / "whole")
+    rows = [f"Say {n}." for n in range(20) if not is_heldout(f"Say {n}.")]
+    whole = [problem.prompt for problem in asked]
+    epochs = [whole[i : i + len(rows)] for i in range(0, len(whole) - len(rows) + 1, len(rows))]
+    assert epochs and all(sorted(epoch) == sorted(rows) for epoch in epochs)
+    asked.clear()
+    monkeypatch.setattr(run.Run, "save", stop)
+    with pytest.raises(SystemExit):
+        start(train_grpo, flags + " --steps 8", tmp_path / "stopped")
+    monkeypatch.setattr(run.Run, "save", save)
+    start(train_grpo, "--resume", tmp_path / "stopped")
+    assert [problem.prompt for problem in asked] == whole
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_ppo, train_group_dpo], ids=lambda script: script.__name__)
+def test_tables_count_the_problems_that_were_asked(script, tmp_path, capsys):
+    """And the start says which rows are held out. Of two, one is answered right greedily, so the accuracy is 0.5."""
+    checkpoint = run.load_checkpoint("sft")
+    model, tokenizer = run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint)
+    held = [Problem(f"Say {n}.", "") for n in range(99) if is_heldout(f"Say {n}.")][:2]
+    said = sample_and_grade(model, tokenizer, Letter(), held, Sampling(16, temperature=0.0)).texts
+    answers = [final_answer(said[0]), "not this"]
+    write_records(tmp_path / "q.jsonl", [{"prompt": p.prompt, "answer": a} for p, a in zip(held, answers, strict=True)]
+                  + [{"prompt": f"Say {n}.", "answer": "x"} for n in (0, 1, 3)])
+    flags = "--init sft --steps 1 --prompts 4 --group 4 --lr 1e-9 --max-new-tokens 16 --device cpu --quiet"
+    flags += f" --data {tmp_path / 'q.jsonl'}" + " --best-of 0" * (script is not train_grpo)
+    start(script, flags, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'q.jsonl'}: 3 rows to train on; 2 are held out, by the hash of their prompt" in out
+    assert re.search(r"\n2 held-out problems .*accuracy, greedy +0.500 +0.500", out, re.S) and "500 held-out" not in out
+
+
 def test_a_refreshed_reference_needs_no_file_to_resume(tmp_path):
     """The checkpoint has it: the run goes on without the model it started from."""
     shutil.copytree("sft", tmp_path / "sft")
@@ -489,6 +612,14 @@ def test_a_judge_that_never_decides_trains_nothing(tmp_path, monkeypatch):
     start(train_dpo, ONLINE + " --steps 2 --judge hidden", tmp_path / "run")
     assert [line["rollout/ties"] for line in metrics(tmp_path / "run")[:-1]] == [1.0, 1.0]
     assert same_parameters(tmp_path / "run", "sft")
+
+
+def test_a_judge_that_gives_no_number_ends_the_run(tmp_path, monkeypatch, capsys):
+    """Neither a tie nor a preference: nan is not a reward."""
+    monkeypatch.setattr(train_dpo, "learned_rewards", lambda model, rollout, _: torch.full((len(rollout.lengths),), torch.nan))
+    with pytest.raises(SystemExit):
+        start(train_dpo, SCRIPTS["online"][1], tmp_path / "run")
+    assert "a reward of the model holds nan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])

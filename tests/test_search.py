@@ -104,6 +104,13 @@ def test_the_divergence_of_best_of_n_stays_below_its_bound(n):
         assert -1e-9 <= kl <= best_of_n_kl(n) + 1e-9 and best_of_n_kl(n) - kl < tolerance
 
 
+@pytest.mark.parametrize("rewards", [[[0.0, 100.0]], [[-1.0, 1.0]], [[0.5, 1.0]], [[math.nan, 1.0]]])
+def test_pass_at_k_counts_nothing_but_right_answers(rewards):
+    with pytest.raises(ValueError, match="expected 1 for a right one and 0 for a wrong one"):
+        pass_at_k(torch.tensor(rewards), 1)
+    assert pass_at_k(torch.tensor(rewards) == 1, 2).tolist() == [float(1.0 in rewards[0])]
+
+
 @pytest.mark.parametrize("style", [None, "direct", "worked"])
 def test_asked_a_few_at_a_time_every_problem_gets_its_own_answers(style, monkeypatch):
     """Seven problems, two at a time: each part is what `sample_and_grade` says of its problems, in order."""
@@ -117,14 +124,14 @@ def test_asked_a_few_at_a_time_every_problem_gets_its_own_answers(style, monkeyp
         rows, seed = slice(i, i + 2), run.derive(4, "test", i)
         part = sample_and_grade(MODEL, TOKENIZER, task, problems[rows], SAMPLING, samples=3, openings=begun, seed=seed)
         said = part.rollout
-        assert torch.equal(found.rewards[rows], part.rewards)
+        assert torch.equal(found.values[rows], part.rewards)
         assert torch.equal(found.logp[rows].flatten(), said.logp.sum(-1))
         assert torch.equal(found.learned[rows].flatten(), learned_rewards(scorer(), said, 64).float())
         sampled = said.lengths - said.prompt_lengths
         assert found.tokens[rows].flatten().tolist() == [int(n) + len(begun[k // 3]) for k, n in enumerate(sampled)]
         assert [ballot for p in found.ballots[rows] for ballot in p] == [
             task.ballot(text) if done else None for text, done in zip(part.texts, said.finished.tolist(), strict=True)]
-    assert found.rewards.shape == (7, 3) and len(found.ballots) == 7
+    assert found.values.shape == (7, 3) and len(found.ballots) == 7
 
 
 @pytest.mark.parametrize("reward_model", [None, scorer()], ids=["task", "model"])

@@ -1,18 +1,24 @@
 """The toy world: a verifier pays what is right and only that, splits never mix, data/ is what data/make.py makes."""
 
+import ast
 import importlib.util
 import json
 import math
 import re
 import time
 from collections import Counter
+from decimal import Decimal
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanorl.errors import UserError
 from nanorl.tasks import (
     TASKS,
     FileTask,
@@ -21,6 +27,7 @@ from nanorl.tasks import (
     Task,
     default_max_new_tokens,
     final_answer,
+    grade,
     is_heldout,
     make_task,
     story,
@@ -188,10 +195,10 @@ def test_what_comes_out_must_be_the_very_lists():
     problem = Problem("Write f(x): keep odd, sort.", "def f(x): return sorted([v for v in x if v%2])")
     task = make_task("code-2")
     assert task.verify(problem, "def f(x):\n    for _ in range(960): x = [x]\n    return x") == 0.0     # as deep as JSON can be
-    for body, grade in (("sorted([v for v in x if v%2])", 1.0), ("tuple(sorted([v for v in x if v%2]))", 1.0),
-                        ("sorted([float(v) for v in x if v%2])", 0.0), ("[v == 1 or v for v in sorted(x) if v%2]", 0.0),
-                        ("[sorted([v for v in x if v%2])]", 0.0), ("str(sorted([v for v in x if v%2]))", 0.0)):
-        assert task.verify(problem, f"def f(x): return {body}") == grade, body
+    for body, paid in (("sorted([v for v in x if v%2])", 1.0), ("tuple(sorted([v for v in x if v%2]))", 1.0),
+                       ("sorted([float(v) for v in x if v%2])", 0.0), ("[v == 1 or v for v in sorted(x) if v%2]", 0.0),
+                       ("[sorted([v for v in x if v%2])]", 0.0), ("str(sorted([v for v in x if v%2]))", 0.0)):
+        assert task.verify(problem, f"def f(x): return {body}") == paid, body
     assert task.rewards([problem], [problem.answer], [False]) == [0.0]         # an unfinished program scores 0
     assert task.verify(problem, problem.answer + "\n" + "#" * task.max_characters) == 0.0
 
@@ -367,12 +374,227 @@ def test_a_file_task_compares_texts_and_refuses_what_it_cannot_verify():
     for held, empty in ((True, "train"), (False, "heldout")):
         pairs = [(problem.prompt, problem.answer) for problem in files.problems if is_heldout(problem.prompt) is held]
         with pytest.raises(ValueError, match=f"the {empty} split is empty"):
-            FileTask(pairs)
-    with pytest.raises(ValueError, match="split is empty"):
-        FileTask([])
+            FileTask(pairs).rows(empty)
     for attempt in (lambda: files.demonstrations(3), lambda: files.work(problem, Random(0))):
         with pytest.raises(ValueError, match="no demonstrations"):
             attempt()
+
+
+# ---- Rows of a file ----
+
+
+def rows_of(count, **options):
+    return FileTask([(f"Say {n}.", f"{n}") for n in range(count)], **options)
+
+
+@pytest.mark.parametrize("split, expected", [("all", 99), ("train", 87), ("heldout", 12)])
+def test_an_evaluation_asks_each_row_of_a_split_once(split, expected):
+    """In the order of the file; twins once; and of more rows than it may ask, a choice that the generator makes."""
+    task = FileTask([(f"Say {n}.", "x") for n in [*range(99), *range(99)]])
+    asked = task.choose(Random(0), split, 500)
+    assert len(asked) == len(set(asked)) == expected == len(task.choose(Random(0), split, expected))
+    assert asked == [p for p in task.problems[:99]
+                     if split in ("all", "heldout" if is_heldout(p.prompt) else "train")]
+    some = [task.choose(Random(seed), split, 5) for seed in (0, 0, 1)]
+    assert len(set(some[0])) == 5 and set(some[0]) <= set(asked) and some[0] == some[1] != some[2]
+
+
+@quick
+@given(st.integers(2, 60), st.integers(0, 200), st.integers(1, 90), seeds)
+def test_training_goes_through_a_file_epoch_by_epoch(count, drawn, more, seed):
+    """Every stretch that is an epoch has each row once; what comes next depends on how many have come, on nothing else."""
+    task = rows_of(count, seed=seed)
+    trained = [p for p in task.problems if not is_heldout(p.prompt)]
+    if not trained:
+        return
+    stream = list(islice(task.training_problems(Random(0), 0), drawn + more))
+    for start in range(0, len(stream) - len(trained) + 1, len(trained)):
+        assert sorted(p.prompt for p in stream[start : start + len(trained)]) == sorted(p.prompt for p in trained)
+    assert list(islice(rows_of(count, seed=seed).training_problems(Random(1), drawn), more)) == stream[drawn:]
+
+
+def test_epochs_have_orders_of_their_own_and_seeds_others():
+    def epochs(seed):
+        stream = list(islice(rows_of(99, seed=seed).training_problems(Random(0), 0), 3 * 87))
+        return [tuple(stream[i : i + 87]) for i in (0, 87, 174)]
+
+    assert len({*epochs(0), *epochs(1)}) == 6
+
+
+def test_a_row_alone_is_asked_and_trained_on_again_and_again():
+    """And of a split without rows there is one sentence."""
+    inside, outside = FileTask([("Say 0.", "x")]), FileTask([(next(p.prompt for p in rows_of(99).rows("heldout")), "x")])
+    assert list(islice(inside.training_problems(Random(0), 5), 3)) == inside.problems * 3
+    assert inside.choose(Random(0), "all", 9) == inside.choose(Random(0), "train", 1) == inside.problems
+    assert outside.choose(Random(0), "heldout", 9) == outside.problems
+    for task, split in ((inside, "heldout"), (outside, "train")):
+        with pytest.raises(UserError, match=f"^file: the {split} split is empty: .*, here {int(split == 'train')} of 1; "):
+            task.choose(Random(0), split, 3)
+
+
+UNSAID = {"gsm8k": "She sold 48+24=72.\n#### 72", "hashes": "#### 72", "boxed": r"\boxed{72}", "lines": "6\n7",
+          "windows": "6\r\n7", "many": "a\n\nb\nc"}
+SAID = {"number": "72", "text": "two words", "newline at the end": "72\n", "space around": " 72 ", "hash": "#72", "tab": "6\t7",
+        "hyphen": "boxed"}
+
+
+@pytest.mark.parametrize("answer", UNSAID.values(), ids=UNSAID)
+def test_an_answer_that_will_hardly_be_said_is_named_at_the_start(answer):
+    """Once for each kind, with the first three rows, what it means and what helps. It can be said, so it is not refused."""
+    pairs = [("Say 1.", "1"), *((f"Ask {n}.", answer) for n in range(5))]
+    task = FileTask(pairs, "q.jsonl", [f"line {n}" for n in range(3, 9)])
+    assert task.verify(task.problems[1], "Answer: " + answer) == 1.0 and task.verify(task.problems[1], "Answer: 72") == 0.0
+    [warning] = task.warnings()
+    assert warning.startswith("q.jsonl, line 4, line 5, line 6 and 2 more: a response is right only if it says all of")
+    assert "; keep only " in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize("answer", SAID.values(), ids=SAID)
+def test_an_ordinary_answer_is_not(answer):
+    assert FileTask([("Say 1.", "1"), ("Ask.", answer)]).warnings() == []
+
+
+def test_one_prompt_with_two_answers_is_named_and_with_one_answer_twice_is_not():
+    task = FileTask([("a", "1"), ("b", "2"), ("a", " 1\n"), ("a", "2"), ("b", "2"), ("b", "3")])
+    [warning] = task.warnings()
+    assert warning.startswith("file, record 4, record 6: an earlier row has this prompt and another answer; ")
+
+
+# ---- Where rewards enter ----
+
+
+class Say(Task):
+    """Say the number that is asked for. What it gives for a right and for a wrong answer, a test says."""
+
+    name, difficulties, default_difficulty = "say", range(1, 3), 1
+
+    def __init__(self, right=1.0, wrong=0.0):
+        super().__init__()
+        self.right, self.wrong = right, wrong
+
+    def draw(self, rng):
+        number = rng.randrange(100)
+        return Problem(f"Say {number}.", str(number))
+
+    def verify(self, problem, response):
+        return self.right if final_answer(response) == problem.answer else self.wrong
+
+
+ASKED, GOLD = Problem("Say 7.", "7"), "Answer: 7"
+SCORES = {"float": 0.5, "bool": True, "int": -1, "huge": 10**20, "fraction": Fraction(1, 3), "decimal": Decimal("0.25"),
+           "tensor": torch.tensor(0.5), "tensor of one": torch.tensor([2]), "bool tensor": torch.tensor(True),
+           "bfloat16": torch.tensor(0.5, dtype=torch.bfloat16), "parameter": torch.ones((), requires_grad=True)}
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+@pytest.mark.parametrize("value", SCORES.values(), ids=SCORES)
+def test_whatever_is_a_number_becomes_a_float(value):
+    [reward] = grade(Say(value), [ASKED], [GOLD], [True])
+    assert type(reward) is float and reward == float(value)
+
+
+@pytest.mark.parametrize("kind", ["bool_", "int8", "float16", "float64", "array"])
+def test_scalars_of_numpy_are_numbers(kind):
+    numpy = pytest.importorskip("numpy")
+    assert grade(Say(getattr(numpy, kind)(1)), [ASKED] * 2, [GOLD, "no"], [True, True]) == [1.0, 0.0]
+
+
+NO_NUMBERS = {"None": None, "text": "1", "bytes": b"1", "nan": math.nan, "inf": -math.inf, "int": 10**400, "float": 1e300,
+              "complex": 1j, "list": [1.0], "dict": {"score": 1.0}, "tuple": (1.0, "fine"), "tensor": torch.ones(2)}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_whatever_is_no_number_is_named(value, finished):
+    """With the task, the problem, the response, the value and what was expected, whether the answer was finished or not."""
+    with pytest.raises(UserError) as error:
+        grade(Say(wrong=value), [ASKED] * 2, [GOLD, "Answer: 8"], [True, finished])
+    text = str(error.value)
+    for part in ("task say", "'Say 7.'", "'Answer: 8'", repr(value)[:20], "a finite number"):
+        assert part in text
+    assert ("cannot be scored" in text) == (value is None) and len(text) < 300
+
+
+@pytest.mark.parametrize("given", [(1, 0), [True, False], torch.tensor([1, 0]), range(1, -1, -1), {1: "a", 0: "b"}.keys()])
+def test_rewards_come_in_any_container(given, monkeypatch):
+    monkeypatch.setattr(Say, "rewards", lambda *_: given)
+    assert grade(Say(), [ASKED] * 2, [GOLD, ""], [True, True]) == [1.0, 0.0]
+    monkeypatch.setattr(Say, "rewards", lambda *_: (x for x in given))
+    assert grade(Say(), [ASKED] * 2, [GOLD, ""], [True, True]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("given", [None, 1.0, [], [1.0], [1.0] * 3, torch.tensor(1.0), torch.ones(1, 2)])
+def test_there_is_one_reward_for_each_response(given, monkeypatch):
+    monkeypatch.setattr(Say, "rewards", lambda *_: given)
+    with pytest.raises(UserError, match=r"task say: `rewards` gives \d rewards \(.*\) for 2 responses; expected one for each"):
+        grade(Say(), [ASKED] * 2, [GOLD, ""], [True, True])
+
+
+@pytest.mark.parametrize("wrong, right", [(0, 1), (-1, 1), (0, 100), (False, True), (-2.5, -0.5), (0, Fraction(2, 3))])
+def test_right_is_the_highest_reward_whatever_its_scale(wrong, right):
+    assert Say(right, wrong).right_reward == float(right) and Say(right, wrong).measured == "accuracy"
+
+
+class Near(Say):
+    """Part of the reward for part of the answer."""
+
+    def verify(self, problem, response):
+        said = final_answer(response) or ""
+        return sum(a == b for a, b in zip(said, problem.answer, strict=False)) / max(len(said), len(problem.answer))
+
+
+class Brief(Say):
+    """The shorter the better."""
+
+    def verify(self, problem, response):
+        return -len(response)
+
+
+class Declared(Brief):
+    right_reward = -4
+
+
+class Undecided(Near):
+    right_reward = None
+
+
+@pytest.mark.parametrize("task, right", [
+    (Near(), 1.0), (Brief(), None), (Say(0.0, 0.0), None), (Say(0.0, 1.0), None), (Declared(), -4), (Undecided(), None),
+    (files, 1.0), (make_task("code"), 1.0), (make_task("countdown"), 1.0), (STORIES, None)], ids=lambda x: type(x).__name__)
+def test_right_is_what_the_task_says_else_what_gold_answers_alone_get_else_nothing(task, right):
+    """A partly right answer is not right; a verifier that pays nothing, everything, or the wrong ones says nothing of right."""
+    assert task.right_reward == right
+    assert task.measured == ("accuracy" if right is not None else "hidden reward" if task is STORIES else "reward")
+    if right is None:
+        with pytest.raises(UserError, match=f"^pass@k: no answer to {task} is right or wrong, for .* gold answers"):
+            task.require_right("pass@k:")
+        assert len(task.warnings()) == (task is not STORIES)
+    else:
+        task.require_right("pass@k:")
+        assert task.warnings() == []
+
+
+def test_to_be_cut_never_pays():
+    """Not more than 0, and not more than finishing with the same text: silence is not better than a wrong answer."""
+    responses = [GOLD, "Answer: 8", GOLD, "Answer: 8", ""]
+    for task, rewards in ((Say(), [1, 0, 0, 0, 0]), (Say(1, -1), [1, -1, 0, -1, -1]), (Say(2, 1), [2, 1, 0, 0, 0]),
+                          (Brief(), [-9, -9, -9, -9, 0])):
+        assert grade(task, [ASKED] * 5, responses, [True, True, False, False, False]) == rewards
+
+
+def test_no_caller_reads_a_reward_that_has_not_passed_the_gate():
+    """Outside of the classes of nanorl/tasks, where verifiers are made of each other, `grade` alone calls `rewards`, and
+    nothing touches `verify`."""
+    found = []
+    for path in (path for where in ("*.py", "nanorl/**/*.py", "experiments/*.py", "benchmarks/*.py")
+                 for path in DATA.parent.glob(where)):
+        tree = ast.parse(path.read_text())
+        methods = {id(node) for call in ast.walk(tree) if isinstance(call, ast.Call) for node in [call.func]}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and not (path.parent.name == "tasks" and ast.unparse(node.value) == "self") and (
+                    node.attr == "verify" or (node.attr == "rewards" and id(node) in methods)):
+                found.append(f"{path.name}: {ast.unparse(node)}")
+    assert found == ["base.py: task.rewards"]
 
 
 # ---- Stories and files ----

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 from tqdm import tqdm
 
+from nanorl.errors import UserError
 from nanorl.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, train_bpe
 
 quick = settings(max_examples=50, deadline=None)
@@ -273,6 +274,31 @@ def test_a_saved_tokenizer_loads_as_itself(tmp_path):
     assert same(Tokenizer.load(tmp_path / "ranks.tiktoken"), TOKENIZER)
     assert same(Tokenizer.load(str(tmp_path / "ranks.tiktoken")), TOKENIZER)
     assert same(Tokenizer.from_state(TOKENIZER.state_dict()), TOKENIZER)
+
+
+def with_tokens(*tokens):
+    """A rank file of the bytes and these tokens."""
+    ranks = [*(bytes([byte]) for byte in range(256)), *tokens]
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
+
+
+@pytest.mark.parametrize("token", ["12", "'t", "don't", "\n\nand", " a b", "ab1", "x_y", ".\n", "  a", "<|sep|>", "né\u3000e"])
+def test_a_rank_file_that_was_made_with_another_pattern_is_refused(token, tmp_path):
+    """A token that nanorl splits can never occur: the line, the token, how many there are, and what helps."""
+    path = tmp_path / "other.tiktoken"
+    path.write_text(with_tokens(b"th", token.encode(), b"the", b"123", b"he"))
+    with pytest.raises(UserError, match=r"other\.tiktoken, line 258: .* and 1 others can never occur, as") as error:
+        Tokenizer.load(path)
+    assert repr(token) in str(error.value) and "a tiktoken name" in str(error.value)
+
+
+@pytest.mark.parametrize("token", ["the", " the", "...", " =", "\n\n", "  ", "né", "_", " \u4e2d\u6587", "e\u0301"])
+def test_a_rank_file_of_our_pattern_is_not(token, tmp_path):
+    """Nor one whose tokens begin or end inside of a character."""
+    whole = token.encode()
+    tokens = [part for part in (whole[:-1], whole, b"\xa9" + whole) if len(part) > 1]
+    (tmp_path / "ours.tiktoken").write_text(with_tokens(*tokens))
+    assert Tokenizer.load(tmp_path / "ours.tiktoken").vocab_size > 261
 
 
 def test_what_a_checkpoint_keeps_is_a_file_that_tiktoken_reads(tmp_path):

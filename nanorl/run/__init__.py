@@ -22,4 +22,4 @@ from nanorl.run.directory import Run, printable, read_lines, script
 from nanorl.run.flags import (Bound, Count, DeviceConfig, Natural, NonNegative, Positive, RolloutConfig, RunConfig, Share,
                               flag_of, parse, read_config)
 from nanorl.run.optimizer import Optimizers, schedule
-from nanorl.run.start import begin, check_fits_context, choose_task, ensure_stage, stage_dir
+from nanorl.run.start import begin, check_fits_context, choose_task, cut_answers, ensure_stage, stage_dir, warn

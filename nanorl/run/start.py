@@ -12,6 +12,7 @@ import torch
 from nanorl.data import read_records
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
+from nanorl.run import ranks
 from nanorl.run.checkpoint import load_checkpoint, load_frozen, model_from, tokenizer_from
 from nanorl.run.device import pick_device
 from nanorl.run.directory import Run
@@ -23,16 +24,31 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 INHERITED = ("seed", "device", "dtype", "compile", "quiet")     # the flags that a run hands to the stages it has to make first
 
 
-def choose_task(name: str, data: str = "", needs_verifier: bool = True) -> Task:
-    """The task of this name, ready to verify answers, or the questions of a JSONL file {"prompt", "answer"}."""
+def choose_task(name: str, data: str = "", needs_verifier: bool = True, seed: int = 0) -> Task:
+    """The task of this name, ready to verify answers, or the questions of a JSONL file {"prompt", "answer"}, whose order in
+    training the seed decides."""
+    if data:
+        return FileTask([(r["prompt"], r["answer"]) for r in read_records(data, ("prompt", "answer"))], data, seed=seed)
     try:
-        if data:
-            return FileTask([(record["prompt"], record["answer"]) for record in read_records(data, ("prompt", "answer"))], data)
         task = make_task(name, needs_verifier)
         task.start_verifier()
     except (ValueError, OSError) as e:
         raise UserError(str(e)) from None
+    next(task.graded_examples())        # before minutes are spent on other stages: are its rewards numbers?
     return task
+
+
+def warn(sentences: list[str]) -> None:
+    for sentence in sentences if ranks.rank() == 0 else ():
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def cut_answers(task: Task, tokenizer: Tokenizer, max_new_tokens: int) -> list[str]:
+    """A warning of a file's answers that take more tokens than a response may have."""
+    rows = zip(task.places, task.problems, strict=True) if isinstance(task, FileTask) else ()
+    cut = [place for place, problem in rows
+           if len(tokenizer.render_response(task.direct(problem, None))) > max_new_tokens]
+    return [f"{task.where(cut)}: right responses have more than --max-new-tokens {max_new_tokens}; raise it"] if cut else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,6 +137,11 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     runs/reward, made first where it is missing, None for none. All must have room for the prompts of `task`.
     """
     device, checkpoint = pick_device(cfg), Run.check(cfg)
+    if isinstance(task, FileTask):
+        print(f"{task.name}: {len(task.rows('train')):,} rows to train on; {len(task.rows('heldout')):,} are held out, by the "
+              "hash of their prompt, to evaluate with.")
+    if task:
+        warn(task.warnings())
     initial = checkpoint
     if reward_model:
         load_checkpoint(reward_model, "reward model")       # before minutes are spent on another stage
@@ -137,4 +158,5 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     if task:
         prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
         check_fits_context(prompts, cfg.max_new_tokens, start.policy, start.reward_model)
+        warn(cut_answers(task, tokenizer, cfg.max_new_tokens))
     return start

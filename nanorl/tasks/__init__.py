@@ -18,14 +18,14 @@ A tiny model cannot add three digits in one go but can add digit by digit, so a 
 work. Two rules keep that reward honest:
 
 1. A response is untrusted text. It is compared, or read by a small parser; only a program is run, and only in the sandbox.
-   A verifier gives any string 0.0 or 1.0, in bounded time.
+   A verifier gives any string a number, ours 0.0 or 1.0, in bounded time.
 2. A prompt belongs to "train" or "heldout" by its own hash: no seed, process or script can move it to the other side.
 
 Randomness is always a `random.Random` that the caller made.
 """
 
 from nanorl.tasks.arithmetic import Addition, Countdown, Sums
-from nanorl.tasks.base import Problem, Task, final_answer, is_heldout
+from nanorl.tasks.base import Problem, Task, final_answer, grade, is_heldout
 from nanorl.tasks.code import Code
 from nanorl.tasks.records import FileTask
 from nanorl.tasks.stories import Stories, story

@@ -1,13 +1,20 @@
 """What all tasks share: problems and their two splits, demonstrations, and the reward of a response."""
 
+import functools
 import hashlib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import Any
+
+from nanorl.errors import UserError
 
 MARKER = "Answer: "  # a response's final answer follows it
 MAX_ANSWER_CHARACTERS = 256  # anything longer is not an answer
+NO_RIGHT = ("no answer to {} is right or wrong, for its class names no `right_reward`, and its gold answers do not all get one "
+            "reward that no other answer gets")
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,9 @@ def integers(text: str) -> list[int]:
 class Task:
     """A family of problems. A subclass says how to `draw` one and how to `work` it out; the rest is shared.
 
-    `verify` must take any string and give 0.0 or 1.0 in bounded time, without raising: 1.0 for `direct`, 0.0 for `adversarial`
-    ones. nanorl/first_step.py checks what it gives for a few `examples` before a run, tests/test_tasks.py tries every task in
-    TASKS on attacks and on arbitrary text.
+    `verify` must take any string and give a number in bounded time, without raising: the highest for `direct` ones, less for
+    `adversarial` ones. nanorl/first_step.py checks what it gives for a few `examples` before a run, tests/test_tasks.py tries
+    every task in TASKS on attacks and on arbitrary text. Its results enter by `grade` alone.
     """
 
     name: str
@@ -66,6 +73,31 @@ class Task:
     def start_verifier(self) -> None:
         """Start what the verifier needs, so that a ValueError says early if this machine cannot run it."""
 
+    @functools.cached_property
+    def right_reward(self) -> float | None:
+        """An answer that gets at least this is right, any other wrong. None: no answer is right or wrong.
+
+        A class may say it: `right_reward = 1.0`. Else it is the highest reward, what gold answers get: all of them the same,
+        and no adversarial answer as much.
+        """
+        graded = [rewards for _, _, rewards in self.graded_examples()] if self.verifiable else []
+        golds, others = {gold for gold, *_ in graded}, [reward for _, *rest in graded for reward in rest]
+        return min(golds) if len(golds) == 1 and all(reward < min(golds) for reward in others) else None
+
+    def require_right(self, what: str) -> None:
+        """UserError where no answer is right or wrong."""
+        if self.right_reward is None:
+            raise UserError(f"{what} {NO_RIGHT.format(self)}")
+
+    def warnings(self) -> list[str]:
+        """What the user should know at the start."""
+        return [f"the mean reward is measured, no accuracy: {NO_RIGHT.format(self)}"] if self.measured == "reward" else []
+
+    @property
+    def measured(self) -> str:
+        """What an evaluation means by the value of an answer."""
+        return "accuracy" if self.right_reward is not None else "reward" if self.verifiable else "hidden reward"
+
     def draw(self, rng: Random) -> Problem:
         """A problem of either split."""
         raise NotImplementedError
@@ -82,11 +114,26 @@ class Task:
         """Enough problems of either split to see how long a prompt can be, and to check the verifier."""
         return [self.draw(Random(i)) for i in range(1000)]
 
+    def graded_examples(self) -> Iterator[tuple[Problem, list[str], list[float]]]:
+        """A few problems, each with a gold response, then adversarial ones, and the rewards of all of them."""
+        for problem in self.examples()[:20]:
+            responses = [self.direct(problem, Random(0)), *self.adversarial(problem)]
+            yield problem, responses, grade(self, [problem] * len(responses), responses, [True] * len(responses))
+
     def problem(self, rng: Random, split: str) -> Problem:
-        """A problem of this split: draw until a prompt's hash falls into it."""
-        while is_heldout((problem := self.draw(rng)).prompt) != (split == "heldout"):
+        """A problem of this split, "train", "heldout" or "all": draw until a prompt's hash falls into it."""
+        while split not in ("all", "heldout" if is_heldout((problem := self.draw(rng)).prompt) else "train"):
             pass
         return problem
+
+    def choose(self, rng: Random, split: str, count: int) -> list[Problem]:
+        """The problems of an evaluation."""
+        return [self.problem(rng, split) for _ in range(count)]
+
+    def training_problems(self, rng: Random, drawn: int) -> Iterator[Problem]:
+        """Problems to train on, without end. A file goes on after the `drawn` that a run has had before."""
+        while True:
+            yield self.problem(rng, "train")
 
     def demonstration(self, rng: Random) -> tuple[Problem, str]:
         """A training problem and a right response, worked out with probability `worked_share`."""
@@ -105,9 +152,10 @@ class Task:
         return float(final_answer(response) == problem.answer)
 
     def rewards(self, problems: list[Problem], responses: list[str], finished: list[bool]) -> list[float]:
-        """The rewards of sampled responses. An unfinished one, cut off by the token limit, scores 0."""
-        return [self.verify(problem, response) if done else 0.0
-                for problem, response, done in zip(problems, responses, finished, strict=True)]
+        """The rewards of sampled responses. An unfinished one, cut off by the token limit, gets no more than 0."""
+        verified = [_finite(self.verify(problem, response), self, problem, response)
+                    for problem, response in zip(problems, responses, strict=True)]
+        return [reward if done else min(0.0, reward) for reward, done in zip(verified, finished, strict=True)]
 
     def adversarial(self, problem: Problem) -> list[str]:
         """Responses that must not pay: echoes, several answers, additions to the right one, code."""
@@ -125,3 +173,32 @@ class Task:
     def ballot(self, response: str) -> str | None:
         """What a finished response votes for; None if it has no answer. Equal ballots get equal rewards."""
         return final_answer(response)
+
+
+def grade(task: Task, problems: list[Problem], responses: list[str], finished: list[bool]) -> list[float]:
+    """The rewards of responses, as finite floats. This is the one place where rewards enter: nothing else calls `rewards`.
+
+    True and False, whole numbers, fractions, and scalars of NumPy and torch are converted; UserError names anything else.
+    """
+    given = task.rewards(problems, responses, finished)
+    try:
+        rewards = list(given)
+    except TypeError:
+        rewards = []
+    if len(rewards) != len(responses):
+        raise UserError(f"task {task}: `rewards` gives {len(rewards)} rewards ({given!r:.60}) for {len(responses)} responses; "
+                        "expected one for each")
+    return [_finite(reward, task, problem, response)
+            for reward, problem, response in zip(rewards, problems, responses, strict=True)]
+
+
+def _finite(reward: Any, task: Task, problem: Problem, response: str) -> float:
+    try:
+        number = math.nan if isinstance(reward, str | bytes) else float(reward)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not abs(number) < 1e30:      # nan, inf, and what float32 cannot hold
+        cannot = "; where a response cannot be scored, give the reward of a wrong one" if reward is None else ""
+        raise UserError(f"task {task}: the reward of {response[:40]!r} to {problem.prompt[:60]!r} is {reward!r:.60}; expected "
+                        f"a finite number, or True or False{cannot}")
+    return number

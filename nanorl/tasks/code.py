@@ -30,6 +30,7 @@ class Code(Task):
     name, difficulty_unit, max_answer_tokens = "code", "operations", 120
     difficulties, default_difficulty = range(2, 6), 2
     max_characters = 2_000  # a longer program is not run
+    right_reward = 1.0
     reversed_share = 0.5  # of the direct demonstrations: they nest in reverse
 
     def start_verifier(self):

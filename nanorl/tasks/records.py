@@ -1,29 +1,75 @@
 """Your own questions, from a file."""
 
+from collections import defaultdict
 from collections.abc import Iterable
+from random import Random
 
 from nanorl.errors import UserError
 from nanorl.tasks.base import MARKER, MAX_ANSWER_CHARACTERS, Problem, Task, final_answer, is_heldout
 
+UNLIKELY = {  # what a right response would have to say, and what the answer had better be
+    "####": "'####'; keep only what follows it", r"\boxed": r"'\boxed'; keep only what its braces hold",
+    "\n": "several lines; keep only the final answer"}
+
 
 class FileTask(Task):
-    """Your own questions, as (prompt, answer) pairs. An answer must match up to the amount of white space."""
+    """Your own questions, as (prompt, answer) pairs. An answer must match up to the amount of white space.
 
-    def __init__(self, pairs: Iterable[tuple[str, str]], name: str = "file"):
+    The rows are finite. An evaluation asks each once; training takes each once an epoch, in an order that `seed` decides.
+    """
+
+    right_reward = 1.0
+
+    def __init__(self, pairs: Iterable[tuple[str, str]], name: str = "file", places: list[str] | None = None, seed: int = 0):
+        """`places`: where the pairs stand in the file."""
         super().__init__()
-        self.name = name
+        self.name, self.seed = name, seed
         self.problems = [Problem(prompt, answer) for prompt, answer in pairs]
-        for number, problem in enumerate(self.problems, 1):
-            if not problem.answer.strip() or not self.verify(problem, self.direct(problem, None)):
-                raise UserError(f"{name}, record {number}: no response can have {problem.answer[:40]!r} as its answer, "
+        self.places = places or [f"record {number}" for number in range(1, len(self.problems) + 1)]
+        for place, problem in zip(self.places, self.problems, strict=True):
+            if not self.ballot(self.direct(problem, None)):
+                raise UserError(f"{name}, {place}: no response can have {problem.answer[:40]!r} as its answer, "
                                  f"which must be 1 to {MAX_ANSWER_CHARACTERS} characters without {MARKER!r}")
-        total, heldout = len(self.problems), sum(is_heldout(problem.prompt) for problem in self.problems)
-        if heldout in (0, total):
-            raise UserError(f"{name}: the {'heldout' if heldout == 0 else 'train'} split is empty: one prompt in ten is held "
-                             f"out by its hash, here {heldout} of {total}")
+        self.splits = {"all": self.problems, "train": [], "heldout": []}
+        for problem in self.problems:
+            self.splits["heldout" if is_heldout(problem.prompt) else "train"].append(problem)
+
+    def rows(self, split: str) -> list[Problem]:
+        """The problems of a split, at least one, in the order of the file."""
+        if not self.splits[split]:
+            raise UserError(f"{self.name}: the {split} split is empty: one prompt in ten is held out by its hash, here "
+                            f"{len(self.splits['heldout'])} of {len(self.problems)}; expected more rows, or an evaluation with "
+                            "--split all")
+        return self.splits[split]
+
+    def warnings(self):
+        """Rows whose answers will hardly be given, or contradict each other."""
+        found, answers = defaultdict(list), {}
+        for place, problem in zip(self.places, self.problems, strict=True):
+            if answers.setdefault(problem.prompt, problem.answer.split()) != problem.answer.split():
+                found["an earlier row has this prompt and another answer; no response is right by both, so keep one"] += [place]
+            for sign in [sign for sign in UNLIKELY if sign in problem.answer.strip()][:1]:
+                found[f"a response is right only if it says all of the answer, with {UNLIKELY[sign]}"] += [place]
+        return [f"{self.where(places)}: {what}" for what, places in found.items()]
+
+    def where(self, places: list[str]) -> str:
+        return f"{self.name}, {', '.join(places[:3])}" + (f" and {len(places) - 3} more" if places[3:] else "")
 
     def draw(self, rng):
         return rng.choice(self.problems)
+
+    def choose(self, rng, split, count):
+        """All rows of the split, or `count` of them where it has more. One that repeats another is asked once."""
+        rows = list(dict.fromkeys(self.rows(split)))
+        return rows if len(rows) <= count else rng.sample(rows, count)
+
+    def training_problems(self, rng, drawn):
+        """Each row once an epoch, in an order of that epoch."""
+        rows = self.rows("train")
+        epoch, done = divmod(drawn, len(rows))
+        while True:
+            yield from Random(f"{self.seed}/prompts/{epoch}").sample(rows, len(rows))[done:]
+            epoch, done = epoch + 1, 0
 
     def examples(self):
         return self.problems
