@@ -324,6 +324,9 @@ def test_a_task_of_ones_own_may_reward_as_it_likes(script, right, wrong, tmp_pat
     assert 0 < lines[0]["eval/accuracy_sampled"] < 1 and len(judged) > 5
     assert lines[1]["rollout/reward"] == pytest.approx(
         float(wrong) + lines[0]["rollout/reward"] * (float(right) - float(wrong)), rel=1e-3)
+    if script is train_group_dpo:           # which reads nothing of a reward but whether it is right
+        assert [name for name in lines[0] if lines[0][name] != lines[1][name]] == ["rollout/reward"]
+        assert same_parameters(tmp_path / "plain", tmp_path / "own")
     tables = re.findall(r"12 held-out problems.*?accuracy, greedy +(\S+)", capsys.readouterr().out, re.S)
     assert len(tables) == 2 and tables[0] == tables[1]
 
@@ -380,6 +383,9 @@ def test_a_file_is_trained_on_row_by_row_also_by_a_run_that_was_stopped(flags, t
     whole = [problem.prompt for problem in asked]
     epochs = [whole[i : i + len(rows)] for i in range(0, len(whole) - len(rows) + 1, len(rows))]
     assert epochs and all(sorted(epoch) == sorted(rows) for epoch in epochs)
+    asked.clear()
+    start(train_grpo, flags + " --steps 2 --seed 1", tmp_path / "other")
+    assert [problem.prompt for problem in asked] != whole[: len(asked)]
     asked.clear()
     monkeypatch.setattr(run.Run, "save", stop)
     with pytest.raises(SystemExit):

@@ -7,9 +7,9 @@ from random import Random
 from nanorl.errors import UserError
 from nanorl.tasks.base import MARKER, MAX_ANSWER_CHARACTERS, Problem, Task, final_answer, is_heldout
 
-UNLIKELY = {  # what a right response would have to say, and what the answer had better be
-    "####": "'####'; keep only what follows it", r"\boxed": r"'\boxed'; keep only what its braces hold",
-    "\n": "several lines; keep only the final answer"}
+# What a right response would have to say, and what the answer had better be.
+UNLIKELY = {"####": "'####'; keep only what follows it", r"\boxed": r"'\boxed'; keep only what its braces hold",
+            "\n": "several lines; keep only the final answer"}
 
 
 class FileTask(Task):
