@@ -566,7 +566,8 @@ class Undecided(Near):
 
 
 @pytest.mark.parametrize("task, right", [
-    (Near(), 1.0), (Brief(), None), (Weighed(), None), (Say(0.0, 0.0), None), (Say(0.0, 1.0), None), (Declared(), -4), (Undecided(), None),
+    (Near(), 1.0), (Brief(), None), (Weighed(), None), (Say(0.0, 0.0), None), (Say(0.0, 1.0), None),
+    (Declared(), -4), (Undecided(), None),
     (files, 1.0), (make_task("code"), 1.0), (make_task("countdown"), 1.0), (STORIES, None)], ids=lambda x: type(x).__name__)
 def test_right_is_what_the_task_says_else_what_gold_answers_alone_get_else_nothing(task, right):
     """A partly right answer is not right; a verifier that pays nothing, everything, or the wrong ones says nothing of right."""
