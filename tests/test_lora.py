@@ -16,7 +16,7 @@ import train_group_dpo
 import train_grpo
 import train_ppo
 import train_sft
-from nanorl import run
+from nanorl import export, run
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.lora import LoRALinear, adapt, has_adapters, linear_layers, merged
 from nanorl.sample import generate, token_log_probs
@@ -229,6 +229,16 @@ def test_a_run_goes_on_from_one_with_adapters_as_from_any_other(tmp_path):
     layers = zip(linear_layers(first.blocks), linear_layers(second.blocks), strict=True)
     assert 0 < max(float((a.weight - b.weight).detach().abs().max()) for a, b in layers) < 0.1
     assert metrics(tmp_path / "second")[0]["train/kl"] < 1e-6      # the reference is where it began
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_pretrained_model_is_a_base_and_a_run_of_adapters_is_exported_merged(tmp_path):
+    export.main(export.Config(checkpoint="sft", directory=str(tmp_path / "pretrained")))
+    start(train_grpo, GRPO.replace("--init sft", f"--init {tmp_path / 'pretrained'}") + LORA, tmp_path / "run")
+    start(train_grpo, "--resume --quiet", tmp_path / "run")
+    export.main(export.Config(checkpoint=str(tmp_path / "run"), directory=str(tmp_path / "merged")))
+    ours, theirs = (run.model_from(run.load_checkpoint(tmp_path / name), CPU) for name in ("run", "merged"))
+    assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 @pytest.mark.usefixtures("inside")

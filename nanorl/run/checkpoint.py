@@ -106,10 +106,10 @@ def _check_sound(checkpoint: Any) -> Kind:
     if found != FORMAT:
         raise UserError(f"expected nanorl's format {FORMAT}, found {found!s:.40}")
     adapters = checkpoint.get("lora", {})
-    wanted = [(checkpoint, CHECKPOINT_FIELDS), (adapters, ADAPTER_FIELDS if "lora" in checkpoint else {})]
-    for part, name, kind in ((part, name, kind) for part, fields in wanted for name, kind in fields.items()):
-        if not isinstance(part.get(name), kind):
-            raise UserError(f"its {name!r} is {part.get(name)!r:.40}, expected a {kind.__name__}")
+    for part, fields in ((checkpoint, CHECKPOINT_FIELDS), (adapters, ADAPTER_FIELDS if adapters else {})):
+        for name, kind in fields.items():
+            if not isinstance(part.get(name), kind):
+                raise UserError(f"its {name!r} is {part.get(name)!r:.40}, expected a {kind.__name__}")
     check_finite(checkpoint["model"] | adapters)
     model = _shapes(checkpoint)
     wanted, found = ({name: tuple(x.shape) for name, x in weights.items()}
