@@ -334,8 +334,6 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> dict[str, An
     merges = implied_merges(tokenizer.ranks)
     if unreached := any(len(merge) > 2 for merge in merges):
         merges = all_merges(tokenizer.ranks)
-    # `tokenizers` numbers added tokens from the end of the vocabulary on, unless they are in it
-    below = {name: i for name, i in tokenizer.special.items() if i < max(tokenizer.ranks.values())}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     file = {"version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": name, "special": name not in in_text} | plain
@@ -345,7 +343,8 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> dict[str, An
             "post_processor": _puts_first(template.start, tokenizer.bos) if template.start else None, "decoder": BYTE_LEVEL,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": unreached,
-                      "vocab": {to_text(token): i for token, i in tokenizer.ranks.items()} | below,
+                      # outside the vocabulary, added tokens would be numbered anew from its end on
+                      "vocab": {to_text(token): i for token, i in tokenizer.ranks.items()} | tokenizer.special,
                       "merges": [[to_text(a), to_text(b)] for a, b in merges]}}
     names = {i: name for name, i in tokenizer.special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
