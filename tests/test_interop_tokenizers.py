@@ -181,7 +181,8 @@ def learn(pre, alphabet, special=()):
     tokenizer = hf.Tokenizer.from_str(json.dumps(blank))
     trainer = hf.trainers.BpeTrainer(vocab_size=len(alphabet) + len(special) + 300, initial_alphabet=alphabet,
                                      special_tokens=list(special), show_progress=False)
-    tokenizer.train_from_iterator(TEXTS[::4] + WORDS * 3, trainer)
+    stories = (Path(__file__).parent.parent / "data" / "text.txt").read_text(encoding="utf-8")
+    tokenizer.train_from_iterator([stories[:40_000], QWEN3, LLAMA31, *WORDS * 3], trainer)
     return tokenizer
 
 
@@ -533,7 +534,7 @@ HOSTILE = {
     "a merge of no tokens": (lambda f: f["model"]["merges"].append(["Ġĉ", "ĉĉ"]), "expected each token of several bytes"),
     "merges out of order": (swap_merges, "merge 11 is"),
     "a merge left out": (lambda f: f["model"]["merges"].pop(5), "merge 6 is"),
-    "a token that no merges reach": (append_token("Ġxyzzy"), "merge 301 is None, the ids ask for (b' x', b'y'"),
+    "a token that no merges reach": (append_token("Ġxyzzy"), "merge 301 is None, the ids ask for (b' "),
     "merges of three": (lambda f: f["model"]["merges"][0].append("a"), "merge 1 is"),
     "a merge that is no text": (lambda f: f["model"]["merges"][0].append(7), "not as a tokenizer's file should be (TypeError"),
     "tokens of absurd length": (append_token("a" * 20_000), "tokens of up to 20000 bytes"),
