@@ -53,8 +53,9 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
 
         L = -sum_bt w_bt [ S(rho, A) - kl_coef KL(pi || ref) + entropy_coef H ]
 
-    logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1]; mask [B, T]; weights [B, T] of the tokens, made once for the
-    whole optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
+    logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1], or [B, T] and finite; mask [B, T]; weights [B, T] of the tokens,
+    made once for the whole optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min
+    are extremes.
     """
     # Padding may hold anything, even inf. Blank it before exp(): blanking the result leaves a gradient of 0 * inf = nan.
     logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
@@ -92,6 +93,9 @@ def advantages(cfg, rollout, rewards, old_logp, ref_logp, state):
     rewards [P, G] are the task's, on the CPU: they decide which groups and answers are kept. The advantage is that of the net
     reward, R = r + overlong penalty - kl_coef sum_t k1. An answer whose tokens are left out still counts in its group's mean.
     `state` holds the running mean.
+
+    Where all answers of a group have the same R, what compares within it (center, leave_one_out, both z-scores) is exactly 0:
+    --groups all trains on them in vain, drop masks them here, and resample has replaced them already, in `collect`.
     """
     mask, kept = rollout.mask, torch.ones_like(rewards, dtype=torch.bool)
     if cfg.groups == "drop":
@@ -137,7 +141,8 @@ def main(cfg: Config) -> None:
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, reference=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
-    # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout` and the evaluations use it.
+    # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout`, the evaluations and the
+    # tolerance of the first-step check use it. If it changed, each entry of --stale's queue would have to keep its own.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     kl = family.KL_TERMS[cfg.kl or "k3"]
     loss = functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high,

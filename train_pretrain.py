@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
         if cfg.tokenizer:
             tokenizer = Tokenizer.load(cfg.tokenizer) if Path(cfg.tokenizer).exists() else Tokenizer.named(cfg.tokenizer)
         else:
-            tokenizer = Tokenizer.train(training, cfg.vocab_size)
+            tokenizer = Tokenizer.train(training, cfg.vocab_size, cfg.quiet)
         config = GPTConfig(tokenizer.vocab_size, **PRESETS[cfg.preset] | {"positions": cfg.positions})
         model = GPT(config, run.generator(cfg.seed, "init")).to(device)
     cfg.require(cfg.length <= model.config.context, "length", f"the model has a context of {model.config.context}")

@@ -1,12 +1,12 @@
-"""Every claim, measured: what people say about these algorithms, and whether it is so.
+"""Common claims about these algorithms, measured.
 
     python -m experiments                   all files of claims, and the table in experiments/README.md
     python -m experiments dpo variance      some of them
     python -m experiments --smoke           everything once and tiny, to see that it runs; nothing is kept
-    python -m experiments --draw            the figures and the table again, from the findings that are kept
+    python -m experiments --draw            only the figures and the table, from the findings that are kept
 
-A file by itself is python -m experiments.variance; the table is this command's alone. Some claims and figures are about the
-models in runs/sft and runs/grpo, which are made first where they are missing.
+python -m experiments.variance runs a single file, without writing the table. Some claims and figures are about the models in
+runs/sft and runs/grpo, which are made first if they are missing.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from nanorl.run import write_atomically
 
 FILES = ("variance", "clipping", "exploration", "leash", "kl", "modes", "dpo", "groups", "power", "voting", "scaling",
          "staleness", "foundations")
-PREFACE = """# What people say, measured
+PREFACE = """# Common claims, measured
 
-Sentences that are repeated about these algorithms, each with an experiment small enough to run while you wait. A claim is
-*confirmed*, *refuted*, or *holds when ...*; the verdict is computed from the numbers, so that changing a line changes it: each
-file names such a line. `python -m experiments` measures all of them, `python -m experiments.dpo` those of one file, and
-`--draw` only draws. `python -m experiments` writes this page; the numbers behind it are in [results](results). Where
-a trained model is measured, `train_pretrain.py --steps 900` and `train_sft.py --steps 300 --lr 2e-3` have made it.
+Claims that are often repeated about these algorithms, each with an experiment small enough to run while you wait. A claim is
+*confirmed*, *refuted*, or *holds when ...*. The verdict is computed from the numbers, and each file names a line whose change
+reverses one. `python -m experiments` measures all claims and writes this page, `python -m experiments.dpo` measures those of
+one file, and `--draw` measures nothing and only redraws. The numbers behind the page are in [results](results). The trained
+models were made by `train_pretrain.py --steps 900` and `train_sft.py --steps 300 --lr 2e-3`.
 
 """
 
@@ -37,7 +37,7 @@ def modules() -> dict[str, ModuleType]:
 
 
 def verdict(finding: Finding) -> str:
-    """In two lines where it depends."""
+    """The verdict in Markdown, on two lines if it depends on conditions."""
     if finding.verdict in ("confirmed", "refuted"):
         return f"**{finding.verdict}**"
     yes, no = ("; ".join(name for name, held in finding.held.items() if held == wanted) for wanted in (True, False))
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for name in args.files:
         if name not in FILES:
-            raise UserError(f"{name!r} is no file of claims; expected some of {', '.join(FILES)}")
+            raise UserError(f"{name!r} is not a file of claims; expected some of {', '.join(FILES)}")
     for name, module in modules().items():
         if name in args.files or not args.files:
             conclude(module, args.smoke, args.draw)

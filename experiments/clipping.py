@@ -1,19 +1,19 @@
 """What the clip of PPO and GRPO does, and what it does not do.
 
-C4   With several updates on each batch, clipping stabilises: fewer runs end with a wrong answer, and no iteration goes far.
+C4   With several updates on each batch, clipping stabilises: fewer runs end on a wrong answer, and no iteration goes far.
 
          J = min(rho A, clip(rho, 1 - eps, 1 + eps) A),        rho = pi(a) / pi_old(a)
 
-C5   With eps = .2, one iteration takes an answer of 10 % to 12 % at most. No clip holds the first update, where all rho are 1;
-     where ten answers are alike and the batch is this one alone, with A = 1, it leads to
+C5   With eps = .2, one iteration can raise a probability of 10 % to at most 12 %. But no clip limits the first update, where
+     all rho are 1: with ten answers alike and a batch of this one alone, with A = 1, it leads to
 
          p' = p e^lr / (1 - p + p e^lr),        beyond 12 % if lr > log(.12 (1 - p) / (.88 p)) = .205
 
-C6   Outside the band the gradient is zero. Against it stands the derivative:
+C6   Outside the band the gradient is zero. The derivative says otherwise:
 
          dJ / dlog pi(a) = 0 if A > 0 and rho > 1 + eps_high, or A < 0 and rho < 1 - eps_low;        else rho A
 
-C4 and C5 are bandits of ten arms that pay 1 with probability .8, .7 and eight times .5, with 16 answers to a batch, z-scores as
+C4 and C5 are bandits of ten arms that pay 1 with probability .8, .7 and eight times .5, with 16 answers per batch, z-scores as
 advantages and plain gradient steps. C6 is autograd on a grid of ratios.
 
 Change `UPDATES = 8` to `UPDATES = 1`: C4 is refuted. Change `high - 1, bound=bound` to `high - 1, bound="none"`: C6 is refuted.
@@ -84,8 +84,8 @@ def c4(smoke):
                                                 and clip["largest KL of an iteration"] < none["largest KL of an iteration"])
         shares.append(f"{clip['end with a wrong arm']:.1%} and {none['end with a wrong arm']:.1%} at {lr:g}")
     return Finding("C4", "Clipping stabilises.", held,
-                   f"{UPDATES} updates to a batch, {seeds} seeds: with the clip and without it, {', '.join(shares)} end with a "
-                   f"wrong arm. The largest KL of an iteration is {clip['largest KL of an iteration']:.2g} and "
+                   f"{UPDATES} updates per batch, {seeds} seeds: with the clip and without it, {', '.join(shares)} of the "
+                   f"runs end on a wrong arm. The largest KL of an iteration is {clip['largest KL of an iteration']:.2g} and "
                    f"{none['largest KL of an iteration']:.2g} nats at {lr:g}",
                    [rows[lr, name] for lr in rates for name in BOUNDS], {"rates": rates, "stuck": stuck})
 
@@ -114,14 +114,14 @@ def c5(smoke):
     first, limit = alone(rates, 1, "clip"), math.log(edge * 0.9 / ((1 - edge) * 0.1))
     gap = float((first - closed[:, 0]).abs().max())
     short, long, large = rows[:3]
-    return Finding("C5", "A clip of .2 lets one iteration take 10 % to 12 % at most.",
+    return Finding("C5", "With a clip of .2, one iteration can raise a probability of 10 % to at most 12 %.",
                    {name: holds and gap < 1e-12 for name, holds in held.items()},
-                   f"{short['updates']} updates of {short['learning rate']:g} do not reach the edge even without a clip: their "
-                   f"largest ratio is {short['without the clip']:.2f}. With {long['updates']} of them, "
+                   f"{short['updates']} updates of {short['learning rate']:g} do not reach the edge even without a clip: "
+                   f"their largest ratio is {short['without the clip']:.2f}. With {long['updates']} of them, "
                    f"{long['iterations beyond 1.2']:.0%} of the iterations end with a ratio beyond 1.2, up to "
-                   f"{long['largest ratio']:.2f}: what answers with A < 0 lose goes to others. Where the answer is alone, one "
-                   f"update is enough from lr = {limit:.3f} on (closed form, to {gap:.0e}); at {large['learning rate']:g} it "
-                   f"takes 10% to {large['10 % becomes']:.0%}", rows,
+                   f"{long['largest ratio']:.2f}: the probability that answers with A < 0 lose goes to others. If the batch "
+                   f"is this answer alone, one update is enough from lr = {limit:.3f} on (closed form, to {gap:.0e}); at "
+                   f"{large['learning rate']:g} it raises 10% to {large['10 % becomes']:.0%}", rows,
                    {"rates": rates[:, 0], "one": first,
                     "eight": {name: alone(rates, 8, bound) for name, bound in BOUNDS.items()}})
 
@@ -158,9 +158,9 @@ def c6(smoke):
     rows = [{"A": A, "ratio": float(told[i]), **{name: float(slope(told, A, *case)[i]) for name, case in CASES.items()}}
             for A in (1.0, -1.0) for i in range(len(told))]
     return Finding("C6", "Outside the band the gradient is zero.", held,
-                   f"it is 0 above the band for A > 0, 0 below it for A < 0 and rho A elsewhere, to {gap:.0e}: "
+                   f"the gradient is 0 above the band for A > 0, 0 below it for A < 0 and rho A elsewhere, to {gap:.0e}: "
                    f"{rows[1]['clip .2/.2']:g} for A = 1 and a ratio of .5, {rows[-1]['clip .2/.2']:g} for A = -1 and a ratio "
-                   "of 10. A mask is closed on both sides", rows, curves)
+                   "of 10. With a mask it is 0 on both sides", rows, curves)
 
 
 def draw(findings, path):

@@ -9,7 +9,7 @@ C17  DPO recovers the policy that RL with a KL penalty would find, if the labels
          pi*(y) = ref(y) e^{r(y) / beta} / Z,        P(i beats j) = sigma(r_i - r_j)
 
 C18  The gradient of DPO is scaled by the derivative of the sigmoid, sigma'(h) = sigma(h) sigma(-h), h the margin. By the chain
-     rule the factor is another:
+     rule the factor is a different one:
 
          grad L = -beta sigma(-h) (grad log pi(w) - grad log pi(l))
 
@@ -17,11 +17,11 @@ C19  DPO raises the probability of the chosen response. With one pair, from a un
 
          log pi = log_softmax(s Phi (phi_w - phi_l)),        s = h / (beta |phi_w - phi_l|^2)
 
-C31  Iterative DPO drifts further from where it began: after k solutions, each the reference of the next,
+C31  Iterative DPO drifts further from where it started: after k solutions, each the reference of the next,
 
          pi_k(y) = ref(y) e^{k r(y) / beta} / Z,        the optimum for beta / k
 
-Exact pairs and their exact shares, but for the drawn labels of C17 and the drawn pairs of C31.
+Exact pairs with their exact shares, except for the drawn labels of C17 and the drawn pairs of C31.
 
 Change `h.sigmoid() * (-h).sigmoid()` to `(-h).sigmoid()`: C18 is confirmed.
 """
@@ -120,9 +120,9 @@ def c16(smoke):
     one, by_length, two = worst.values()
     return Finding("C16", "The partition function cancels: a term of the prompt alone changes neither loss nor gradient.",
                    {case: change < 1e-12 and inverse < 1e-12 for case, change in worst.items()},
-                   f"c(x) of ± 10 moves losses and gradients by {one:.0e} at most, and pi* without its Z has the loss of the "
-                   f"true rewards. Between two prompts c(x) stays, and so it does in ipo and simpo, as c/|w| - c/|l|: losses "
-                   f"move by up to {two:.2g} and {by_length:.2g}", rows)
+                   f"a c(x) of ± 10 changes losses and gradients by {one:.0e} at most, and pi* without its Z has the loss of "
+                   "the true rewards. Between two prompts c(x) does not cancel, nor does it in ipo and simpo, where c/|w| - "
+                   f"c/|l| remains: losses change by up to {two:.2g} and {by_length:.2g}", rows)
 
 
 def expected_kl(log_pi, r, beta, count):
@@ -167,15 +167,15 @@ def c17(smoke):
     lawful = all(abs(mean - 1) < high - low for mean, low, high in ratios)                  # within four standard errors
     exact, many, few, _, certain, *_, tight = rows
     return Finding("C17", "DPO recovers the policy that RL with a KL penalty would find.",
-                   {"labels come in Bradley and Terry's shares": recovered["exact shares"],
-                    "they are many draws from those": lawful,
+                   {"labels have exactly the Bradley-Terry shares": recovered["exact shares"],
+                    "labels are many draws from those": lawful,
                     "a response is in no pair": recovered["one response is in no pair"],
                     "the better one always wins": recovered["the better one always wins"]},
                    f"KL(pi || pi*) is {exact['KL(pi || pi*)']:.0e} with exact shares, {few['KL(pi || pi*)']:.2g} with 1,000 "
-                   f"drawn pairs and {many['KL(pi || pi*)']:.2g} with 100,000, {ratios[0][0]:.2f} of what theory expects. If "
-                   f"the better one always wins, margins grow like {slope:.2f} log t: KL(pi || ref) comes to "
-                   f"{certain['KL(pi || ref)']:.2g} at beta {BETA:g} and {tight['KL(pi || ref)']:.2g} at {4 * BETA:g}, that of "
-                   f"pi* is {certain['KL(pi* || ref)']:.2g} and {tight['KL(pi* || ref)']:.2g}", rows)
+                   f"drawn pairs and {many['KL(pi || pi*)']:.2g} with 100,000, {ratios[0][0]:.2f} of what theory predicts. If "
+                   f"the better one always wins, margins grow like {slope:.2f} log t: KL(pi || ref) reaches "
+                   f"{certain['KL(pi || ref)']:.2g} at beta {BETA:g} and {tight['KL(pi || ref)']:.2g} at {4 * BETA:g}, while "
+                   f"that of pi* is {certain['KL(pi* || ref)']:.2g} and {tight['KL(pi* || ref)']:.2g}", rows)
 
 
 def c18(smoke):
@@ -195,7 +195,7 @@ def c18(smoke):
                    {name: off < 1e-12 and float((measured / derivative - 1)[where].abs().max()) < 0.01
                     for name, where in regions.items()},
                    f"the factor is sigma(-h), to {off:.0e}: {measured[0]:.4f} at h = -10, where the derivative is "
-                   f"{derivative[0]:.0e}. A pair that is ranked wrong keeps its whole gradient", rows,
+                   f"{derivative[0]:.0e}. A pair that is ranked wrong keeps its full gradient", rows,
                    {"h": h, "measured": measured, "sigma(-h)": law, "sigma'(h)": derivative})
 
 
@@ -231,7 +231,7 @@ def c19(smoke):
                    f"with features shared, p(chosen) goes from 0.33 to {shared['p(chosen)']:.1g} while its margin grows to "
                    f"{shared['margin h']:.2g}; with --nll-coef 0.1 it dips to {nll['its lowest']:.2f} and ends at "
                    f"{nll['p(chosen)']:.2f}. Of ten responses with random features in {', '.join(map(str, dims))} dimensions, "
-                   f"the chosen one falls in {', '.join(falls)}", rows, {"paths": paths})
+                   f"the chosen one becomes less likely in {', '.join(falls)}", rows, {"paths": paths})
 
 
 def c31(smoke):
@@ -253,14 +253,15 @@ def c31(smoke):
                          "E[r]": float((path[-1].exp() * r).sum(-1).mean())})
             paths[f"{label}, {name}"] = drift[:: every // 10].mean(1)
     fixed, refreshed, certain, certain_refreshed = rows
-    return Finding("C31", "Iterative DPO drifts further from where it began.",
+    return Finding("C31", "Iterative DPO drifts further from where it started.",
                    {"every round is solved": off < 1e-9 and bool((drifts.diff(dim=0) > 0).all()),
                     "pairs are drawn, at equal steps": refreshed["low"] > fixed["high"],
                     "the better one always wins": certain_refreshed["low"] > certain["high"]},
-                   f"{rounds} solved rounds end in the optimum for beta / {rounds}, to {off:.0e}: {drifts[-1].mean():.2f} nats "
-                   f"from the first reference, {drifts[1].mean():.2f} after one. {rounds * every} steps on drawn pairs come to "
-                   f"{refreshed[column]:.2f} ({refreshed['low']:.2f} to {refreshed['high']:.2f}) with refreshes and to "
-                   f"{fixed[column]:.2f} ({fixed['low']:.2f} to {fixed['high']:.2f}) without", rows,
+                   f"{rounds} rounds, each solved exactly, end at the optimum for beta / {rounds}, to {off:.0e}: "
+                   f"{drifts[-1].mean():.2f} nats from the first reference, {drifts[1].mean():.2f} after one round. "
+                   f"{rounds * every} steps on drawn pairs reach {refreshed[column]:.2f} ({refreshed['low']:.2f} to "
+                   f"{refreshed['high']:.2f}) with refreshes and {fixed[column]:.2f} ({fixed['low']:.2f} to "
+                   f"{fixed['high']:.2f}) without", rows,
                    {"every": every, "exact": drifts.mean(1), "paths": paths})
 
 

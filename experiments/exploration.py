@@ -1,21 +1,21 @@
-"""Exploration: a higher clip for good answers, the collapse of the entropy, and learning after it.
+"""Exploration: an asymmetric clip, the collapse of entropy, and learning after it.
 
-C7   An asymmetric clip, 1 - .2 to 1 + .28, keeps a policy exploring: what is rare and good may grow faster.
+C7   An asymmetric clip, 1 - .2 to 1 + .28, keeps a policy exploring: rare good answers may grow faster.
 
          J = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
 
-C8   Optimising reward collapses the entropy: of ten answers that are equally right one is left, or fewer than two by the
-     effective number, e^H of the policy among them. With an entropy bonus, all of them are alike where it is best:
+C8   Optimising reward collapses the entropy: of ten equally right answers, one is left (fewer than two by the effective number,
+     e^H of the policy among them). With an entropy bonus, the optimal policy gives all of them the same probability:
 
          argmax_pi E[r] + c H(pi) = e^{r / c} / Z
 
-C9   A policy that has collapsed can no longer learn. With two answers and steps along the gradient of E[r], the right one comes
-     from probability p to one half in as many steps as it once came down to p:
+C9   A policy that has collapsed can no longer learn. With two answers and steps along the gradient of E[r], the right one rises
+     from probability p to one half in as many steps as it took to fall to p:
 
          steps = f(L) / lr,      f(L) = L + sinh L,      L = log((1 - p) / p);      and to .9 in (f(L) + f(log 9)) / lr
 
-     For small p that is 1 / (2 p lr). The claim counts as held where the steps grow like a power of 1/p, a tenth of p costing
-     over sqrt(10) times as many, and not where they grow like log(1/p).
+     For small p that is 1 / (2 p lr). The claim counts as true where the steps grow like a power of 1/p (a tenth of p costs
+     more than sqrt(10) times as many), and not where they grow like log(1/p).
 
 C7 and C8 are bandits of 30 answers, C9 one of two, with rewards that are certain and plain gradient steps unless it says Adam.
 
@@ -87,15 +87,16 @@ def c7(smoke):
 
     shares = {case: f"{found[case, 0.2][0]:.0%} and {found[case, HIGH][0]:.0%}" for case in cases}
     return Finding("C7", "An asymmetric clip keeps a policy exploring.",
-                   {"right answers are rare, by the runs that find them": gains(found, "rare"),
-                    "right answers are rare, by entropy": gains(entropy, "rare"),
-                    "advantages are z-scores, by the runs that find them": gains(found, "rare, z-scores"),
-                    "there is one update to a batch": gains(found, "rare, one update") or gains(entropy, "rare, one update"),
-                    "many answers are right, by entropy": gains(entropy, "many")},
-                   f"with eps_high .2 and {HIGH:g}, {shares['rare']} of {seeds} runs find five rare answers that pay more than "
-                   f"the usual one. Where ten answers are right and none is rare, entropy on the way is "
-                   f"{entropy['many', 0.2][0]:.2f} and {entropy['many', HIGH][0]:.2f} nats: what is drawn first grows faster. "
-                   f"With z-scores, which make longer steps, the clip matters less: {shares['rare, z-scores']}", rows,
+                   {"right answers are rare, judged by the runs that find them": gains(found, "rare"),
+                    "right answers are rare, judged by entropy": gains(entropy, "rare"),
+                    "advantages are z-scores, judged by the runs that find them": gains(found, "rare, z-scores"),
+                    "there is one update per batch": gains(found, "rare, one update") or gains(entropy, "rare, one update"),
+                    "many answers are right, judged by entropy": gains(entropy, "many")},
+                   f"with eps_high .2 and {HIGH:g}, {shares['rare']} of {seeds} runs find five rare answers that pay more "
+                   "than the usual one. Where ten answers are right and none is rare, the entropy during training is "
+                   f"{entropy['many', 0.2][0]:.2f} and {entropy['many', HIGH][0]:.2f} nats: the higher clip lets the answers "
+                   "drawn first grow faster. With z-scores, which make longer steps, the clip matters less: "
+                   f"{shares['rare, z-scores']}", rows,
                    {"found": curves["rare"], "left": curves["many"]})
 
 
@@ -135,13 +136,13 @@ def c8(smoke):
         return f"{row['effective right answers']:.2f}"
 
     sampled, uneven, exact, bonus = rows
-    return Finding("C8", "Optimising reward collapses the entropy: of ten right answers one is left.", held,
-                   f"{seeds} seeds, {steps:,} steps: the effective number of right answers is {left(sampled)} by samples and "
-                   f"{left(bonus)} with the bonus, whose optimum is the closed form (gradient {gap:.0e} there). By the exact "
-                   f"gradient it is {left(exact)} from an even start, with a reward of {exact['reward']:.3f} and an entropy of "
-                   f"{exact['entropy']:.2f} nats, and {left(uneven)} from an uneven one. distinct@{N} shows the collapse, "
-                   f"{sampled[f'distinct@{N}']:.1f} by samples for {exact[f'distinct@{N}']:.1f} without; pass@{N} does not, "
-                   f"{sampled[f'pass@{N}']:.2f} throughout", rows,
+    return Finding("C8", "Optimising reward collapses the entropy: of ten right answers, one is left.", held,
+                   f"{seeds} seeds, {steps:,} steps: the effective number of right answers left is {left(sampled)} when "
+                   f"learning from samples and {left(bonus)} with the bonus, whose optimum is the closed form (gradient "
+                   f"{gap:.0e} there). With the exact gradient it is {left(exact)} from a uniform start, with a reward of "
+                   f"{exact['reward']:.3f} and an entropy of {exact['entropy']:.2f} nats, and {left(uneven)} from a "
+                   f"non-uniform one. distinct@{N} shows the collapse, {sampled[f'distinct@{N}']:.1f} from samples instead of "
+                   f"{exact[f'distinct@{N}']:.1f}; pass@{N} does not, with {sampled[f'pass@{N}']:.2f} throughout", rows,
                    {"every": every, "effective": curves})
 
 
@@ -190,10 +191,11 @@ def c9(smoke):
     gap = float((steps[plain] / closed - 1).abs().max())
     return Finding("C9", "A policy that has collapsed can no longer learn.",
                    {case: factor > 10**0.5 and gap < 0.03 for case, factor in factors.items()},
-                   f"from {entropy[-2]:.2g} to {entropy[-1]:.2g} nats, where p falls to a tenth, the plain steps by the exact "
-                   f"gradient become {factors[plain]:.1f} times as many, {steps[plain][-2]:,.0f} to {steps[plain][-1]:,.0f} "
-                   f"(closed form, to {gap:.1%}), Adam's {steps[adam][-2]:.0f} to {steps[adam][-1]:.0f}. By samples Adam has "
-                   f"to draw the right answer first: {factors[drawn]:.1f} times as many", rows,
+                   f"when p falls to a tenth, from an entropy of {entropy[-2]:.2g} to {entropy[-1]:.2g} nats, plain steps "
+                   f"along the exact gradient become {factors[plain]:.1f} times as many, {steps[plain][-2]:,.0f} to "
+                   f"{steps[plain][-1]:,.0f} (closed form, to {gap:.1%}), and Adam's go from {steps[adam][-2]:.0f} to "
+                   f"{steps[adam][-1]:.0f}. From samples, Adam has to draw the right answer first: {factors[drawn]:.1f} times "
+                   "as many", rows,
                    {"entropy": entropy, "steps": steps, "closed": closed})
 
 

@@ -1,11 +1,11 @@
-"""What attention and the loss are built on: a scale, a logarithm, positions.
+"""What attention and the loss are built on: the scale, the logarithm, positions.
 
-C32  Dividing attention's scores by sqrt(d) saves gradients. For q and k of independent coordinates of variance 1, Var(q.k) = d;
-     with scores s = c q.k, c = 1 / sqrt(d) or 1, and weights w = softmax(s),
+C32  Dividing attention's scores by sqrt(d) preserves gradients. For q and k of independent coordinates of variance 1, Var(q.k)
+     = d; with scores s = c q.k, c = 1 / sqrt(d) or 1, and weights w = softmax(s),
 
          dw_i/ds_i = w_i (1 - w_i),        dL/dq = c sum_i dL/ds_i k_i
 
-     Without the division, a large d makes the slope small. But dL/dq has c as a factor, and that is large then.
+     Without the division, a large d makes the slope small. But dL/dq also has the factor c, which is then larger.
 
 C37  A log-probability teaches where a probability stalls. With one logit z and p = sigma(z), the gradients of -log p and 1 - p
      are -(1 - p) and -p (1 - p), and dz/dt = 1 - p or p (1 - p) gets from z0 to z1 in the time T(z1) - T(z0),
@@ -13,8 +13,8 @@ C37  A log-probability teaches where a probability stalls. With one logit z and 
          T(z) = z + e^z  or  2z + e^z - e^-z:        it grows like log 1/p0 or like 1/p0 for a small p0
 
 C38  Without positions there is no word order. Attention that sees everything commutes with any permutation P of the tokens,
-     f(Px) = P f(x). Causal attention does not, because each token sees a prefix. Whoever cannot tell "A bites B." from
-     "B bites A." is right about who bites in half of them at most.
+     f(Px) = P f(x). Causal attention does not, because each token sees a prefix. A model that cannot tell "A bites B."
+     from "B bites A." is right about who bites in at most half of them.
 
 C32 is about random vectors, a random dL/dw, and a GPT that learns to write text byte by byte; C37 about one logit, against its
 closed form, and a linear classifier; C38 about small GPTs, fresh ones and those that are trained to say who bites.
@@ -120,18 +120,18 @@ def c32(smoke):
                          "GPT: nats per byte": loss})
     narrow, wide = rows[-2:]
     begins = rows[5]["GPT: |dL/dW_q|"] / rows[4]["GPT: |dL/dW_q|"]
-    return Finding("C32", "Dividing attention's scores by sqrt(d) saves gradients.",
-                   {"the slope of the weights counts": drift < 0.1 and all(x["slope"] for x in less.values()),
-                    "the mean gradient of the queries counts": all(x["mean"] for x in less.values()),
-                    "the gradients of most queries count and d is 768": less[768]["most"],
-                    "the gradients of most queries count and d is 64 or less": all(less[d]["most"] for d in (4, 16, 64)),
-                    "a GPT's loss counts": all(low > 0 for _, low, _ in behind.values())},
+    return Finding("C32", "Dividing attention's scores by sqrt(d) preserves gradients.",
+                   {"it is judged by the slope of the weights": drift < 0.1 and all(x["slope"] for x in less.values()),
+                    "it is judged by the mean gradient of the queries": all(x["mean"] for x in less.values()),
+                    "it is judged by the gradients of most queries at d = 768": less[768]["most"],
+                    "it is judged by the gradients of most queries at d up to 64": all(less[d]["most"] for d in (4, 16, 64)),
+                    "it is judged by a GPT's loss": all(low > 0 for _, low, _ in behind.values())},
                    f"without it, at d = 768, the mean slope of the weights falls from {narrow['w (1 - w)']:.2g} to "
                    f"{wide['w (1 - w)']:.2g}, and the median gradient of a query from {narrow['|dL/dq|, median']:.2g} to "
                    f"{wide['|dL/dq|, median']:.2g}, but the mean goes from {narrow['|dL/dq|, mean']:.2g} to "
-                   f"{wide['|dL/dq|, mean']:.2g}: a few queries have large ones. A GPT with heads of 64 begins with gradients "
-                   f"of W_q {begins:.1f} times as large, and ends {behind[64][0]:.2f} nats per byte behind "
-                   f"({behind[64][1]:.2f} to {behind[64][2]:.2f}, {seeds} seeds)", rows)
+                   f"{wide['|dL/dq|, mean']:.2g}: a few queries have large ones. A GPT with heads of 64 starts with gradients "
+                   f"of W_q {begins:.1f} times as large, and ends {behind[64][0]:.2f} nats per byte worse ("
+                   f"{behind[64][1]:.2f} to {behind[64][2]:.2f}, {seeds} seeds)", rows)
 
 
 def steps_to_target(parameters, logp_of, signal, optimizer, most):
@@ -195,10 +195,10 @@ def c37(smoke):
     slow, fast = (float(times[signal]["measured"][-1]) for signal in ("1 - p", "-log p"))
     return Finding("C37", "A log-probability teaches where a probability stalls.", held,
                    f"from p = {starts[-1]} to {TARGET}, one logit takes {fast:.0f} units of time with -log p and {slow:.0f} "
-                   f"with 1 - p, within {off:.1%} of the closed form. A classifier takes {bad:.0f} times as many steps with "
-                   f"1 - p from a bad start (or more: in {most:,} steps, {rows[0]['1 - p not done']:.0%} of {seeds} seeds do "
+                   f"with 1 - p, within {off:.1%} of the closed form. A classifier takes {bad:.0f} times as many steps with 1 "
+                   f"- p from a bad start (or more: in {most:,} steps, {rows[0]['1 - p not done']:.0%} of {seeds} seeds do "
                    f"not get there), {fair:.1f} times from a fair one, and {adam:.1f} times ({rows[2]['low']:.1f} to "
-                   f"{rows[2]['high']:.1f}) from the bad one with Adam, which divides out how large gradients are",
+                   f"{rows[2]['high']:.1f}) from the bad one with Adam, which divides out the size of the gradients",
                    rows, {"starts": starts, "times": times})
 
 
@@ -235,9 +235,10 @@ def c38(smoke):
         held[label] = all(row["logits apart"] < 1e-9 and row["best seed"] <= 0.5 for row in chosen)
     blind, causal = rows[2], rows[5]        # three layers that see everything, two that see the past
     return Finding("C38", "Without positions there is no word order.", held,
-                   f"to three layers that see everything, the two sentences are {blind['logits apart']:.0e} apart, and "
-                   f"{blind['who bites, right']:.0%} of the answers are right after {steps} steps. To two causal layers, they "
-                   f"are {causal['logits apart']:.2f} apart, and {causal['who bites, right']:.0%} are right ({seeds} seeds)",
+                   f"in three layers that see everything, the logits of the two sentences are {blind['logits apart']:.0e} "
+                   f"apart, and {blind['who bites, right']:.0%} of the answers are right after {steps} steps. In two causal "
+                   f"layers, they are {causal['logits apart']:.2f} apart, and {causal['who bites, right']:.0%} are right ("
+                   f"{seeds} seeds)",
                    rows)
 
 

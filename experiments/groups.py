@@ -1,11 +1,12 @@
 """Preference losses over a group: winners against losers.
 
 C20  Scaled pairs or means balance one winner against ten losers, each of which is pulled a tenth as hard as the winner. But in
-     a loss of differences the gradients of winners and losers add up to zero, so that on average over either side
+     any loss of differences the gradients of winners and losers add up to zero, so on average over either side
 
          |dL/dr_w| / |dL/dr_l| = N_l / N_w
 
-C21  Scaled pairs or means pull as hard whatever a group is made of. Where all margins are h, its winners are pulled, in all, by
+C21  Scaled pairs or means pull equally hard whatever a group consists of. If all margins are h, its winners are pulled in total
+     by
 
          pairs   N_w N_l sigma(-h)       scaled   sqrt(N_w N_l) sigma(-h / sqrt(N_w N_l))       mean   sigma(-h)       hinge   1
 
@@ -84,7 +85,7 @@ def c20(smoke):
                    {way: balanced[way] for way in CLAIMED},
                    f"the winner is pulled by {summed['winner']:.3g} with summed pairs, {scaled['winner']:.3g} with scaled "
                    f"ones, {means['winner']:.3g} with means, each loser by a tenth of that; at any rewards the ratio is N_l / "
-                   f"N_w, to {off:.0e}. What balances is to divide each gradient by the other side's size: "
+                   f"N_w, to {off:.0e}. What does balance them is to divide each gradient by the size of the other side: "
                    f"{divided['winner']:.3g} and {-divided['each of 10 losers']:.3g}", rows)
 
 
@@ -104,12 +105,12 @@ def c21(smoke):
                     | {"largest / smallest": float(tie.max() / tie.min()), "at the worst h": spread[way]})
         curves[way] = [float(pull(way, torch.zeros(1, 11).double(), groups(n, 11 - n, 1))[0, :n].sum()) for n in range(1, 11)]
     summed, scaled = rows[:2]
-    return Finding("C21", "Scaled pairs or means pull as hard whatever a group is made of.",
+    return Finding("C21", "Scaled pairs or means pull equally hard whatever a group consists of.",
                    {way: spread[way] < 1 + 1e-9 and off < 1e-9 for way in CLAIMED},
                    f"from one winner of eleven to five of ten, at a tie: summed pairs pull by {summed['1 : 10']:.3g} to "
                    f"{summed['5 : 5']:.3g}, scaled ones by {scaled['1 : 10']:.3g} to {scaled['5 : 5']:.3g}, means always by "
                    f"{rows[3]['1 : 10']:.2g}. At large margins scaled pairs differ by up to {scaled['at the worst h']:.2g}, "
-                   f"summed ones by {summed['at the worst h']:.2g}; all by the closed forms, to {off:.0e}", rows, curves)
+                   f"summed ones by {summed['at the worst h']:.2g}; all match the closed forms, to {off:.0e}", rows, curves)
 
 
 def values(loss, r, won):
@@ -137,9 +138,9 @@ def c22(smoke):
     return Finding("C22", "The loss of the pairs is never below that of the means.",
                    {way: bool((gap >= -1e-12).all()) and apart < 1e-12 for way, gap in gaps.items()},
                    f"of {rows[0]['groups']:,} groups, {rows[0]['below the means']} are below with averaged pairs, "
-                   f"{rows[1]['below the means']} with scaled ones, and {rows[2]['below the means']:,} with scaled ones that "
-                   f"are averaged: where the losers lead. Where all margins are equal, averaged pairs and means differ by "
-                   f"{apart:.0e}", rows)
+                   f"{rows[1]['below the means']} with scaled ones, and {rows[2]['below the means']:,} with pairs that are "
+                   "scaled and averaged: where the losers lead. Where all margins are equal, averaged pairs and means differ "
+                   f"by {apart:.0e}", rows)
 
 
 def learn(loss, theta, rewards, won, steps, lr):
@@ -182,12 +183,13 @@ def c23(smoke):
     alone, together, smooth = rows
     held["every prompt has its own parameters"] &= off <= 1 and alone["came back"] == 0
     return Finding("C23", "A hinge is an implicit curriculum: easy prompts reach the margin and drop out for good.", held,
-                   f"with their own, prompts drop out in order, within {off:.2f} steps of the closed form, and end at D of "
-                   f"{alone['smallest D']:.2f} to {alone['largest D']:.2f}; with shared ones {together['came back']:.0%} "
-                   f"({together['low']:.0%} to {together['high']:.0%}) come back, but only for a step now and then: none falls "
-                   f"below {together['lowest D of those']:.2f} again. Under -log sigma none drops out: D ends at "
-                   f"{smooth['smallest D']:.2f} to {smooth['largest D']:.2f}, and {smooth['pull on D ≥ 1']:.0%} of the pull is "
-                   f"on prompts past 1", rows, {"thin": steps // 100, "active": curves})
+                   f"with parameters of their own, prompts drop out in order, within {off:.2f} steps of the closed form, and "
+                   f"end with D at {alone['smallest D']:.2f} to {alone['largest D']:.2f}; with shared parameters "
+                   f"{together['came back']:.0%} ({together['low']:.0%} to {together['high']:.0%}) come back, but only for a "
+                   f"step now and then: none falls below {together['lowest D of those']:.2f} again. Under -log sigma none "
+                   f"drops out: D ends at {smooth['smallest D']:.2f} to {smooth['largest D']:.2f}, and "
+                   f"{smooth['pull on D ≥ 1']:.0%} of the pull is on prompts past 1",
+                   rows, {"thin": steps // 100, "active": curves})
 
 
 def draw(findings, path):

@@ -1,14 +1,14 @@
-"""Where a KL penalty is put, what k3 is worth, and whether sampler and scorer agree.
+"""Where to put a KL penalty, how good an estimator k3 is, and whether sampler and scorer agree.
 
 C11  A KL penalty, in the reward or in the loss, pulls the policy along the gradient of KL(pi || ref) of whole answers. In the
      reward k1 does, and in the loss k2 of the summed log-ratio. Per token, k2 in the loss and k1 or k3 times the ratio follow
 
          E_{y ~ pi}[ sum_t grad KL(pi(.|y_<t) || ref(.|y_<t)) ],  each prefix held fixed,
 
-     which is the same for one token alone; k3 in the loss follows that of KL(ref || pi), and k1 in the loss follows nothing.
+     which is the same for a single token; k3 in the loss follows that of KL(ref || pi), and k1 in the loss follows nothing.
 
 C12  k3 = e^r - 1 - r, r = log(ref/pi) of a token from pi, is a cheap stand-in for the full KL(pi || ref): E_pi[k3] = KL.
-     With log-normal ratios, Var(k1) = 2 KL and Var(k3) = e^{2 KL} - 1 - 2 KL, so that k3 is the less noisy below 0.63 nats.
+     With log-normal ratios, Var(k1) = 2 KL and Var(k3) = e^{2 KL} - 1 - 2 KL, so k3 is the less noisy one below 0.63 nats.
      In a real run, the full KL of every sampled prefix is known as well.
 
 C33  The log-probs of the sampler and those of the scorer agree: every ratio is 1, to 1e-4, the self-check's in float32. What is
@@ -104,7 +104,7 @@ def c11(smoke):
     curves = {name: [float(misses(T, drift, [pair], seeds)[pair][:, 0].mean()) for drift in drifts]
               for name, (T, pair) in lines.items()}
     k2, k3 = (found[3][kl, "loss"][:, 0] for kl in ("k2", "k3"))
-    return Finding("C11", "A KL penalty pulls along the gradient of KL(policy || reference), wherever it is put.", held,
+    return Finding("C11", "A KL penalty pulls along the gradient of KL(policy || reference), wherever it is placed.", held,
                    f"answers of three tokens, logits that differ by 1: per token in the loss, k2 misses the gradient by "
                    f"{k2.mean():.0%} of its length, k3 by {k3.mean():.0%}, k1 by "
                    f"{found[3]['k1', 'loss'][:, 0].mean():.0%}; k1 in the reward misses by no more than "
@@ -194,18 +194,18 @@ def c12(smoke):
     early, late, across, last = float(off[:ten].median()), float(off[ten:].median()), correlation(exact, k3), rows[-1]
     token, token_k1 = ([row[name] for row in rows] for name in ("with k3", "tokens: correlation with k1"))
     return Finding("C12", "k3 is a cheap stand-in for the full KL.",
-                   {"the tokens are the first policy's": worst["first"] < 1e-10,
-                    "the tokens are the second's": worst["second"] < 1e-10,
+                   {"the tokens are sampled from the first policy": worst["first"] < 1e-10,
+                    "the tokens are sampled from the second": worst["second"] < 1e-10,
                     "the policies are close": law < 0.05 and quieter[min(quieter)],
                     "the policies are more than a nat apart": quieter[max(quieter)],
-                    "it is the mean of a rollout, early in a GRPO run": early < 0.1,
-                    "it is the mean of a rollout, late in it": late < 0.1,
-                    "it is of a single token": min(token) >= 0.9},
+                    "it is averaged over a rollout, early in a GRPO run": early < 0.1,
+                    "it is averaged over a rollout, late in the run": late < 0.1,
+                    "it is used for a single token": min(token) >= 0.9},
                    f"E[k3] = KL to {worst['first']:.0e} over the first policy's answers, up to {worst['second']:.0%} off over "
                    f"the second's. With log-normal ratios, k3 needs fewer tokens than k1 below {crossing:.2f} nats. In the "
-                   f"GRPO run, a rollout's mean k3 is off by {early:.0%} (median) up to step 10, by {late:.0%} after, and "
-                   f"correlates with the full KL by {across:.2f}; tokens by {max(token):.2f} at best and {token[-1]:.2f} at "
-                   f"the end (k1: {token_k1[-1]:.2f}), where the median rollout's k3 is "
+                   f"GRPO run, a rollout's mean k3 is off by {early:.0%} (median) up to step 10, by {late:.0%} after, and its "
+                   f"correlation with the full KL is {across:.2f}; for single tokens the correlation is {max(token):.2f} at "
+                   f"best and {token[-1]:.2f} at the end (k1: {token_k1[-1]:.2f}), where the median rollout's k3 is "
                    f"{last['median rollout'] / last['full KL']:.0%} of the KL", rows, curves)
 
 
@@ -254,10 +254,10 @@ def c33(smoke):
     _, outside, masked = list(rows[2].values())[-3:]
     return Finding("C33", "The sampler's log-probs and the scorer's agree: every ratio is 1.",
                    {name: largest < bound and law < bound for name, largest in logs.items()},
-                   f"of {len(log_M):,} log-probs none are further apart than {logs['all is the same']:.0e} where all is the "
-                   f"same, and up to {logs['sampler and scorer are in bfloat16']:.2f} in bfloat16. Sampled at {cool} and "
+                   f"of {len(log_M):,} log-probs, none differ by more than {logs['all is the same']:.0e} where all is the "
+                   f"same, and by up to {logs['sampler and scorer are in bfloat16']:.2f} in bfloat16. Sampled at {cool} and "
                    f"scored at 1, {outside:.0%} of the ratios are outside 0.8 to 1.2, {masked:.2%} outside the mask. With "
-                   f"top-p the ratio is M to {law:.0e}: KL is {float(-log_M.mean()):.4f} nats a token, and k3 says "
+                   f"top-p the ratio is M to {law:.0e}: KL is {float(-log_M.mean()):.4f} nats per token, but k3 says "
                    f"{rows[-1]['mismatch, k3']:.4f}", rows)
 
 

@@ -1,19 +1,20 @@
-"""What a KL leash holds, and what it does not.
+"""What a KL penalty prevents, and what it does not.
 
-C10  A KL leash prevents reward hacking. Answers have gold rewards ~ N(0, 1) and proxies = gold + N(0, 1/4), but for a share h
-     of hacks, proxy 6 and gold -2. The optimum of E[proxy] - beta KL(pi || ref) is pi ~ ref e^{proxy / beta}; for many answers
+C10  A KL penalty prevents reward hacking. Answers have gold rewards ~ N(0, 1) and proxies = gold + N(0, 1/4), except for a
+     share h of hacks, with proxy 6 and gold -2. The optimum of E[proxy] - beta KL(pi || ref) is pi ~ ref e^{proxy / beta}; for
+     many answers
 
          E[gold] = ((1-h) e^{5 / 8 beta^2} / beta - 2 h e^{6 / beta}) / ((1-h) e^{5 / 8 beta^2} + h e^{6 / beta})
 
-     It prevents hacking where E[gold] is highest between the tightest and the loosest leash.
+     It prevents hacking if E[gold] is highest between the smallest and the largest beta.
 
-C28  The more answers best-of-N chooses from, the better the one it gives. With distinct scores F(s)^N - F(s^-)^N is the law of
-     the winner's, a hack wins with probability 1 - (1-h)^N, and KL(best-of-N || ref) <= log N - (N-1)/N.
+C28  The more answers best-of-N chooses from, the better its answer. With distinct scores, the winner's is distributed as
+     F(s)^N - F(s^-)^N, a hack wins with probability 1 - (1-h)^N, and KL(best-of-N || ref) <= log N - (N-1)/N.
 
-C36  Weight decay towards the start is the same leash as KL: equally long moves d of the weights are equal KL, to a tenth.
-     KL = d' F d / 2 + O(d^3), F = diag(ref) - ref ref': that is |d|^2 / 2V for a uniform ref and a d without a mean.
+C36  Weight decay towards the start acts like a KL penalty: moves d of the weights of equal length have equal KL, to a tenth.
+     KL = d' F d / 2 + O(d^3), F = diag(ref) - ref ref': that is |d|^2 / 2V for a uniform ref and a d of mean 0.
 
-Exact sums, but for the PPO runs of C10 and a check of C28 by sampled answers.
+Exact sums, except for the PPO runs of C10 and a check of C28 with sampled answers.
 
 Change `HACKS = 0.01` to `HACKS = 0.0`: C10 is refuted.
 """
@@ -101,16 +102,16 @@ def c10(smoke):
         rows.append(dict(zip(columns, values, strict=True)))
     early = ppo_gold[:, :, 0].mean(1)
     noise = exact["noise"][0].mean(0)
-    return Finding("C10", "A KL leash prevents reward hacking.",
+    return Finding("C10", "A KL penalty prevents reward hacking.",
                    {"a few answers are hacks, at the optimum": found["hacks"][1] and checked,
-                    "a few answers are hacks, by PPO": ppo_held,
+                    "a few answers are hacks, after PPO": ppo_held,
                     "the proxy is only noisy": found["noise"][1]},
-                   f"gold reward is best at beta {betas[best]:.2g}, {mean:.2f} ({low:.2f} to {high:.2f}; closed form "
-                   f"{law(HACKS, betas[best]):.2f}) with {mass[:, best].mean():.0%} hacks, and {gold[:, 0].mean():.2f} at beta "
-                   f"{betas[0]:g}; PPO's best is beta {few[ppo_best]:g}, {ppo_gold[-1, :, ppo_best].mean():.2f}, against "
-                   f"{ppo_gold[-1, :, 0].mean():.2f} without a leash, or {early.max():.2f} if that is stopped after "
-                   f"{int(early.argmax()) + 1} of {steps} steps. With noise alone there is nothing to "
-                   f"prevent, and the leash only costs: gold is best at beta {betas[int(noise.argmax())]:g}, {noise.max():.2f}",
+                   f"gold reward peaks at beta {betas[best]:.2g}, with {mean:.2f} ({low:.2f} to {high:.2f}; closed form "
+                   f"{law(HACKS, betas[best]):.2f}) and {mass[:, best].mean():.0%} hacks, and is {gold[:, 0].mean():.2f} at "
+                   f"beta {betas[0]:g}; PPO does best at beta {few[ppo_best]:g}, with {ppo_gold[-1, :, ppo_best].mean():.2f}, "
+                   f"against {ppo_gold[-1, :, 0].mean():.2f} without a penalty, or {early.max():.2f} if that run is stopped "
+                   f"after {int(early.argmax()) + 1} of {steps} steps. With noise alone there is nothing to prevent, and the "
+                   f"penalty only costs: gold peaks at beta {betas[int(noise.argmax())]:g}, with {noise.max():.2f}",
                    rows,
                    {"beta": betas, "gold": gold.mean(0), "proxy": proxy.mean(0), "noise": noise, "KL": kl.mean(0),
                     "PPO": {"gold": early[:60], "KL": ppo_kl[:60, :, 0].mean(1)}})
@@ -151,12 +152,12 @@ def c28(smoke):
                 worst = max(worst, float(gaps.mean().abs() / (gaps.std() / checked**0.5)))
     (noisy, _), (hacked, kl) = (means[name].T for name in list(models)[1:])
     top = int(hacked.argmax())
-    return Finding("C28", "The more answers best-of-N chooses from, the better the one it gives.",
+    return Finding("C28", "The more answers best-of-N chooses from, the better its answer.",
                    {name: rises and bounded and worst < 4 for name, rises in held.items()},
                    f"with {HACKS:.0%} hacks the best of {numbers[top]:,} is worth {hacked[top]:.2f} at a KL of {kl[top]:.1f} "
-                   f"nats, the best of {numbers[-1]:,} {hacked[-1]:.2f}; with noise alone {noisy[top]:.2f} and "
-                   f"{noisy[-1]:.2f}. KL is {'never' if bounded else 'sometimes'} above log N - (N-1)/N, and {pool} sampled "
-                   f"answers agree with the law to {worst:.1f} standard errors", rows,
+                   f"nats, the best of {numbers[-1]:,} {hacked[-1]:.2f}; with noise alone, these are worth {noisy[top]:.2f} "
+                   f"and {noisy[-1]:.2f}. KL is {'never' if bounded else 'sometimes'} above log N - (N-1)/N, and {pool} "
+                   f"sampled answers agree with the exact distribution to {worst:.1f} standard errors", rows,
                    {"gold": hacked, "KL": kl})
 
 
@@ -213,12 +214,12 @@ def c36(smoke):
     by_decay, by_kl = (kl_divergence(p, z.expand_as(new)) for p in (new, leashed.log()))
     ratio = by_decay / by_kl
     equal["both are trained to the same distance"] = float(torch.minimum(ratio, 1 / ratio).min()) > 0.9
-    return Finding("C36", "Weight decay towards the start is the same leash as KL: equal distance, equal KL.",
+    return Finding("C36", "Weight decay towards the start acts like a KL penalty: equal distance, equal KL.",
                    {name: same and law < 0.1 for name, same in equal.items()},
                    f"KL of short moves from a uniform reference is |d|^2/2V to {law:.1%}, but differs by a factor of "
-                   f"{rows[1]['largest KL'] / rows[1]['smallest KL']:.0f} where the reference is peaked, and is {rescaled:.1g} "
-                   f"where one layer is doubled and one is halved. Trained to the same distance, weight decay leaves "
-                   f"{ratio.mean(0).min():.0f} to {ratio.mean(0).max():.0f} times the KL of the KL leash", rows,
+                   f"{rows[1]['largest KL'] / rows[1]['smallest KL']:.0f} where the reference is peaked, and is "
+                   f"{rescaled:.1g} where one layer is doubled and one is halved. Trained to the same distance, weight decay "
+                   f"leaves {ratio.mean(0).min():.0f} to {ratio.mean(0).max():.0f} times the KL of the KL penalty", rows,
                    {"distance": distance.mean(0), "decay": by_decay.mean(0), "leash": by_kl.mean(0)})
 
 

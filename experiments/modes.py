@@ -1,4 +1,4 @@
-"""Which divergence covers the modes of a teacher, and what fine-tuning makes of pretraining's loss.
+"""Which divergence covers a teacher's modes, and how the loss of fine-tuning differs from that of pretraining.
 
 C13  Forward KL covers, reverse KL seeks. For a teacher p that the student q cannot match:
 
@@ -7,8 +7,8 @@ C13  Forward KL covers, reverse KL seeks. For a teacher p that the student q can
      Of all Gaussians, the first is smallest for the one with p's mean and variance. The second is at most -log w at a mode of
      weight w, and no less if the modes are far apart.
 
-C14  So does distillation: with the forward KL on the teacher's answers a small student covers, with the reverse KL on its own
-     answers it seeks. Where tokens do not see each other, the best a student q can do is
+C14  The same holds in distillation: a small student covers with the forward KL on the teacher's answers, and seeks with the
+     reverse KL on its own. If tokens do not see each other, the best a student q can do is
 
          KL(p || q) = sum_t H(p_t) - H(p),  p_t the marginals,        KL(q || p) = log 2  for one mode of two
 
@@ -16,10 +16,10 @@ C15  SFT is pretraining on other data: the loss is the same. With N_x tokens of 
 
          (N_x + N_y) L_all = N_x L_prompts + N_y L_responses
 
-Coverage is the share of what the teacher says that the student would say, too, with at least a tenth of the probability, and
-precision the same the other way round. In C13, one that covers has a coverage of 90 %, and one that seeks has not, but a
-precision of 90 %; the starts of the descent are random. C14 sums over all answers (experiments/distill.py). C15 fine-tunes the
-default model.
+Coverage is the share of the teacher's answers that the student gives with at least a tenth of the teacher's probability, and
+precision is the same with the two swapped. In C13, a student covers if its coverage is above 90 %; it seeks if its coverage is
+not, but its precision is. The starts of the descent are random. C14 sums over all answers (experiments/distill.py). C15
+fine-tunes the default model.
 
 Change `WIDTH = 0.7` to `WIDTH = 1.2`: C13 holds only when a softmax of rank 2 learns two tokens of each context.
 """
@@ -135,7 +135,7 @@ def c13(smoke):
                    f"the Gaussian with the smallest reverse KL covers {far['coverage']:.0%} of modes {2 * 2.5 / WIDTH:.1f} "
                    f"widths apart (but {far['runs that cover']:.0%} of the starts end in another minimum, which covers both), "
                    f"and {near['coverage']:.0%} of modes {2 * 1.5 / WIDTH:.1f} widths apart. With reverse KL, a softmax of "
-                   f"rank 2 leaves {1 - low['coverage']:.0%} out, one of full rank, which can be the teacher, "
+                   f"rank 2 leaves {1 - low['coverage']:.0%} out, one of full rank, which can represent the teacher, "
                    f"{1 - full['coverage']:.1%}", rows, curves)
 
 
@@ -177,14 +177,14 @@ def c14(smoke):
         return bool((a["modes hit"] == 2).all() and (b["modes hit"] == 1).all() and closer)
 
     covering, _, fixed, seeking = rows[:4]
-    return Finding("C14", "Distilled with the forward KL a student covers, with the reverse KL on its own answers it seeks.",
+    return Finding("C14", "A student distilled with forward KL covers; one distilled with reverse KL on its own answers seeks.",
                    {"the gradient is that of whole answers": off < 0.01 and differ("blind", sequence),
                     "each prefix is held fixed": differ("blind", token),
                     "the student can hold both modes": differ("any table", sequence)},
-                   f"forward: {covering['modes hit']:.1f} modes of 2, and of the student's answers the teacher's log p is "
-                   f"{covering['E_q[log p]']:.1f} nats. Reverse, for whole answers: {seeking['modes hit']:.1f} and "
+                   f"forward KL: {covering['modes hit']:.1f} modes of 2, and the teacher's log p of the student's answers is "
+                   f"{covering['E_q[log p]']:.1f} nats. Reverse KL of whole answers: {seeking['modes hit']:.1f} and "
                    f"{seeking['E_q[log p]']:.1f}; with each prefix held fixed: {fixed['modes hit']:.1f} and "
-                   f"{fixed['E_q[log p]']:.1f}. The KLs are the closed forms to {off:.0e} ({seeds} seeds)", rows)
+                   f"{fixed['E_q[log p]']:.1f}. The KLs match the closed forms to {off:.0e} ({seeds} seeds)", rows)
 
 
 def loss_and_gradient(model, objective, tokens, mask=None):
@@ -256,13 +256,12 @@ def c15(smoke):
     return Finding("C15", "SFT is pretraining on other data: the loss is the same.",
                    {"every token counts": identical and off < 1e-6,
                     "prompts are masked": abs(responses / everything - 1) < 1e-6,
-                    "prompts are masked and what is learned about responses counts": max(-last["low"], last["high"]) < 0.02},
+                    "prompts are masked, judged by the loss on held-out responses": max(-last["low"], last["high"]) < 0.02},
                    f"with a mask of ones, loss and gradient are {'' if identical else 'not '}pretraining's bit by bit; with "
-                   f"prompts masked the loss is {responses:.2f} nats instead of {everything:.2f}, and their part makes up for "
-                   f"it to {off:.0e}. "
-                   f"With the prompts in the loss, held-out responses cost between {min(gaps):+.1%} and {max(gaps):+.1%} on "
-                   f"the way, and {last['relative gap']:+.1%} ({last['low']:+.1%} to {last['high']:+.1%}) after {steps} steps "
-                   f"({seeds} seeds)",
+                   f"prompts masked the loss is {responses:.2f} nats instead of {everything:.2f}, and the prompts' part makes "
+                   f"up the difference to {off:.0e}. With the prompts in the loss, the loss on held-out responses differs by "
+                   f"{min(gaps):+.1%} to {max(gaps):+.1%} during training, and by {last['relative gap']:+.1%} ("
+                   f"{last['low']:+.1%} to {last['high']:+.1%}) after {steps} steps ({seeds} seeds)",
                    rows)
 
 

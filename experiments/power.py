@@ -10,10 +10,10 @@ C25  Metropolis-Hastings over the ends of answers samples p^alpha. An end from p
 
          A = min(1, (p(y') / p(y))^alpha q(y) / q(y'))
 
-     so that ends from the model itself, q = p, are accepted by the power alpha - 1 of their ratio. If q is left out, the chain
-     comes to p^alpha q / Z, which is p^(alpha+1) / Z for q = p; if m is drawn from the current length, to p^alpha |y| / Z.
+     so ends from the model itself, q = p, are accepted by the power alpha - 1 of their ratio. If q is left out, the chain
+     converges to p^alpha q / Z, which is p^(alpha+1) / Z for q = p; if m is drawn from the current length, to p^alpha |y| / Z.
 
-C26  Power sampling brings out a skill that the model has, for fewer tokens than other ways to ask.
+C26  Power sampling brings out a skill that the model has, for fewer tokens than other methods.
 
 C24 and C25 are exact sums over all answers; chains are drawn for the figure. C26 asks the fine-tuned tiny model held-out sums.
 
@@ -75,7 +75,7 @@ def fork(branches):
 
 def c24(smoke):
     alphas, shown, rows, held, curves = [1 + k / 8 for k in range(57)], (2, 4, 8), [], {}, {}
-    for name, branches in (("the right branch has one way on (the other ten)", [(0.4, 1), (0.6, 10)]),
+    for name, branches in (("the right branch has one continuation (the other ten)", [(0.4, 1), (0.6, 10)]),
                            ("the right branch has ten (the other one)", [(0.6, 10), (0.4, 1)]),
                            ("both branches have ten", [(0.4, 10), (0.6, 10)])):
         logits = fork(branches)
@@ -102,11 +102,11 @@ def c24(smoke):
     held["the likeliest answer of a random policy is right"] = all(above_zero)
     sure, unsure, _, random = ((row["power"], row["temperature 1/alpha"]) for row in rows if row["alpha"] == 4)
     return Finding("C24", "Power sampling beats low temperature at pivotal tokens.", held,
-                   f"alpha = 4 takes a branch of probability .4 that goes on in one way, against one that goes on in ten, in "
-                   f"{sure[0]:.1%} of cases, temperature 1/4 in {sure[1]:.1%}. If the other is right, it is {unsure[0]:.1%} "
-                   f"against {unsure[1]:.1%}: power prefers what goes on surely, right or not. On random policies they are "
-                   f"a total variation of {apart[4]:.2f} apart, and the likeliest answer gets {random[0]:.2f} and "
-                   f"{random[1]:.2f}", rows, {"alphas": alphas} | curves)
+                   "alpha = 4 takes a branch of probability .4 with one continuation, rather than one with ten, in "
+                   f"{sure[0]:.1%} of cases, temperature 1/4 in {sure[1]:.1%}. If the other branch is right, these are "
+                   f"{unsure[0]:.1%} and {unsure[1]:.1%}: power prefers the certain continuation, right or not. On random "
+                   f"policies the two are a total variation of {apart[4]:.2f} apart, and give the likeliest answer "
+                   f"{random[0]:.2f} and {random[1]:.2f}", rows, {"alphas": alphas} | curves)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,9 +205,9 @@ def c25(smoke):
                      "spectral gap": float(gap.mean()), "smallest gap": float(gap.min())})
     apart, off = [row["total variation to p^alpha"] for row in rows], max(row["largest error of the law"] for row in rows)
     return Finding("C25", "Metropolis-Hastings over the ends of answers samples p^alpha.", held,
-                   f"the chain comes to the law of the table, to {max(off, 1e-12):.0e}: p^alpha from either kind of ends; "
-                   f"p^(alpha+1) with the exponent alpha, at alpha = 2 a total variation of {apart[4]:.2f} from p^alpha; "
-                   f"p^alpha |y| with positions from the current length, {apart[6]:.2f} from it. At alpha = 2 and 4, "
+                   f"the chain converges to the distribution in the table, to {max(off, 1e-12):.0e}: p^alpha with either kind "
+                   f"of ends; p^(alpha+1) with the exponent alpha, at alpha = 2 a total variation of {apart[4]:.2f} from "
+                   f"p^alpha; p^alpha |y| with positions from the current length, {apart[6]:.2f} from it. At alpha = 2 and 4, "
                    f"{rows[0]['accepted']:.0%} and {rows[1]['accepted']:.0%} of the ends from the model are accepted, "
                    f"{rows[2]['accepted']:.0%} and {rows[3]['accepted']:.0%} of the tempered ones", rows, curves)
 
@@ -240,25 +240,25 @@ def c26(smoke):
 
     names = ("power 4", "majority", "temperature 1/4", "majority at temperature 1/4")
     (power, vote, low, cold), tokens = map(last, names), {name: needed(name) for name in names}
-    return Finding("C26", "Power sampling brings out a skill that the model has, for fewer tokens than other ways to ask.",
+    return Finding("C26", "Power sampling brings out a skill that the model has, for fewer tokens than other methods.",
                    {"it is compared with temperature 1/4, one answer or a vote":
                     tokens["power 4"] < min(tokens["temperature 1/4"], tokens["majority at temperature 1/4"]),
                     "it is compared with a vote at temperature 1": tokens["power 4"] < tokens["majority"],
                     "the skill is missing (sums of four digits)": needed("power 4", 4) < needed("sample", 4)},
-                   f"three digits, one answer {last('sample')['accuracy']:.2f}, greedy {last('greedy')['accuracy']:.2f}: "
-                   f"{power['n']} steps of alpha = 4 bring it to {power['accuracy']:.2f} for {power['tokens']:,.0f} tokens; "
-                   f"temperature 1/4 gives {low['accuracy']:.2f}, a vote of {cold['n']} such answers {cold['accuracy']:.2f} "
-                   f"for {cold['tokens']:,.0f}, one of {vote['n']} at temperature 1 {vote['accuracy']:.2f} for "
-                   f"{vote['tokens']:,.0f}. To be right in nine of ten, power needs {tokens['power 4']:,.0f} and "
-                   f"that vote {tokens['majority']:,.0f}. Four digits: {last('sample', 4)['accuracy']:.2f} before, "
-                   f"{last('power 4', 4)['accuracy']:.2f} after", rows)
+                   f"on sums of three digits, one answer is right in {last('sample')['accuracy']:.2f} of cases, greedy in "
+                   f"{last('greedy')['accuracy']:.2f}: {power['n']} steps of alpha = 4 raise it to {power['accuracy']:.2f} "
+                   f"for {power['tokens']:,.0f} tokens; temperature 1/4 gives {low['accuracy']:.2f}, a vote of {cold['n']} "
+                   f"such answers {cold['accuracy']:.2f} for {cold['tokens']:,.0f} tokens, one of {vote['n']} at temperature "
+                   f"1 {vote['accuracy']:.2f} for {vote['tokens']:,.0f}. To be right nine times in ten, power needs "
+                   f"{tokens['power 4']:,.0f} tokens and that vote {tokens['majority']:,.0f}. Four digits: "
+                   f"{last('sample', 4)['accuracy']:.2f} before, {last('power 4', 4)['accuracy']:.2f} after", rows)
 
 
 def draw(findings, path):
     figure, axes = panels(3)
 
     curves = findings["C24"].curves
-    one, ten = curves["the right branch has one way on (the other ten)"], curves["both branches have ten"]
+    one, ten = curves["the right branch has one continuation (the other ten)"], curves["both branches have ten"]
     axes[0].plot(curves["alphas"], one["power"], color=PALETTE[0], label="power; one way on against ten")
     axes[0].plot(curves["alphas"], ten["power"], color=PALETTE[2], linestyle=":", linewidth=2.5, label="power; ten against ten")
     axes[0].plot(curves["alphas"], one["low"], color=PALETTE[1], linewidth=1, label="temperature 1/alpha; either")

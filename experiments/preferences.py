@@ -83,7 +83,7 @@ def reward_table(logs: list[list[dict]]) -> str:
 
 def stories_table(logs: dict[str, list[list[dict]]], best: list[dict[int, float]]) -> str:
     """The end of each run; its highest hidden reward is above that where a run has gone too far."""
-    lines = ["| | hidden reward | highest on the way | for praise | learned reward, change | KL to the start, nats | "
+    lines = ["| | hidden reward | highest during training | for praise | learned reward, change | KL to the start, nats | "
              "cut at the limit |", "|---|---|---|---|---|---|---|"]
     start = [log[0] for log in logs["PPO"]]
     lines.append(f"| the start | {cell([line['eval/hidden_reward'] for line in start], 2)} | – | "

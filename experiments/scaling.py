@@ -1,4 +1,4 @@
-"""How reward grows with compute, and what the beginning of a run says about its end.
+"""How reward grows with compute, and what the start of a run says about its end.
 
 C29  RL follows an S-curve, a sigmoid in the logarithm of compute, slow, then fast, then saturated,
 
@@ -6,8 +6,8 @@ C29  RL follows an S-curve, a sigmoid in the logarithm of compute, slow, then fa
 
      and a fit to the first part of the compute predicts the ceiling A.
 
-Exact: prompts with pass rates p = sigma(z), a tenth of which can never be solved, each moved by its policy gradient
-dz = lr p (1 - p). The ceiling is the share that can be solved; what is fitted is measured by 500 answers at a time. Then the
+Exact: prompts with pass rates p = sigma(z), a tenth of which can never be solved, each moved by its policy gradient dz = lr p
+(1 - p). The ceiling is the share that can be solved; the reward that is fitted is measured on 500 answers at a time. Then the
 run of `python train_grpo.py`: its reward in training, against the answer tokens sampled before. The fit and its intervals are
 those of nanorl/scaling.py.
 
@@ -105,16 +105,16 @@ def c29(smoke):
         *most, last = (f"{exact[share][column]:.{digits}g}" for share in EARLY[:-1])
         return f"{', '.join(most)} and {last}"
 
-    return Finding("C29", "RL follows an S-curve, and its beginning predicts its ceiling.",
+    return Finding("C29", "RL follows an S-curve, and its early part predicts its ceiling.",
                    {"the whole curve is fitted": distance < 0.05 and exact[1.0]["bend reached"] == 1} | {
                     f"{share:.0%} of {name} predict it": predicts(row[share], count) for name, row, count in
                     (("the exact run", exact, seeds), ("the GRPO run", real, 1)) for share in EARLY[:-1]},
-                   f"no exact curve is further than {distance:.1%} of its rise from its sigmoid. The ceiling predicted from "
-                   f"10, 20 and 40 % of the compute is off by {each('error of the ceiling, median')}, the last rewards seen by "
-                   f"{each('of the last rewards')} (medians); in the GRPO run, whose bend comes later, by "
+                   f"no exact curve deviates from its sigmoid by more than {distance:.1%} of its rise. The ceiling predicted "
+                   f"from 10, 20 and 40 % of the compute is off by {each('error of the ceiling, median')}, the last rewards "
+                   f"seen by {each('of the last rewards')} (medians); in the GRPO run, whose bend comes later, by "
                    f"{real[0.1]['error of the ceiling, median']:.0f}, {real[0.2]['error of the ceiling, median']:.0f} and "
-                   f"{real[0.4]['error of the ceiling, median']:.2g}. The exact curves are no sigmoids: with all the data, the "
-                   f"interval holds the ceiling in {exact[1.0]['interval holds it']:.0%} of the runs",
+                   f"{real[0.4]['error of the ceiling, median']:.2g}. The exact curves are not sigmoids: even with all the "
+                   f"data, the interval contains the ceiling in only {exact[1.0]['interval holds it']:.0%} of the runs",
                    rows, {"compute": compute, "reward": reward, "measured": measured, "ceiling": ceiling, "tokens": tokens,
                           "trained": trained})
 

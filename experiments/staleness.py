@@ -1,18 +1,18 @@
-"""What old data costs.
+"""What stale data cost.
 
 C30  On-policy data are better than stale data. Take samples a of an older policy, A = r - E_old[r] and rho = pi(a) / pi_old(a):
 
-         E_old[rho A grad log pi] = grad E_pi[r]               the ratio makes up for age, if nothing bounds it
-         E_old[A grad log pi] = grad E_old[r] at pi_old        without it, this is the gradient of some updates ago
+         E_old[rho A grad log pi] = grad E_pi[r]               the ratio corrects for age, if nothing bounds it
+         E_old[A grad log pi] = grad E_old[r] at pi_old        without it, this is the gradient at the older policy
 
      A bound gives some of that up for less variance: `clip` has no gradient where rho has left [.8, 1.2] in A's favour, `mask`
-     none outside [1/8, 8], and `truncate` takes rho for 5 where it is larger.
+     none outside [1/8, 8], and `truncate` replaces a larger rho by 5.
 
-First a softmax over ten answers, one of which is worth 1 and the others up to .6: how many updates until the expected reward is
-.95, if each is made with samples that are some updates old? Those before the first one are not counted. Then the default model,
-with train_grpo.py --stale 8: how often is it right after 15 to 20 updates? Fresh data are better where the others cost more
-than 5 % of the updates, or of the answers, with the whole confidence interval over seeds, and not better where they cost less
-with all of it. Between the two, the verdict says nothing.
+First a softmax over ten answers, one of which is worth 1 and the others up to .6: how many updates does it take until the
+expected reward is .95, if each uses samples that are some updates old? The steps before the first update are not counted. Then
+the default model, with train_grpo.py --stale 8: how often is it right after 15 to 20 updates? Fresh data are better if the
+whole confidence interval over seeds of what stale data cost is above 5 % of the updates, or of the answers, and not better if
+all of it is below. If it contains 5 %, the case is left out.
 
 Change `AGES = (8, 32)` to `AGES = (0, 0)`: C30 is refuted.
 """
@@ -129,7 +129,7 @@ def c30(smoke):
             costs[name] = taken / fresh - 1
             measured("table", name, lag, float(taken.mean()), costs[name], share)
         if lag in AGES:
-            held |= decided(f"a table is {lag} updates behind with {{}}", costs)
+            held |= decided(f"a table learns from samples {lag} updates old with {{}}", costs)
     held = {name: outcome and gap < 1e-12 for name, outcome in held.items()}
 
     init, curves, age = stage("sft", smoke), {}, 1 if smoke else AGES[0]
@@ -143,7 +143,7 @@ def c30(smoke):
             costs[name] = paths["on-policy"][:, -last:].mean(-1) - ends
             measured(f"GPT, {lr:g}", name, lag, float(ends.mean()), costs[name], sum(share for _, share in runs) / gpt_seeds)
         del costs["on-policy"]
-        held |= decided(f"a GPT is {age} behind at a learning rate of {lr:g} with {{}}", costs)
+        held |= decided(f"a GPT learns from samples {age} updates old at a learning rate of {lr:g} with {{}}", costs)
         curves[f"{lr:g}"] = {name: path.mean(0) for name, path in paths.items()}
 
     table = {lag: ", ".join(f"{row['updates to .95']:.0f} with {row['bound']}" for row in rows
@@ -152,8 +152,8 @@ def c30(smoke):
                          for name, path in paths.items()) for lr, paths in curves.items()}
     return Finding("C30", "On-policy data are better than stale data.", held,
                    f"a table takes {float(fresh.mean()):.0f} updates with fresh samples; "
-                   + "; ".join(f"{lag} updates behind, {numbers}" for lag, numbers in table.items())
-                   + f" ({seeds} seeds). A GPT ends, {age} updates behind, at a reward of "
+                   + "; ".join(f"with samples {lag} updates old, {numbers}" for lag, numbers in table.items())
+                   + f" ({seeds} seeds). A GPT that learns from samples {age} updates old ends at a reward of "
                    + "; ".join(f"{numbers} at a learning rate of {lr}" for lr, numbers in gpt.items())
                    + f" ({gpt_seeds} seeds)", rows, curves)
 

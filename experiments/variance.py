@@ -4,16 +4,16 @@ C1   A baseline lowers the variance of the policy gradient and keeps its mean: f
 
          g_b = (r(a) - b) grad log pi(a),        E[g_b] = grad E[r],        b* = E[|grad log pi|^2 r] / E[|grad log pi|^2]
 
-C2   In a group of G answers, r_i - mean(r) gives (G-1)/G of the true gradient, leaving r_i out of the mean gives all of it, and
-     dividing by the standard deviation weighs prompts by how hard they are:
+C2   In a group of G answers, r_i - mean(r) gives (G-1)/G of the true gradient, leaving r_i out of the mean gives the true one,
+     and dividing by the standard deviation reweights prompts by their difficulty:
 
          E[1/G sum_i A_i grad log pi(y_i)] = c grad E[r],        c = (G-1)/G,  1,  and a function of the pass rate
 
 C3   A group whose answers are all right or all wrong teaches nothing; that happens with probability p^G + (1-p)^G.
 
-C35  Where every reward is positive, everything is reinforced. It still learns, just noisily: the expected gradient is the same.
+C35  If every reward is positive, everything is reinforced. It still learns, just noisily: the expected gradient is the same.
 
-Exact sums over every action or every group, but for the sampled groups of C3 and the sampled runs of C35.
+Exact sums over every action or every group, except for the sampled groups of C3 and the sampled runs of C35.
 
 Change `BAD = -20.0` to `BAD = 9.5`: C1 is confirmed.
 """
@@ -60,9 +60,9 @@ def c1(smoke):
     held = {f"b is {name}": worst < 1e-12 and max(values) < 1 for name, values in relative.items() if name != "zero"}
     mean = rows[1]["variance, relative to b = 0"]
     return Finding("C1", "A baseline lowers the variance of the policy gradient and keeps its mean.", held,
-                   f"rewards of 10 ± 0.3: the mean reward brings the variance down to {mean:.2g} of what it is without a "
-                   f"baseline, b = {BAD:g} to {rows[3]['variance, relative to b = 0']:.2g} of it; no mean is off by more than "
-                   f"{worst:.0e}", rows)
+                   f"with rewards of 10 ± 0.3, the mean reward as baseline reduces the variance to {mean:.2g} times what it "
+                   f"is without one, and b = {BAD:g} raises it to {rows[3]['variance, relative to b = 0']:.2g} times; no mean "
+                   f"is off by more than {worst:.0e}", rows)
 
 
 def expected_gradient(z, r, advantage, G):
@@ -99,14 +99,16 @@ def c2(smoke):
              for name, c in (("r - mean", lambda G: (G - 1) / G), ("leave one out", lambda G: 1.0))}
     weighs = {G: max(values) > 1.01 * min(values) for G, values in factors.items()}
     easy, hard = (factors[16][rates.index(p)] for p in (0.5, 0.05))
-    return Finding("C2", "Group means give a scaled true gradient, leaving one out the true one, and z-scores weigh prompts.",
-                   {"the mean is taken off": close["r - mean"], "one is left out": close["leave one out"],
-                    "z-scores are of four answers or more": weighs[4] and weighs[8] and weighs[16],
-                    "z-scores are of two and rewards 0 or 1": weighs[2]},
-                   f"(G-1)/G and 1 to 1e-12. z-scores of 16 multiply the gradient of a prompt with pass rate .5 by {easy:.2f}, "
-                   f"with .05 by {hard:.2f}; those of two multiply all by {factors[2][0]:.0f}. Of graded rewards they also "
-                   f"lose the scale (a factor of {scale['z-score', 'graded', 2][0]:.2g} at G = 2), and turn the gradient a "
-                   f"little (1 - cosine {scale['z-score', 'graded', 2][1]:.1g})", rows,
+    return Finding("C2", "Subtracting the group mean scales the true gradient, leave-one-out gives it exactly, and z-scores "
+                   "reweight prompts.",
+                   {"the group mean is subtracted": close["r - mean"], "one is left out": close["leave one out"],
+                    "z-scores are over four answers or more": weighs[4] and weighs[8] and weighs[16],
+                    "z-scores are over two answers and rewards are 0 or 1": weighs[2]},
+                   "the scales are (G-1)/G and 1, to 1e-12. z-scores in groups of 16 multiply the gradient of a prompt with "
+                   f"pass rate .5 by {easy:.2f} and with .05 by {hard:.2f}; in groups of two they multiply all by "
+                   f"{factors[2][0]:.0f}. With graded rewards they also lose the scale (a factor of "
+                   f"{scale['z-score', 'graded', 2][0]:.2g} at G = 2), and rotate the gradient a little (1 - cosine "
+                   f"{scale['z-score', 'graded', 2][1]:.1g})", rows,
                    {"rates": rates, "factors": factors})
 
 
@@ -126,8 +128,8 @@ def c3(smoke):
     return Finding("C3", "Groups that are all right or all wrong carry no signal.",
                    {f"the advantage is {' or '.join(names)}": max(gaps) < 4 and all(silent[name] for name in names)
                     for names in (("center", "leave_one_out", "zscore", "zscore_batch"), ("reward", "positive"))},
-                   f"{count:,} groups each: within {max(gaps):.1f} standard errors of p^G + (1-p)^G everywhere. At p = .1, "
-                   f"eight answers are in vain in {0.1**8 + 0.9**8:.0%} of the groups", rows)
+                   f"with {count:,} groups each, the share without a signal is within {max(gaps):.1f} standard errors of p^G "
+                   f"+ (1-p)^G everywhere. At p = .1, {0.1**8 + 0.9**8:.0%} of the groups of eight answers teach nothing", rows)
 
 
 def learn(seed, baseline, steps, samples=4, lr=0.1):
@@ -156,10 +158,10 @@ def c35(smoke):
     start, plain, centred = 1 / V, rows[0]["pi(best) at the end"], rows[1]["pi(best) at the end"]
     return Finding("C35", "Plain positive rewards still teach, just noisily.",
                    {"it learns": rows[0]["low"] > 2 * start, "it is noisier": rows[0]["std"] > rows[1]["std"]},
-                   f"after {steps:,} steps of four samples, {seeds} seeds: pi(best) from {start:.2f} to {plain:.2f} "
-                   f"({rows[0]['low']:.2f} to {rows[0]['high']:.2f}) with plain rewards, {centred:.2f} "
-                   f"({rows[1]['low']:.2f} to {rows[1]['high']:.2f}) with the expected reward taken off; the standard "
-                   f"deviation over seeds is {rows[0]['std']:.2g} and {rows[1]['std']:.2g}",
+                   f"after {steps:,} steps of four samples, {seeds} seeds: pi(best) from {start:.2f} to {plain:.2f} ("
+                   f"{rows[0]['low']:.2f} to {rows[0]['high']:.2f}) with plain rewards, {centred:.2f} ({rows[1]['low']:.2f} "
+                   f"to {rows[1]['high']:.2f}) with the expected reward subtracted; the standard deviation over seeds is "
+                   f"{rows[0]['std']:.2g} and {rows[1]['std']:.2g}",
                    rows, {"mean": {name: path.mean(0) for name, path in paths.items()},
                           "spread": {name: path.quantile(torch.tensor([0.1, 0.9]), 0) for name, path in paths.items()}})
 

@@ -4,15 +4,15 @@ C27  A majority vote amplifies. Of n answers, each right with probability p and 
 
          P_n = sum_{k > n/2} C(n,k) p^k (1-p)^(n-k) + 1/2 C(n,n/2) (p (1-p))^(n/2),       P_n = P_(n-1) for even n
 
-     are right. That comes to 1 for p > 1/2 and to 0 for p < 1/2. Where there are more ways to be wrong, the likeliest wins.
+     are right. This goes to 1 for p > 1/2 and to 0 for p < 1/2. With more ways to be wrong, the likeliest answer wins.
 
-C34  The best temperature for a vote is not the best one for a single answer. Take policies that know how sure they may be: the
-     right answer is drawn from p_1, their answers at temperature 1. Then those at temperature tau are right with probability
+C34  The best temperature for a vote is not the best one for a single answer. Take calibrated policies: the right answer is
+     drawn from p_1, their distribution at temperature 1. Answers at temperature tau are then right with probability
 
          sum_a p_1(a) p_tau(a),       and a vote of them with       sum_a p_1(a) P(a wins)
 
-The equations are exact sums. The tiny models are asked held-out sums: the fine-tuned one in both claims, that of GRPO in C34.
-One half of the policies, or of the problems, chooses the temperatures of C34, and the other half measures what they are worth.
+The equations are exact sums. The tiny models are asked held-out sums: the fine-tuned one in both claims, the GRPO model in C34.
+Half of the policies, or of the problems, chooses the temperatures of C34, and the other half measures what they are worth.
 
 Change `VOTES = 32` to `VOTES = 2`: C27 is refuted.
 """
@@ -173,13 +173,14 @@ def c34(smoke):
              for way, values in curves["the GRPO model"].items()}
     hot = {way: float(values[TEMPERATURES.index(1.5)]) for way, values in curves["the GRPO model"].items()}
     return Finding("C34", "The best temperature for a vote is not the best one for a single answer.", held,
-                   f"policies that answer in their third token are best at {third['best for one']:g} alone and at "
+                   f"policies that answer in their third token do best at temperature {third['best for one']:g} alone and at "
                    f"{third[f'best for {n}']:g} in a vote of {n}, which gains {third['the vote gains by its own']:.3f} by it "
                    f"({third['low']:.3f} to {third['high']:.3f}); those that answer at once, at {at_once['best for one']:g} "
-                   f"and {at_once[f'best for {n}']:g}. The fine-tuned model is best at {tuned['best for one']:g} and "
+                   f"and {at_once[f'best for {n}']:g}. The fine-tuned model does best at {tuned['best for one']:g} and "
                    f"{tuned[f'best for {n}']:g}, right in {tuned['is right']:.2f} and {tuned['vote is right']:.2f} of cases; "
-                   f"that of GRPO as good at all up to {lasts['one']:g} and {lasts['vote']:g}. A vote bears more: at 1.5, one "
-                   f"answer of GRPO is right in {hot['one']:.2f} of cases, and a vote in {hot['vote']:.2f}",
+                   f"the GRPO model does equally well at all temperatures up to {lasts['one']:g} and {lasts['vote']:g}. A "
+                   f"vote tolerates more: at 1.5, one answer of the GRPO model is right in {hot['one']:.2f} of cases, and a "
+                   f"vote in {hot['vote']:.2f}",
                    rows, curves)
 
 

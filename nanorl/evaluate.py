@@ -1,18 +1,18 @@
-"""How well a checkpoint answers held-out problems, by several ways of spending tokens on them:
+"""How well a checkpoint answers held-out problems, with several ways to spend tokens on them:
 
     python -m nanorl.evaluate runs/sft runs/grpo                                   several runs side by side
     python -m nanorl.evaluate runs/sft --method sample power --alpha 2 4           several methods
     python -m nanorl.evaluate runs/sft --out search.json --plot search.png         kept and drawn
 
 --method            what the answer is
-greedy              the most likely token, always
+greedy              always the most likely token
 sample              one answer at --temperature: the mean over --n of them
-low_temperature     one answer at temperature 1/alpha, for each --alpha: what power is to be compared with
-direct, worked      one answer whose first tokens are forced, so that it answers directly or in steps
-majority            the most frequent of n answers; a tie is settled by a fair draw
-weighted            the same, but each answer's vote weighs its probability
-best_of_n           the best of n answers, by each --scorer; by the verifier it is pass@n
-power               one answer from p(y)^alpha / Z, for each --alpha, by Metropolis-Hastings: after n steps of the chain
+low_temperature     one answer at temperature 1/alpha, for each --alpha: the baseline for power
+direct, worked      one answer whose first tokens are forced, so that it is given directly or worked out
+majority            the most frequent of n answers; ties are broken at random
+weighted            the same, with votes weighted by the probability of the answer
+best_of_n           the best of n answers, by each --scorer; with the verifier it is pass@n
+power               one answer from p(y)^alpha / Z, for each --alpha, after n steps of Metropolis-Hastings
 """
 
 import functools
@@ -41,7 +41,7 @@ from nanorl.tokenizer import Tokenizer
 
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
 
-# Flags that only some methods use: the value where none is given, and those methods.
+# Flags that only some methods use: the default, and those methods.
 ONLY_SOME = {"scorer": (("verifier",), {"best_of_n"}), "alpha": ((2.0, 4.0), {"low_temperature", "power"}),
              "proposal": (("base",), {"power"}), "steps": (128, {"power"}), "chains": (2, {"power"})}
 
@@ -50,35 +50,36 @@ ONLY_SOME = {"scorer": (("verifier",), {"best_of_n"}), "alpha": ((2.0, 4.0), {"l
 class Config(run.DeviceConfig):
     runs: tuple[str, ...]       # runs, checkpoints or pretrained models to compare
     method: tuple[Method, ...] = ("greedy", "sample", "majority", "best_of_n")    # see the table above
-    task: str = ""              # what to ask (default: what the first run was trained on, or else addition)
-    data: str = ""              # JSONL records {"prompt", "answer"}, whose held-out ones are asked instead
-    problems: run.Count = 300   # held-out problems; one that is drawn twice is asked once
-    n: run.Count = 16           # answers to each of them; a method of one answer is averaged over all n
-    temperature: run.Positive = 1.0    # of all methods that do not say otherwise
+    task: str = ""              # the problems to answer (default: the task of the first run, or else addition)
+    data: str = ""              # JSONL records {"prompt", "answer"}, of which the held-out ones are used instead
+    problems: run.Count = 300   # held-out problems; duplicates are dropped
+    n: run.Count = 16           # answers per problem; methods with one answer are averaged over all n
+    temperature: run.Positive = 1.0    # for all methods that do not set their own
     max_new_tokens: run.Count | None = None    # an answer longer than this is cut, and wrong (default: the task's)
-    scorer: tuple[Literal["verifier", "logprob", "reward"], ...] | None = None    # chooses the best of n (default: verifier)
-    reward_model: str = ""      # run of train_reward.py, for --scorer reward
+    scorer: tuple[Literal["verifier", "logprob", "reward"], ...] | None = None    # picks the best of n (default: verifier)
+    reward_model: str = ""      # a run of train_reward.py, for --scorer reward
     alpha: tuple[run.Positive, ...] | None = None    # powers (default: 2 and 4)
-    proposal: tuple[Literal["base", "tempered"], ...] | None = None    # power: new ends at temperature 1 (default) or 1/alpha
+    proposal: tuple[Literal["base", "tempered"], ...] | None = None    # power: proposals at temperature 1 (default) or 1/alpha
     steps: run.Count | None = None    # power: steps of each chain (default: 128)
     chains: run.Count | None = None    # power: chains for each problem (default: 2)
     out: str = ""               # JSON file for the table and the settings
     plot: str = ""              # PNG of accuracy against tokens; needs matplotlib
 
     def __post_init__(self):
-        """Fill the flags that were not given, and refuse those that no method uses."""
+        """Fill in the flags that were not given, and refuse those that no method uses."""
         for flag, (value, methods) in ONLY_SOME.items():
             self.require(getattr(self, flag) is None or methods & set(self.method), f"method {flag}",
-                         f"no method here uses it; expected {' or '.join(sorted(methods))}")
+                         f"none of these methods uses it; expected {' or '.join(sorted(methods))}")
             self.default(flag, value)
-        self.require(("reward" in self.scorer) == bool(self.reward_model), "scorer reward_model", "the one needs the other")
+        self.require(("reward" in self.scorer) == bool(self.reward_model), "scorer reward_model",
+                     "--scorer reward and --reward-model go together; give both or neither")
         self.require(all(1 / alpha < math.inf for alpha in self.alpha), "alpha",
                      "the temperature 1/alpha is not finite; expected numbers above 1e-300")
 
 
 @dataclass
 class Row:
-    """A line of the table."""
+    """A row of the table."""
 
     run: str
     method: str
@@ -92,12 +93,12 @@ class Row:
 def interval(values: Tensor, shares: bool = True) -> tuple[float, float]:
     """95 % confidence interval of the mean of one value per problem.       [P]
 
-    Of shares, Wilson's, which never leaves [0, 1] and is no point where all is right:
+    For shares, Wilson's, which never leaves [0, 1] and keeps a width even if all answers are right:
 
         (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)                   (Wilson 1927; Brown et al. 2001)
 
-    with n = P coin flips; values that are means over several answers vary less, like n = P p(1-p) / Var(values) of them.
-    Of anything else, mean +- z std / sqrt(P).
+    with n = P coin flips; values that are means over several answers vary less, like n = P p(1-p) / Var(values) coin flips.
+    For anything else, mean +- z std / sqrt(P).
     """
     n, mean, variance, z = len(values), float(values.double().mean()), float(values.double().var(correction=0)), 1.96
     if not shares:
@@ -110,9 +111,9 @@ def interval(values: Tensor, shares: bool = True) -> tuple[float, float]:
 
 
 def vote(answers: Answers, n: int, weighted: bool) -> Tensor:
-    """The accuracy of a vote of n: the mean over disjoint votes, as many as there are answers for.       -> [P]
+    """The accuracy of a vote of n: the mean over as many disjoint votes as there are answers for.       -> [P]
 
-    Weighted, an answer's vote is in proportion to its probability as it was sampled.
+    Weighted votes are in proportion to the probability with which the answer was sampled.
     """
     values = []
     for ballots, rewards, logp in zip(answers.ballots, answers.rewards.tolist(), answers.logp.double(), strict=True):
@@ -125,7 +126,7 @@ def vote(answers: Answers, n: int, weighted: bool) -> Tensor:
 
 @dataclass
 class Evaluation:
-    """One run, asked the problems by every method."""
+    """One run, evaluated on the problems with every method."""
 
     cfg: Config
     task: Task
@@ -134,12 +135,12 @@ class Evaluation:
     model: GPT
     tokenizer: Tokenizer
     reward_model: ScalarGPT | None
-    sampling: Sampling  # but for its temperature
+    sampling: Sampling  # all but its temperature
     rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)      # on how the chains have moved
+    notes: list[str] = field(default_factory=list)      # on how the chains moved
 
     def add(self, method: str, n: int, values: Tensor, tokens: Tensor) -> None:
-        """A row, from values and counts of tokens: one for each problem, or several, of which the mean is taken."""
+        """Add a row, from values and token counts: one per problem, or several, which are averaged."""
         values, tokens = (x.double().view(len(self.problems), -1).mean(-1) for x in (values, tokens))
         low, high = interval(values, self.task.verifiable)
         self.rows.append(Row(self.name, method, n, float(values.mean()), low, high, float(tokens.mean())))
@@ -151,20 +152,20 @@ class Evaluation:
 
     @functools.cached_property
     def sampled(self) -> Answers:
-        """What votes and scorers choose from."""
+        """The answers that votes and scorers choose from."""
         return self.answers("sample", self.cfg.n, self.cfg.temperature)
 
     def alone(self, method: str, found: Answers) -> None:
-        """A row for one answer: the mean over all that were sampled."""
+        """Add the row of a method with one answer: the mean over all that were sampled."""
         self.add(method, 1, found.rewards, found.tokens)
 
     def choose(self, method: str, values: Callable[[int], Tensor]) -> None:
-        """Rows for 1, 2, 4, ... of the sampled answers: values(n) [P] is what the vote or the scorer makes of n."""
+        """Add rows for 1, 2, 4, ... of the sampled answers: values(n) [P] is the result of the vote or the scorer on n."""
         for n in doublings(self.cfg.n):
             self.add(method, n, values(n), n * self.sampled.tokens.double().mean(-1))
 
     def walk(self, alpha: float, proposal: str) -> None:
-        """Power sampling: rows after 0, 1, 2, 4, ... steps, and a note."""
+        """Power sampling: add rows after 0, 1, 2, 4, ... steps, and a note."""
         cfg, title, size = self.cfg, f"power {alpha:g}, {proposal}", max(1, ROWS // self.cfg.chains)
         rewards, tokens = ({step: [] for step in (0, *doublings(cfg.steps))} for _ in range(2))
         traces, moved, tried = [], 0, 0
@@ -192,7 +193,7 @@ class Evaluation:
                                + ", ".join(f"{rho[k]:.2f} after {k}" for k in doublings(len(rho) - 1)))
 
     def measure(self) -> None:
-        """Fill the rows: one or several for each method."""
+        """Add the rows, one or more for each method."""
         cfg = self.cfg
         for method in cfg.method:
             match method:
@@ -219,7 +220,7 @@ class Evaluation:
 
 
 def table(rows: list[Row], measured: str) -> str:
-    """Markdown, and aligned for the eye."""
+    """The table in Markdown, with aligned columns."""
     cells = [["run", "method", "n", measured, "95 % interval", "tokens per problem"]]
     cells += [[r.run, r.method, str(r.n), f"{r.value:.3f}", f"{r.low:.3f} to {r.high:.3f}", f"{r.tokens:,.0f}"] for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -228,11 +229,11 @@ def table(rows: list[Row], measured: str) -> str:
 
 
 def load_runs(cfg: Config) -> list[Evaluation]:
-    """Check everything that can be wrong with flags and files, UserError in one sentence; then load the runs."""
+    """Check everything that can be wrong with flags and files (UserError), then load the runs."""
     device = run.find_device(cfg.device)
     for path in filter(None, (cfg.out, cfg.plot)):
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise UserError(f"{path}: not a file that can be written; expected one in a directory that exists")
+            raise UserError(f"{path}: cannot be written; expected a file in a directory that exists")
     if cfg.plot:
         check_can_draw(Path(cfg.plot))
     checkpoints = {path: run.load_checkpoint(path, "policy") for path in cfg.runs}
@@ -243,8 +244,8 @@ def load_runs(cfg: Config) -> list[Evaluation]:
     task = run.choose_task(name, cfg.data, needs_verifier=False)
     comparing = {"majority", "weighted", "direct", "worked"}.intersection(cfg.method)
     if comparing and not task.verifiable:
-        raise UserError(f"--method {min(comparing)}: no answer to {task} is right or wrong; expected another method")
-    problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed)))      # others would count as independent
+        raise UserError(f"--method {min(comparing)}: answers to {task} are not right or wrong; expected another method")
+    problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed)))      # duplicates would count as independent
     sampling = Sampling(cfg.max_new_tokens or default_max_new_tokens(name), compile=run.wants_compile(cfg, device))
     evaluations = []
     for path, checkpoint in checkpoints.items():

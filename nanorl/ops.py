@@ -301,7 +301,8 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, clip_low: flo
 
     logp, old_logp [B, T] nats; adv [B, T] or [B, 1] -> [B, T]. J <= rho A everywhere. The gradient is zero exactly
     where rho has already left the band in A's favour: A > 0 and rho > 1 + clip_high, or A < 0 and rho < 1 - clip_low.
-    That removes the incentive to move further; it does not bound the policy.
+    That removes the incentive to move further; it does not bound the policy. With max in place of min, the flat region would be
+    where rho has left the band against A: what went too far would be pushed on, and what went wrong would not be corrected.
     """
     assert not adv.requires_grad, "advantages are constants: detach them"
     ratio = importance_ratio(logp, old_logp)
@@ -385,6 +386,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
+# A new way is a name here and a branch in token_weights: `--aggregate` and nanorl.checks read this tuple. tests/test_ops.py
+# judges it by its sums and limits, `weight` in tests/test_steps.py is the naive reference of a whole step.
 AGGREGATES = ("token_mean", "sequence_mean", "prompt_mean", "sequence_sum", "constant")
 
 

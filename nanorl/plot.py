@@ -1,10 +1,12 @@
-"""Learning curves of one run or several, as a PNG.        Needs the extra `plot`:  pip install -e ".[plot]"
+"""Learning curves of one or more runs, as a PNG.        Needs the extra `plot`:  pip install -e ".[plot]"
 
     python -m nanorl.plot runs/grpo [runs/other ...] [--out FILE]
-    python -m nanorl.plot --fit runs/grpo       reward against tokens, the sigmoid that fits it, and where that leads
+    python -m nanorl.plot --seeds runs/0/grpo runs/1/grpo runs/2/grpo
+    python -m nanorl.plot --fit runs/grpo       reward against tokens, with a fitted sigmoid and its extrapolation
 """
 
 import itertools
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 @dataclass(frozen=True, kw_only=True)
 class Config:
     runs: tuple[str, ...]    # directories of runs
-    fit: bool = False        # the sigmoid of reward against tokens instead of all curves
-    out: str = ""            # the PNG to write (default: curves.png, or fit.png, in the first run)
+    seeds: bool = False      # the runs differ only in their seed: curves of one metric share a colour and a label
+    fit: bool = False        # draw only reward against tokens, and the sigmoid that fits it
+    out: str = ""            # the PNG to write (default: curves.png, or fit.png, in the directory of the first run)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -34,7 +37,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def pyplot():
-    """matplotlib.pyplot, drawing into files; UserError says how to get it."""
+    """matplotlib.pyplot, set up to draw into files. UserError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -45,47 +48,52 @@ def pyplot():
 
 
 def save(figure, out: Path) -> None:
-    """Write the PNG; no panel has a line above it or to its right."""
+    """Write the PNG, without the frame above and to the right of each panel."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)
     pyplot().close(figure)
 
 
-def draw(runs: list[Path], out: Path) -> None:
+def draw(runs: list[Path], out: Path, seeds: bool = False) -> None:
+    """Draw all curves of these runs, with a panel for each section of plot.toml that has something to show."""
     logs = {str(run): read_metrics(run) for run in runs}
     nonzero = {name for lines in logs.values() for line in lines for name, value in line.items() if value}
     panels = [(title, metrics) for title, metrics in PANELS.items() if not nonzero.isdisjoint(metrics)]
     if not panels:
         raise UserError(f"{', '.join(map(str, runs))}: nothing has been logged yet")
 
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    size = (3.6 * columns, 3.0 * rows)
-    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, (title, metrics) in zip(axes.flat, panels, strict=False):
-        colours = iter(PALETTE * len(logs))
-        for run, lines in logs.items():
+    rows = -(-len(panels) // 4)
+    sizes = [len(panels) // rows + (row < len(panels) % rows) for row in range(rows)]       # panels of each row
+    figure = pyplot().figure(figsize=(3.6 * sizes[0], 3.0 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, math.lcm(*sizes))
+    places = [grid[row, i * grid.ncols // size : (i + 1) * grid.ncols // size] for row, size in enumerate(sizes)
+              for i in range(size)]
+    for place, (title, metrics) in zip(places, panels, strict=True):
+        axis, colours = figure.add_subplot(place), iter(PALETTE * len(logs))
+        for number, (run, lines) in enumerate(logs.items()):
+            colours = iter(PALETTE) if seeds else colours
             for name, label in metrics.items():
                 points = [(line["step"], line[name]) for line in lines if name in line]
                 if not points:
                     continue
                 sparse = name.startswith("eval/")
-                label = label if len(logs) == 1 else f"{run}: {label}"
+                if seeds:
+                    label = label if number == 0 else None
+                elif len(logs) > 1:
+                    label = f"{run}: {label}"
                 axis.plot(*zip(*points, strict=True), color=next(colours), label=label, linewidth=1.8 if sparse else 1.0,
                           marker="o" if sparse else None, markersize=4)
         axis.set(title=title, xlabel="step")
         low, high = min(axis.dataLim.y0, 0), max(axis.dataLim.y1, 0)
         axis.set_ylim(1.05 * low, 1.05 * high if low < high else 1)
-        if len(logs) > 1 or len(axis.lines) > 1:
+        if (len(logs) > 1 and not seeds) or len(metrics) > 1:
             axis.legend(frameon=False, fontsize=8)
-    for axis in list(axes.flat)[len(panels):]:
-        axis.set_visible(False)
     save(figure, out)
 
 
 def draw_search(rows: list[dict], measured: str, out: Path) -> None:
-    """What test-time compute buys: `measured` against tokens per problem, a line for each method, its points joined."""
+    """Draw what test-time compute buys: `measured` against tokens per problem, one line for each method."""
     figure, axis = pyplot().subplots(figsize=(7.2, 4.6), layout="constrained")
     runs, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "method"))
     styles = dict(zip(runs, itertools.cycle(("-", "--", ":", "-.")), strict=False))
@@ -107,27 +115,27 @@ def draw_search(rows: list[dict], measured: str, out: Path) -> None:
 
 
 def reward_by_tokens(lines: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reward of each step of RL, and the answer tokens that had been sampled before it.       -> [n], [n]"""
+    """The reward of each step of RL, and the number of answer tokens sampled before it.       -> [n], [n]"""
     steps = [line for line in lines if "rollout/reward" in line]
     tokens = torch.tensor([0.0, *(line["rollout/tokens"] for line in steps)], dtype=torch.float64).cumsum(0)[:-1]
     return tokens, torch.tensor([line["rollout/reward"] for line in steps], dtype=torch.float64)
 
 
 def describe_fit(fitted: Fit) -> str:
-    """The parameters of the sigmoid, with their intervals; before the bend, only what the data bound."""
+    """The parameters of the sigmoid with their intervals; only bounds, where the data end before the bend."""
     def words(value: float, low: float, high: float) -> str:
         return f"{value:.3g} ({low:.3g} to {high:.3g})"
     floor, ceiling, thousands = fitted.predict(0.0), fitted.predict(torch.inf), fitted.midpoint / 1000
     if fitted.reaches_the_bend:
-        return (f"reward starts at {words(*floor)}, half of the way is done after {words(*fitted.interval(thousands))} "
-                f"thousand tokens, the ceiling is {words(*ceiling)}; B = {words(*fitted.interval(fitted.steepness))}.")
+        return (f"reward starts at {words(*floor)}, the midpoint is at {words(*fitted.interval(thousands))} "
+                f"thousand tokens, and the ceiling is {words(*ceiling)}; B = {words(*fitted.interval(fitted.steepness))}.")
     known = f"anything above {ceiling[1]:.3g}" if fitted.open_above else f"from {ceiling[1]:.3g} to {ceiling[2]:.3g}"
-    return (f"reward starts at {words(*floor)}. The data do not reach the bend: half of the way is done anywhere from "
+    return (f"reward starts at {words(*floor)}. The data do not reach the bend: the midpoint may be anywhere from "
             f"{float(thousands.min()):.3g} thousand tokens on, and the ceiling is {known}.")
 
 
 def draw_fit(runs: list[Path], out: Path) -> None:
-    """Reward against tokens, the sigmoid with its 95 % interval, and dashed what it says about ten times the tokens."""
+    """Draw reward against tokens, and the sigmoid with its 95 % interval, extrapolated (dashed) to ten times the tokens."""
     figure, axis = pyplot().subplots(figsize=(7.2, 4.6), layout="constrained")
     rewards = {run: reward_by_tokens(read_metrics(run)) for run in runs}
     for (run, (tokens, reward)), colour in zip(rewards.items(), itertools.cycle(PALETTE), strict=False):
@@ -151,10 +159,10 @@ def draw_fit(runs: list[Path], out: Path) -> None:
 
 
 def check_can_draw(path: Path) -> None:
-    """UserError where there is no matplotlib, or where it does not write files of this kind."""
+    """UserError if matplotlib is not installed or cannot write files of this kind."""
     kinds = pyplot().FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:] not in kinds:
-        raise UserError(f"{path}: no such kind of picture; expected a name that ends in one of .{', .'.join(sorted(kinds))}")
+        raise UserError(f"{path}: matplotlib cannot write this kind of file; expected one of .{', .'.join(sorted(kinds))}")
 
 
 @user_errors_as_sentences
@@ -164,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out) if cfg.out else runs[0] / ("fit.png" if cfg.fit else "curves.png")
     check_can_draw(out)
     try:
-        (draw_fit if cfg.fit else draw)(runs, out)
+        draw_fit(runs, out) if cfg.fit else draw(runs, out, cfg.seeds)
     except OSError as e:
         raise UserError(str(e)) from None
     print(f"Drew {out}.")

@@ -1,16 +1,16 @@
-"""How reward grows with compute: a sigmoid in the logarithm of compute, with intervals.
+"""How reward grows with compute: a sigmoid in the logarithm of compute, with confidence intervals.
 
     R(C) = R0 + (A - R0) / (1 + (C_mid / C)^B)                                  (ScaleRL, Khatri et al. 2025, eq. 1)
 
-R0 the reward at the start, A the ceiling, C_mid the compute at which half of the way is done, B how steep it is. Given C_mid
-and B, the curve is linear in R0 and A, so that least squares over a grid of the two leaves nothing to a starting point:
+R0 is the reward at the start, A the ceiling, C_mid the compute at the midpoint between them, B the steepness. Given C_mid and
+B, the curve is linear in R0 and A, so least squares over a grid of the two does not depend on a starting point:
 
-    S(C_mid, B) = min over R0, A of sum_i (R_i - R(C_i))^2,        a profile: the smallest sum of squares that is left
+    S(C_mid, B) = min over R0, A of sum_i (R_i - R(C_i))^2,        the profile sum of squares
 
-Whatever follows from a parameter pair with S <= S_min (1 + t^2 / (n - 4)), t the 97.5 % quantile of Student's t with n - 4
-degrees of freedom, is inside of the 95 % interval. Where the data end before the bend, steep curves with a low ceiling and flat
-ones with a high ceiling fit equally well, and the interval of the ceiling says so: it is open above. All of that is for a
-sigmoid with noise of one size; of a curve that is none, the interval knows nothing (experiments/scaling.py).
+The 95 % interval contains all values that follow from a pair with S <= S_min (1 + t^2 / (n - 4)), where t is the 97.5 %
+quantile of Student's t with n - 4 degrees of freedom. If the data end before the bend, steep curves with a low ceiling and flat
+ones with a high ceiling fit equally well, and the interval of the ceiling shows it: it is open above. All of this assumes a
+sigmoid with noise of constant size; if the true curve is not a sigmoid, the interval may miss it (experiments/scaling.py).
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEEP = (0.2, 20.0)     # the B that are considered
-BEYOND = 100.0          # C_mid is sought from a hundredth of the first point's compute to a hundred times the last one's
-GRID = torch.linspace(0, 1, 17, dtype=torch.float64)    # where B is tried between two bounds
+STEEP = (0.2, 20.0)     # the range of B
+BEYOND = 100.0          # C_mid is searched from a hundredth of the first point's compute to a hundred times the last one's
+GRID = torch.linspace(0, 1, 17, dtype=torch.float64)    # where to try B between two bounds
 
 
 def saturation(compute: Tensor, midpoint: Tensor, steepness: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def squares_left(compute: Tensor, reward: Tensor, midpoint: Tensor, steepness: T
 
 
 def best_steepness(compute: Tensor, reward: Tensor, midpoint: Tensor) -> Tensor:
-    """For each C_mid the B with the smallest S, on ever finer grids.       [n], [n], [M] -> [M]"""
+    """For each C_mid the B with the smallest S, found on finer and finer grids.       [n], [n], [M] -> [M]"""
     low, high = (torch.full_like(midpoint, b).log() for b in STEEP)
     for _ in range(7):
         grid = low[:, None] + (high - low)[:, None] * GRID                                  # [M, len(GRID)]
@@ -53,7 +53,7 @@ def best_steepness(compute: Tensor, reward: Tensor, midpoint: Tensor) -> Tensor:
 
 
 def edge(compute: Tensor, reward: Tensor, midpoint: Tensor, steepness: Tensor, limit: float, most: float) -> Tensor:
-    """For each C_mid, how far B may go from its best one towards `limit` before S is more than `most`.       -> [M]"""
+    """For each C_mid, how far B can move from its best value towards `limit` before S exceeds `most`.       -> [M]"""
     inside, outside = steepness.log(), torch.full_like(steepness, limit).log()
     for _ in range(40):
         middle = (inside + outside) / 2
@@ -63,7 +63,7 @@ def edge(compute: Tensor, reward: Tensor, midpoint: Tensor, steepness: Tensor, l
 
 
 def quantile_of_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; within 1 %.       (Abramowitz and Stegun 1964, 26.7.5; 1 and 2 in closed form)"""
+    """The 97.5 % quantile of Student's t, to within 1 %.       (Abramowitz and Stegun 1964, 26.7.5; 1 and 2 in closed form)"""
     if freedom < 3:
         return {1: 12.7062, 2: 4.3027}[freedom]
     z, n = 1.959964, freedom
@@ -73,19 +73,19 @@ def quantile_of_t(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """Cells (C_mid, B) from all over the region that fits the data well enough."""
+    """A grid of pairs (C_mid, B), the cells, that covers the region that fits the data well enough."""
 
     compute: Tensor         # [n] the data
     reward: Tensor          # [n]
     midpoint: Tensor        # [K] C_mid
     steepness: Tensor       # [K] B
     squares: Tensor         # [K] S(C_mid, B)
-    most: float             # the S that an interval allows
-    open_below: bool        # the region goes on to ever smaller C_mid or B: the floor is not known
-    open_above: bool        # it goes on to ever larger C_mid or smaller B: the ceiling is not known
+    most: float             # the largest S inside the interval
+    open_below: bool        # the region extends to arbitrarily small C_mid or B: the floor is unknown
+    open_above: bool        # it extends to arbitrarily large C_mid or small B: the ceiling is unknown
 
     def interval(self, values: Tensor) -> tuple[float, float, float]:
-        """What the best cell says, and the smallest and the largest of all.       [K]"""
+        """The value of the best cell, and the smallest and the largest of all cells.       values [K]"""
         return float(values[self.squares.argmin()]), float(values.min()), float(values.max())
 
     def predict(self, compute: float) -> tuple[float, float, float]:
@@ -107,23 +107,23 @@ class Fit:
 
     @property
     def reaches_the_bend(self) -> bool:
-        """Whether the data go on beyond C_mid, wherever in its interval that is."""
+        """Whether the data extend beyond C_mid, wherever in its interval C_mid lies."""
         return not self.open_above and bool(self.midpoint.max() <= self.compute.max())
 
 
 def fit(compute: Tensor, reward: Tensor) -> Fit:
-    """The sigmoid of reward against compute, by least squares.       [n], [n]
+    """Fit the sigmoid of reward against compute by least squares.       [n], [n]
 
-    ValueError for fewer than six points, or where nothing was spent or nothing changed.
+    ValueError for fewer than six points, or if all compute is zero or all rewards are equal.
     """
     compute, reward = compute.double(), reward.double()
     if len(compute) < 6:
-        raise ValueError(f"{len(compute)} points are too few for a sigmoid, which has four parameters; expected at least six")
+        raise ValueError(f"{len(compute)} points are too few to fit the four parameters of a sigmoid; expected at least six")
     if not (compute > 0).any() or reward.max() == reward.min():
         raise ValueError("nothing to fit; expected rewards that change while compute grows")
     limits = torch.stack((compute[compute > 0].min() / BEYOND, compute.max() * BEYOND)).log()
     box, freedom = limits, len(reward) - 4
-    while True:                     # the midpoints close in on those that fit with their best B, until these fill the box
+    while True:                     # shrink the box of midpoints to those that fit with their best B, until they fill it
         midpoint = torch.linspace(*box.tolist(), 64, dtype=torch.float64).exp()
         steepness = best_steepness(compute, reward, midpoint)
         squares = squares_left(compute, reward, midpoint, steepness)

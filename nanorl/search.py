@@ -1,4 +1,4 @@
-"""Test-time compute: what a policy can do when it may answer more than once. Nothing here trains anything."""
+"""Test-time compute: what a policy can do if it may answer more than once. Nothing here trains anything."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,21 +19,21 @@ from nanorl.sample import Rollout, Sampling, generate
 from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
 
-ROWS, MICRO_BATCH = 1024, 64    # answers that are sampled at a time, and scored: caches and hidden states take memory
+ROWS, MICRO_BATCH = 1024, 64    # answers sampled, and scored, at a time: caches and hidden states take memory
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many answers, of which a scorer picks one, or a vote
+# Many answers, from which a scorer or a vote picks one
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:
-    """What the best-scored of n answers is worth on average, from N >= n sampled ones.       [P, N], [P, N] -> [P]
+    """The expected value of the best-scored of n answers, from N >= n sampled ones.       [P, N], [P, N] -> [P]
 
         sum_i  C(i-1, n-1) / C(N, n)  v_(i)        v_(i) the value of the answer with the i-th lowest score
 
-    That is the exact mean over all choices of n of the N answers, and so unbiased for n fresh ones; among equal scores any
-    may win. Only the order of the scores matters. With values = scores it never falls with n; with 0/1 values and scores it
-    is pass@n.       (Nakano et al. 2021, appendix I; Chen et al. 2021, eq. 1)
+    This is the exact mean over all choices of n of the N answers, and so unbiased for n fresh ones; ties between scores are
+    broken at random. Only the order of the scores matters. With values = scores it never falls with n; with 0/1 values and
+    scores it is pass@n.       (Nakano et al. 2021, appendix I; Chen et al. 2021, eq. 1)
     """
     (scores, values), N = (x.cpu() for x in (scores, values)), scores.shape[-1]
     ties = ((s[:, None] == s).double() for s in scores)                                     # [N, N] of each problem
@@ -43,7 +43,7 @@ def best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:
 
 
 def pass_at_k(right: Tensor, k: int) -> Tensor:
-    """The chance that one of k answers is right, from N >= k answers of which c are right.       [P, N] of 0 and 1 -> [P]
+    """The chance that at least one of k answers is right, from N >= k, of which c are right.       [P, N] of 0 and 1 -> [P]
 
         pass@k = 1 - C(N - c, k) / C(N, k)                                                (Chen et al. 2021, eq. 1)
 
@@ -53,16 +53,16 @@ def pass_at_k(right: Tensor, k: int) -> Tensor:
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n-1)/n: how far best-of-n is from the policy it samples, in nats, at most.     (Beirami et al. 2024)"""
+    """log n - (n-1)/n: an upper bound, in nats, on the KL of best-of-n from the policy.     (Beirami et al. 2024)"""
     return math.log(n) - (n - 1) / n
 
 
 def majority_vote(ballots: Sequence[str | None], weights: Sequence[float] | None = None) -> list[str]:
-    """The answers with the most votes, in alphabetical order: several where they tie, none where nobody has voted.
+    """The answers with the most votes, in alphabetical order: several if they tie, none if there are no votes.
 
         argmax_a sum_i w_i 1[ballot_i = a]          w_i = 1 without weights                 (Wang et al. 2022)
 
-    None is no vote. The order of the ballots does not matter, not even to rounding.
+    A ballot of None does not vote. The order of the ballots does not matter, not even in rounding.
     """
     weights = [1.0] * len(ballots) if weights is None else weights
     votes: dict[str, list[float]] = {}
@@ -75,9 +75,9 @@ def majority_vote(ballots: Sequence[str | None], weights: Sequence[float] | None
 
 def vote_value(ballots: Sequence[str | None], values: Sequence[float], weights: Sequence[float] | None = None,
                ties: Literal["draw", "lost"] = "draw") -> float:
-    """What the winner of a vote is worth on average; equal ballots have equal values. Without a winner, 0.
+    """The expected value of the winner of a vote; equal ballots have equal values. 0 without a winner.
 
-    ties: "draw", one of the tied answers is given, each with the same chance; "lost", a tie gives no answer at all.
+    ties: "draw" picks one of the tied answers, each equally likely; "lost" gives no answer at all.
     """
     winners = majority_vote(ballots, weights)
     if not winners or (ties == "lost" and len(winners) > 1):
@@ -91,7 +91,7 @@ def doublings(most: int) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Asking a model: any number of answers, and ways of answering
+# Asking a model for any number of answers, in a given style
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -99,16 +99,16 @@ Style = Literal["direct", "worked"]
 
 
 def opening(task: Task, tokenizer: Tokenizer, problem: Problem, style: Style) -> list[int]:
-    """The first token ids of a response in this style: up to the first in which a direct and a worked demonstration differ.
-    A model that goes on from there has begun in that style, and is told no more of the solution than that token.
+    """The first token ids of a response in this style, up to the first at which a direct and a worked demonstration differ.
+    A model that continues from there answers in that style, and learns nothing about the solution beyond that token.
 
-    UserError where there are no demonstrations, or where they do not differ.
+    UserError if there are no demonstrations, or if they do not differ.
     """
     direct, worked = (tokenizer.encode(respond(problem, Random(problem.prompt))) for respond in (task.direct, task.work))
     for i, (a, b) in enumerate(zip(direct, worked, strict=False)):
         if a != b:
             return (direct if style == "direct" else worked)[: i + 1]
-    raise UserError(f"{task}: no token tells a worked answer to {problem.prompt!r} from a direct one")
+    raise UserError(f"{task}: the worked and the direct answer to {problem.prompt!r} do not differ")
 
 
 @dataclass
@@ -116,18 +116,18 @@ class Answers:
     """N answers to each of P problems."""
 
     rewards: Tensor             # [P, N]
-    tokens: Tensor              # [P, N] tokens of each, forced ones included
-    logp: Tensor                # [P, N] log-prob of what was sampled, as it was sampled, in nats
-    ballots: list[list[str | None]]    # P lists of N: what each votes for, None if it was cut or has not answered
+    tokens: Tensor              # [P, N] tokens of each, including forced ones
+    logp: Tensor                # [P, N] log-prob of the sampled tokens under the sampling distribution, in nats
+    ballots: list[list[str | None]]    # P lists of N: what each votes for, None if it was cut or has no answer
     learned: Tensor | None      # [P, N] their learned rewards
 
 
 def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
                    seed: int, purpose: str, style: Style | None = None, reward_model: ScalarGPT | None = None,
                    quiet: bool = True) -> Answers:
-    """Sample N = `samples` answers to each problem, as many problems at a time as fit into memory.
+    """Sample N = `samples` answers to each problem, as many problems at a time as fit into ROWS answers.
 
-    With a `style`, the answers are made to begin in it. `purpose` chooses the random stream and names the progress bar.
+    With a `style`, the answers are forced to begin in it. `purpose` selects the random stream and names the progress bar.
     """
     size, shape = max(1, ROWS // samples), (len(problems), samples)
     rewards, tokens, logp, ballots, learned = [], [], [], [], []
@@ -152,7 +152,7 @@ def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, problems: list
                     seed: int, reward_model: ScalarGPT | None = None) -> dict[int, float]:
     """The mean reward of the best of 1, 2, 4, ... `samples` answers to each problem, as the task grades them.
 
-    Chosen by the reward model where there is one, by the task itself otherwise: a verifier, or the hidden reward.
+    The reward model chooses the best if there is one, otherwise the task itself: its verifier, or the hidden reward.
     """
     found = sample_answers(model, tokenizer, task, problems, sampling, samples=samples, seed=seed, purpose="best_of_n",
                            reward_model=reward_model)
@@ -166,32 +166,32 @@ def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, problems: list
 
 
 def power_log_accept(alpha: float, delta_p: Tensor, delta_q: Tensor) -> Tensor:
-    """log of the probability to move from y to y'.       [B], [B] -> [B]
+    """The log of the probability of accepting a move from y to y'.       [B], [B] -> [B]
 
         log A = min(0, alpha delta_p - delta_q)             delta_p = log p(y') - log p(y),  delta_q = log q(y') - log q(y)
 
-    for the target p^alpha / Z and proposals that draw the tokens from position m on again, from q; the tokens before m are
-    common to both, so that their terms cancel. For q = p that is min(0, (alpha - 1) delta_p), so that alpha = 1 always moves;
-    for q = p^alpha / Z_t token by token, the powers cancel and the sum of log Z_t(y') - log Z_t(y) is left.
+    for the target p^alpha / Z and proposals that redraw the tokens from position m on, from q; the tokens before m are common
+    to both, so their terms cancel. For q = p it is min(0, (alpha - 1) delta_p), so with alpha = 1 every move is accepted; for
+    q = p^alpha / Z_t token by token, the powers cancel and the sum of log Z_t(y') - log Z_t(y) is left.
     (Metropolis et al. 1953; Hastings 1970)
     """
     return (alpha * delta_p - delta_q).clamp(max=0.0)
 
 
 def position_weights(T: int) -> Tensor:
-    """P(m) ~ 1 / (m + 1): the first tokens, which decide the most, are drawn again most often.       -> [T]"""
+    """P(m) ~ 1 / (m + 1): the first tokens, which decide the most, are redrawn most often.       -> [T]"""
     weights = 1 / torch.arange(1, T + 1, dtype=torch.float64)
     return weights / weights.sum()
 
 
 @dataclass
 class Chains:
-    """Markov chains side by side, each of them at a whole response to its prompt."""
+    """Markov chains side by side; the state of each is a whole response to its prompt."""
 
-    rollout: Rollout    # where the chains stand; its logp are those of the distribution that proposed the tokens
+    rollout: Rollout    # the states of the chains; its logp are those of the distribution that proposed the tokens
     logp: Tensor        # [B] log p(y) of the responses, in nats
-    proposed: Tensor    # [B] bool: this step proposed something ...
-    accepted: Tensor    # [B] bool: ... and moved there
+    proposed: Tensor    # [B] bool: this step made a proposal ...
+    accepted: Tensor    # [B] bool: ... and accepted it
     sampled: Tensor     # [B] tokens that each chain has sampled so far
 
 
@@ -201,10 +201,10 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
 
     y is a response that ends with a stop token, or is cut at `max_new_tokens`; p is the model at temperature 1. A step draws
     a position m, keeps y_<m and proposes another end, sampled at `temperature`: 1 proposes from p, 1/alpha from the tempered
-    model. m is drawn from all `max_new_tokens` positions, whatever y is, so that its probability cancels also where lengths
-    differ; where y has ended before m there is nothing to draw again, and the chain stays.
+    model. m is drawn from all `max_new_tokens` positions, whatever y is, so that its probability cancels even if lengths
+    differ; if y has ended before m, there is nothing to redraw and the chain stays where it is.
 
-    Yields `chains` chains for each prompt, side by side, as they begin and after each step.
+    Yields `chains` chains for each prompt, side by side, first as they start and then after each step.
     (Karan and Du 2025, "Reasoning with Sampling"; they draw m from the current length, which is only nearly exact)
     """
     starts = [prompt for prompt in prompts for _ in range(chains)]
@@ -214,7 +214,7 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
     def finish(starts: list[list[int]], limits: list[int], step: int) -> tuple[Rollout, Tensor]:
         """Ends for these starts, as rows of T tokens, and log p of the sampled tokens, 0 elsewhere.       -> [R, T-1]
 
-        In float32: the acceptance compares p with q, and in half precision their rounding would decide.
+        In float32: acceptance compares p with q, and in half precision rounding would decide.
         """
         with in_float32(model.head.weight.device):
             y = generate(model, starts, max_new_tokens=limits, temperature=temperature, stop_ids=stop_ids,
@@ -252,11 +252,11 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
 
 
 def autocorrelation(x: Tensor) -> Tensor:
-    """How much a chain remembers after k steps.       x [S, P, C], C chains for each of P prompts over S steps -> [S]
+    """The autocorrelation of chains after k steps.       x [S, P, C], C chains for each of P prompts over S steps -> [S]
 
         rho_k = mean (x_s - mu)(x_{s+k} - mu) / mean (x_s - mu)^2         mu: the mean of a prompt over its chains and steps
 
-    1 at k = 0. Prompts count by their variance; nan where nothing varies.
+    1 at k = 0. Prompts count in proportion to their variance; nan if nothing varies.
     """
     d = x.double() - x.double().mean((0, 2), keepdim=True)
     S = len(d)

@@ -12,11 +12,13 @@ Special tokens stand after the ranks. No text encodes to one, whatever it says: 
 import base64
 import heapq
 import re
-from collections import Counter, defaultdict
-from itertools import chain, pairwise
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import tiktoken
+from tqdm import tqdm
 
 from nanorl.errors import UserError
 
@@ -30,7 +32,7 @@ PATTERN = r" ?[^\W\d_]+| ?(?:[^\w\s]|_)+|\d|\s+"
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
-def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
+def train_bpe(text: str, vocab_size: int, quiet: bool = False) -> dict[bytes, int]:
     """Learn the ranks of a byte-level BPE.         (Sennrich et al. 2016, alg. 1; on bytes: Radford et al. 2019, GPT-2)
 
         repeat   (x, y) = argmax  sum_w n_w * #{adjacent (x, y) in w};    replace every x y by the new token xy
@@ -39,51 +41,57 @@ def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
     so the same text always gives the same ranks. `vocab_size` counts bytes and merges, no special tokens; fewer come
     back when no pair occurs twice any more. A digit is a pre-token of its own, so it has no neighbour to merge with.
 
-    A merge changes only the words that contain its pair, so only these are counted again. No two merges spell the same
-    bytes: inside a longer word, xy has been split just as xy alone would be, and that split is unique.
+    All words stand in one linked list, and a merge costs what it changes, however long a word is; the progress bar appears
+    after a second, unless `quiet`. No two merges spell the same bytes: inside a longer word, xy has been split just as xy
+    alone would be, and that split is unique.
     """
     ranks = {bytes([byte]): byte for byte in range(256)}
+    tokens = list(ranks)
 
-    occurrences = Counter(re.findall(PATTERN, text))
-    words, times = [[bytes([byte]) for byte in word.encode()] for word in occurrences], list(occurrences.values())
-    count, words_with = Counter(), defaultdict(set)
-    for index, word in enumerate(words):
-        for pair in pairwise(word):
-            count[pair] += times[index]
-            words_with[pair].add(index)
+    words, EDGE = Counter(re.findall(PATTERN, text)), 255               # no UTF-8 text has a byte 255
+    joined = b"\xff".join([b"", *(word.encode() for word in words), b""])
+    token = np.frombuffer(joined, np.uint8).astype(np.int64)            # at each place, the rank of the token there
+    before, after = np.arange(len(token)) - 1, np.arange(len(token)) + 1        # the places of its neighbours
+    times = np.array([0, *words.values(), 0])[np.cumsum(token == EDGE)]         # n_w of the word around it
 
-    heap = [(-n, pair) for pair, n in count.items() if n >= 2]          # smallest first: the tie rule comes for free
-    heapq.heapify(heap)
-    while heap and len(ranks) < vocab_size:
-        negative, pair = heapq.heappop(heap)
-        if -negative != count[pair]:
-            continue                                                    # stale: the count has changed since the push
-        ranks[pair[0] + pair[1]] = len(ranks)
+    heap = []       # (-count, pair, its places), the smallest first: the tie rule comes for free
 
-        change = Counter()
-        for index in words_with.pop(pair):
-            for old in pairwise(words[index]):
-                change[old] -= times[index]
-            words[index] = merge(words[index], pair)
-            for new in pairwise(words[index]):
-                change[new] += times[index]
-                words_with[new].add(index)
-        for changed, delta in change.items():
-            count[changed] += delta
-            if delta and count[changed] >= 2:
-                heapq.heappush(heap, (-count[changed], changed))
+    def push(at: np.ndarray) -> None:
+        """Sort these places by the pair that begins there, and put each pair that occurs twice into the heap."""
+        at = at[(token[at] != EDGE) & (token[after[at]] != EDGE)]
+        pairs = token[at] << 32 | token[after[at]]
+        order = pairs.argsort(kind="stable")
+        at, first = at[order], np.flatnonzero(np.diff(pairs[order], prepend=-1))
+        for places, count in zip(np.split(at, first[1:]), np.add.reduceat(times[at], first).tolist(), strict=False):
+            if count >= 2:
+                x, y = token[places[0]], token[after[places[0]]]
+                heapq.heappush(heap, (-count, (tokens[x], tokens[y]), places))
+
+    push(before[1:])                                                    # all but the last, which has no neighbour
+    with tqdm(desc="tokenizer", total=vocab_size, initial=256, disable=quiet, delay=1, leave=False) as bar:
+        while heap and len(tokens) < vocab_size:
+            # All places of a pair are there once its later token is: from then on, other merges can only take some away.
+            negative, (x, y), at = heapq.heappop(heap)
+            at = at[(token[at] == ranks[x]) & (token[after[at]] == ranks[y])]
+            if times[at].sum() < -negative:
+                push(at)                                                # with the count of today
+                continue
+            at = without_overlaps(at, after)
+            taken = after[at]
+            token[at], token[taken] = len(tokens), -1
+            after[at] = after[taken]
+            before[after[at]] = at
+            ranks[x + y] = len(tokens)
+            tokens.append(x + y)
+            push(np.union1d(before[at], at))
+            bar.update()
     return ranks
 
 
-def merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    """Replace every occurrence of the pair by its concatenation, from the left: a a a becomes aa a."""
-    merged = []
-    for token in word:
-        if merged and (merged[-1], token) == pair:
-            merged[-1] += token
-        else:
-            merged.append(token)
-    return merged
+def without_overlaps(at: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Of the places where a pair begins, in order, those to merge from the left: in x x x x every second one."""
+    index, overlaps = np.arange(len(at)), np.append(False, after[at[:-1]] == at[1:])
+    return at[(index - np.maximum.accumulate(np.where(overlaps, 0, index))) % 2 == 0]
 
 
 def parse_ranks(text: str, source: str) -> dict[bytes, int]:
@@ -131,12 +139,12 @@ class Tokenizer:
         self.byte_lengths = {rank: len(token) for token, rank in ranks.items()}
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> "Tokenizer":
+    def train(cls, text: str, vocab_size: int, quiet: bool = False) -> "Tokenizer":
         """Learn a vocabulary of at most `vocab_size` ids, the five special tokens included: 512 gives 507 ranks."""
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise UserError(f"vocab_size is {vocab_size}, expected at least {smallest}: 256 bytes, 5 special tokens")
-        return cls(train_bpe(text, vocab_size - len(SPECIAL_TOKENS)))
+        return cls(train_bpe(text, vocab_size - len(SPECIAL_TOKENS), quiet))
 
     @classmethod
     def named(cls, name: str) -> "Tokenizer":

@@ -14,7 +14,7 @@ from nanorl.checks import BrokenObjective, advantage_bias, check_objective, leng
 from nanorl.checks.__main__ import main
 from nanorl.checks.invariants import ADVANTAGE_INVARIANTS, OBJECTIVE_INVARIANTS
 from nanorl.family import ADVANTAGES, ALGORITHMS
-from nanorl.ops import center, clipped_surrogate, kl_k1, kl_k2, leave_one_out, masked_sum, zscore
+from nanorl.ops import center, clipped_surrogate, kl_k1, kl_k2, kl_k3, leave_one_out, masked_sum, zscore
 from train_grpo import Config, objective
 
 pytestmark = pytest.mark.math
@@ -108,6 +108,112 @@ def test_a_broken_objective_is_told_what_is_broken(fault):
     broken = error.value.report.broken
     assert named <= broken.keys(), error.value
     assert all(f"BROKEN   {name}: " in str(error.value) and len(broken[name]) > 10 for name in named)
+
+
+# ---- Faults of a loss with further terms ----
+
+
+def with_kl(surrogate, kl, weighted=False, detach=False, entropy_coef=0.0, pull=0.0):
+    """L = -sum w [S(rho, A) - 0.04 KL + entropy_coef H - pull logp], the usual loss of GRPO."""
+    def f(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None):
+        logp, old_logp, ref_logp, entropy = (x.masked_fill(~mask, 0.0) for x in (logp, old_logp, ref_logp, entropy))
+        term = kl(logp, ref_logp.detach() if detach else ref_logp)
+        term = term * (logp - old_logp).exp() if weighted else term
+        inside = surrogate(logp, old_logp, adv) - 0.04 * term + entropy_coef * entropy - pull * logp
+        return -(weights * inside).sum(), {}
+    return f
+
+
+def right_clip(logp, old_logp, adv):
+    return clipped_surrogate(logp, old_logp, adv, 0.2, 0.2)
+
+
+def clipped_above_only(logp, old_logp, adv):
+    ratio = (logp - old_logp).exp()
+    return torch.minimum(ratio * adv, ratio.clamp(max=1.2) * adv)
+
+
+def clipped_below_only(logp, old_logp, adv):
+    ratio = (logp - old_logp).exp()
+    return torch.minimum(ratio * adv, ratio.clamp(min=0.8) * adv)
+
+
+def unclipped(logp, old_logp, adv):
+    return (logp - old_logp).exp() * adv
+
+
+def k1_with_the_gradient_of_k2(logp, ref_logp):
+    return kl_k2(logp, ref_logp) - kl_k2(logp, ref_logp).detach() + kl_k1(logp, ref_logp).detach()
+
+
+TERMS = [(kl_k2, False), (kl_k3, False), (kl_k1, True), (kl_k3, True), (k1_with_the_gradient_of_k2, False)]
+every_term = pytest.mark.parametrize("kl, weighted", TERMS, ids=["k2", "k3", "k1 weighted", "k3 weighted", "k1 by k2"])
+
+
+@every_term
+@pytest.mark.parametrize("clip, named", [
+    (clipped_upside_down, {"flat_region", "pessimism"}), (clipped_above_only, {"flat_region"}),
+    (clipped_below_only, {"flat_region"}), (unclipped, {"flat_region"}),
+    (lambda l, o, a: clipped_surrogate(l, o, a, 0.2, 0.21), {"flat_region"}),
+    (lambda l, o, a: right_clip(l, o, -a), {"reinforce", "direction", "flat_region"})],
+    ids=["max for min", "above only", "below only", "none", "another range", "sign"])
+def test_a_kl_term_hides_no_wrong_clip(kl, weighted, clip, named):
+    """And is not called broken itself."""
+    with pytest.raises(BrokenObjective) as error:
+        quick(with_kl(clip, kl, weighted), clip=(0.2, 0.2))
+    assert named <= error.value.report.broken.keys() <= named | {"pessimism"} and not error.value.report.unchecked
+
+
+@every_term
+def test_a_pull_on_every_token_is_not_taken_for_a_kl_term(kl, weighted):
+    with pytest.raises(BrokenObjective) as error:
+        quick(with_kl(right_clip, kl, weighted, pull=0.001), clip=(0.2, 0.2))
+    assert error.value.report.broken.keys() == {"no_advantage", "reinforce"}
+
+
+@every_term
+@pytest.mark.parametrize("detach, entropy_coef", [(False, 0.0), (True, 0.1)])
+def test_a_sound_loss_with_a_kl_term_is_checked_in_full(kl, weighted, detach, entropy_coef):
+    """Also with an entropy bonus, and where the loss detaches ref_logp."""
+    report = check_objective(with_kl(right_clip, kl, weighted, detach, entropy_coef), clip=(0.2, 0.2), examples=30)
+    applies = {i.__name__ for i in OBJECTIVE_INVARIANTS} - {"weighted_score", *(["entropy_term"] if not entropy_coef else [])}
+    assert report.held.keys() == applies and not report.unchecked and any("KL term: " in note for note in report.notes)
+    assert str(report).endswith(f"\n{len(applies)} hold, {18 - len(applies)} do not apply")
+
+
+def test_a_detached_weight_is_checked_beside_other_terms():
+    """CISPO with KL and entropy; and that its weight is live is named in spite of them."""
+    cispo = functools.partial(loss_of(Config(algo="cispo")), kl_coef=0.04, entropy_coef=0.1)
+    assert {"weighted_score", "entropy_term", "reinforce"} <= quick(cispo, detached_weight=True).held.keys()
+
+    def live(logp, *others, ref_logp=None, entropy=None):
+        kl = (others[3] * kl_k3(logp, ref_logp).masked_fill(~others[2], 0.0)).sum()
+        return live_weight(logp, *others)[0] + kl, {}
+    with pytest.raises(BrokenObjective) as error:
+        quick(live, detached_weight=True)
+    assert "weighted_score" in error.value.report.broken
+
+
+def test_the_bias_of_an_aggregation_is_noted_beside_a_kl_term():
+    report = quick(with_kl(right_clip, kl_k1, weighted=True), clip=(0.2, 0.2), aggregate="sequence_mean")
+    assert any("lengths of answers change its direction" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("f, options", [
+    (sound, {}), (loss_of(Config(algo="masked_is")), {}), (with_kl(right_clip, kl_k3), {}),
+    (changed(surrogate=clipped_above_only), {}), (changed(surrogate=clipped_below_only), {}),
+    (loss_of(Config(algo="cispo")), {"detached_weight": True, "clip": (0.2, 4.0)})])
+def test_what_may_apply_and_could_not_be_checked_is_said(f, options):
+    """A ratio that is bounded without a clip range, and a range that no invariant of a detached weight uses."""
+    report = quick(f, **options)
+    assert report.unchecked == {"flat_region", "pessimism"} and str(report).count("UNCHECKED ") == 2
+    assert "2 could not be checked" in str(report).splitlines()[-1]
+
+
+@pytest.mark.parametrize("f, options", [(changed(surrogate=unclipped), {}), (loss_of(Config(algo="reinforce")), {}),
+                                        (loss_of(Config(algo="cispo")), {"detached_weight": True})])
+def test_a_loss_without_a_clip_needs_no_clip_range(f, options):
+    assert not quick(f, **options).unchecked
 
 
 def with_entropy(term):
@@ -241,9 +347,11 @@ def test_the_command_reports_and_exits_with_1_when_something_is_broken(sign, cod
 
 
 @pytest.mark.parametrize("argv, says", [
-    ("nowhere.py:f", "nowhere.py:f: expected FILE.py:NAME"), ("mine.py", "expected FILE.py:NAME"),
+    ("nowhere.py:f", "nowhere.py:f: expected FILE.py:NAME, a file of Python code and a function in it; nowhere.py does not"),
+    ("mine.py", "expected FILE.py:NAME"),
     ("mine.py:", "expected FILE.py:NAME"), (".:f", "expected FILE.py:NAME"), ("mine.txt:objective", "expected FILE.py:NAME"),
-    ("mine.py:other", "no function other"), ("mine.py:number", "no function number"),
+    ("mine.py:other", "no function other (it has objective, short); expected objective("),
+    ("mine.py:number", "no function number"),
     ("mine.py:short", "too many positional arguments; expected objective(logp, old_logp, adv, mask, weights, *"),
     ("mine.py:objective --advantage mine.py:objective", "missing a required argument: 'old_logp'; expected advantage(rewards)"),
     ("mine.v2.py:objective", "two dots"), ("random.py:objective", "another module called random; rename the file"),
@@ -270,12 +378,49 @@ def test_a_file_may_have_neighbours_and_be_called_like_a_module_of_nanorl(tmp_pa
     assert {path.name for path in tmp_path.iterdir()} <= {"run.py", "ops.py", "checks.py", "__pycache__"}
 
 
-@pytest.mark.parametrize("line, error", [("raise ValueError('a mistake')", ValueError), ("open('nowhere.txt')", OSError),
-                                         ("import nowhere", ImportError), ("def f(:", SyntaxError)])
-def test_an_error_in_the_users_file_keeps_its_traceback(line, error, folder):
-    Path("mine.py").write_text(f"{line}\n")
-    with pytest.raises(error):
+@pytest.mark.parametrize("text, says", [
+    (b"\nraise ValueError('a mistake')", "cannot be imported, line 2: ValueError: a mistake"),
+    (b"open('nowhere.txt')", "line 1: FileNotFoundError: "),
+    (b"import nowhere", "line 1: ModuleNotFoundError: No module named"),
+    (b"def f(:", "cannot be imported: SyntaxError: invalid syntax (mine.py, line 1)"), (b"\xff\xd8\x00\x01", "Error: "),
+    (b"A loss that clips.", "SyntaxError: invalid syntax"), (b"{\"loss\": null}", "line 1: NameError: name 'null'"),
+    (b"", "has no function objective (it has none)")])
+def test_a_file_that_cannot_be_imported_is_refused_with_the_reason(text, says, folder, capsys):
+    Path("mine.py").write_bytes(text)
+    with pytest.raises(SystemExit) as exit:
         main(["mine.py:objective"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and says in error and "mine.py:objective: mine.py " in error and error.count("\n") == 1
+
+
+def test_an_objective_that_takes_its_arguments_by_name_is_told_so(folder, capsys):
+    Path("mine.py").write_text("def one(**batch): pass\ndef two(logp, *, old_logp, adv, **more): pass\n"
+                               "def three(logp, old_logp, adv, mask, weights, clip, **more): pass")
+    for name, says in (("one", "one takes by name alone what is given by position"), ("two", "two takes by name alone"),
+                       ("three", "missing a required argument: 'clip'")):
+        with pytest.raises(SystemExit):
+            main([f"mine.py:{name}"])
+        assert says in capsys.readouterr().err
+
+
+def test_an_objective_with_further_keywords_is_checked(folder, capsys):
+    Path("mine.py").write_text("from torch import exp\nfrom train_grpo import objective as its\n"
+                               "def objective(logp, old_logp, adv, mask, weights, **more):\n"
+                               "    return its(logp, old_logp, adv, mask, weights, kl_coef=0.04, **more)")
+    main(["mine.py:objective", "--clip", "0.2", "0.2", "--examples", "5"])
+    assert capsys.readouterr().out.endswith("\n12 hold, 6 do not apply\n")
+    for function, code, says in (("objective", 3, "\n10 hold, 2 could not be checked, 6 do not apply\n"),
+                                 ("exp", 1, "note     nothing else can be checked\nBROKEN   contract")):
+        with pytest.raises(SystemExit) as exit:
+            main([f"mine.py:{function}", "--examples", "5"])
+        assert exit.value.code == code and says in capsys.readouterr().out
+
+
+def test_the_exit_codes_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert all(f" {code} if " in words for code in (0, 1, 2, 3))
 
 
 def test_an_error_inside_the_objective_is_reported(folder, capsys):

@@ -88,7 +88,7 @@ def test_the_named_change_changes_the_verdict(name, old, new, claim, verdict):
 def test_an_unknown_file_is_one_sentence(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["varience"])
-    assert exit.value.code == 2 and "'varience' is no file of claims" in capsys.readouterr().err
+    assert exit.value.code == 2 and "'varience' is not a file of claims" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -268,6 +268,7 @@ def with_a_hole(folder):
     def change(content):
         for token in content["added_tokens"]:
             token["id"] += token["id"] >= TOKENS - 3
+            content["model"]["vocab"][token["content"]] = token["id"]
     change_json(folder / "tokenizer.json", change)
     with_rows(TOKENS + 1, folder)
 

@@ -181,7 +181,8 @@ def learn(pre, alphabet, special=()):
     tokenizer = hf.Tokenizer.from_str(json.dumps(blank))
     trainer = hf.trainers.BpeTrainer(vocab_size=len(alphabet) + len(special) + 300, initial_alphabet=alphabet,
                                      special_tokens=list(special), show_progress=False)
-    tokenizer.train_from_iterator(TEXTS[::4] + WORDS * 3, trainer)
+    stories = (Path(__file__).parent.parent / "data" / "text.txt").read_text(encoding="utf-8")
+    tokenizer.train_from_iterator([stories[:40_000], QWEN3, LLAMA31, *WORDS * 3], trainer)
     return tokenizer
 
 
@@ -341,6 +342,17 @@ def test_stop_ids_are_those_of_all_files_and_the_template(folders, tmp_path):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
         assert read_tokenizer(tmp_path).stop_ids == {special["<|im_end|>"], special["<|endoftext|>"]}
     assert tokenizer.render_response("4") == [*tokenizer.encode("4"), special["<|im_end|>"]]
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    assert read_tokenizer(tmp_path).stop_ids == {special["<|im_end|>"], special["<|endoftext|>"], 7}
+    assert read_tokenizer(tmp_path).end == special["<|im_end|>"], "a base model may name another end than its template has"
+
+
+def test_a_text_begins_with_what_stood_before_the_texts_of_pretraining(folders):
+    for kind, token in (("qwen3", "<|endoftext|>"), ("smollm2", "<|endoftext|>"), ("llama3", "<|begin_of_text|>"),
+                        ("base", "<|endoftext|>")):
+        tokenizer = read_tokenizer(folders[kind])
+        assert tokenizer.bos == tokenizer.special[token]
 
 
 def test_plain_text_of_a_base_model_begins_as_its_tokenizer_begins_a_text(folders):
@@ -410,6 +422,8 @@ def test_a_token_that_no_merges_reach_has_more_than_two_parts():
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"bc": 257, b"abcd": 258}
     assert implied_merges(ranks) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c", b"d")]
     assert all_merges(ranks | {b"abc": 259}) == [(b"a", b"b"), (b"b", b"c"), (b"abc", b"d"), (b"a", b"bc"), (b"ab", b"c")]
+    assert all_merges({b"b": 0, b"c": 1, b"ab": 2, b"bc": 3, b"a": 4, b"abc": 5}) == [
+        (b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"a", b"bc")], "the left part of lower rank comes first"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,6 +455,9 @@ def test_what_is_written_encodes_and_renders_the_same_in_transformers_and_reads_
     assert fast.encode("7") == [ours.bos] * bool(back.template.start) + ours.encode("7")
     if back.template.family != "plain":
         check_rendering(back, fast)
+    if back.template.forget_thoughts:
+        said = [CONVERSATIONS[0][0], {"role": "assistant", "content": "<think>7+5</think>12"}]
+        assert fast.apply_chat_template(said, tokenize=False).endswith("assistant\n<think>7+5</think>12<|im_end|>\n")
 
 
 ASCII = ["What is 7+5?", "  two  spaces\n\nand lines \t", " xyzzy", "don't I'LL 123456"]
@@ -517,7 +534,7 @@ HOSTILE = {
     "a merge of no tokens": (lambda f: f["model"]["merges"].append(["Ġĉ", "ĉĉ"]), "expected each token of several bytes"),
     "merges out of order": (swap_merges, "merge 11 is"),
     "a merge left out": (lambda f: f["model"]["merges"].pop(5), "merge 6 is"),
-    "a token that no merges reach": (append_token("Ġxyzzy"), "merge 301 is None, the ids ask for (b' x', b'y'"),
+    "a token that no merges reach": (append_token("Ġxyzzy"), "merge 301 is None, the ids ask for (b' "),
     "merges of three": (lambda f: f["model"]["merges"][0].append("a"), "merge 1 is"),
     "a merge that is no text": (lambda f: f["model"]["merges"][0].append(7), "not as a tokenizer's file should be (TypeError"),
     "tokens of absurd length": (append_token("a" * 20_000), "tokens of up to 20000 bytes"),
@@ -585,6 +602,17 @@ TOKENIZER_FILES = {
 def test_a_hostile_folder_is_refused_in_one_sentence(folders, tmp_path, files, message):
     copy_edited(folders["qwen3"], tmp_path, **files)
     check_refused(tmp_path, message)
+
+
+def test_older_files_leave_out_what_is_the_default(folders, tmp_path):
+    def change(file):
+        file["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False}
+        file["model"]["merges"] = [" ".join(merge) for merge in file["model"]["merges"]]
+        for key in ("type", "ignore_merges", "byte_fallback"):
+            del file["model"][key]
+
+    copy_edited(folders["base"], tmp_path, change)
+    assert read_tokenizer(tmp_path).state_dict() == read_tokenizer(folders["base"]).state_dict()
 
 
 def test_a_folder_without_a_tokenizer_or_without_an_end_is_refused(folders, tmp_path):

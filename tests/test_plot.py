@@ -1,5 +1,6 @@
 """Learning curves: every metric of a panel that was logged is drawn, and nothing else."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_the_fit_is_drawn_and_said_in_words(tmp_path, capsys):
     plot.main(["--fit", str(run)])
     assert (run / "fit.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
-    numbers = [float(re.search(rf"{words} ([\d.]+)", said)[1]) for words in ("starts at", "done after", "ceiling is")]
+    numbers = [float(re.search(rf"{words} ([\d.]+)", said)[1]) for words in ("starts at", "midpoint is at", "ceiling is")]
     assert numbers == pytest.approx((0.2, 10, 0.9), rel=0.03)
 
 
@@ -100,4 +101,39 @@ def test_a_run_without_rewards_cannot_be_fitted(tmp_path, capsys):
 def test_a_kind_of_picture_that_cannot_be_drawn_is_refused_before_any_work(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         plot.main(["nowhere", "--out", str(tmp_path / "curves.foo")])
-    assert exit.value.code == 2 and "curves.foo: no such kind of picture; expected a name that" in capsys.readouterr().err
+    assert exit.value.code == 2 and "curves.foo: matplotlib cannot write this kind" in capsys.readouterr().err
+
+
+def test_seeds_share_the_colour_and_the_label_of_a_curve(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    runs = [write_run(tmp_path / str(seed), [{"step": 0, "rollout/reward": seed / 4, "eval/accuracy_greedy": 1 - seed / 4}])
+            for seed in (1, 2, 3)]
+    plot.main(["--seeds", *map(str, runs), "--out", str(tmp_path / "curves.png")])
+    [axis] = figures[0].axes
+    curves = {}
+    for line in axis.lines:
+        curves.setdefault(line.get_color(), []).append(line.get_ydata()[0])
+    assert sorted(curves.values()) == [[0.25, 0.5, 0.75], [0.75, 0.5, 0.25]]
+    assert [text.get_text() for text in axis.get_legend().texts] == ["training, sampled", "held out, greedy"]
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_every_row_of_panels_is_full(count, tmp_path, monkeypatch):
+    """Rows of up to four; each reaches from edge to edge, and their sizes differ by at most one."""
+    import matplotlib.pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    names = [next(iter(metrics)) for metrics in plot.PANELS.values()][:count]
+    plot.main([str(write_run(tmp_path / "run", [dict.fromkeys(names, 0.5) | {"step": 0}])), "--out", str(tmp_path / "c.png")])
+    rows = {}
+    for axis in figures[0].axes:
+        place = axis.get_subplotspec()
+        rows.setdefault(place.rowspan.start, []).append((place.colspan.start, place.colspan.stop))
+    columns = figures[0].axes[0].get_subplotspec().get_gridspec().ncols
+    assert sum(map(len, rows.values())) == count and max(map(len, rows.values())) <= 4
+    assert max(map(len, rows.values())) - min(map(len, rows.values())) <= 1
+    for spans in rows.values():
+        assert spans[0][0] == 0 and spans[-1][1] == columns
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))

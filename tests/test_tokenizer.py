@@ -1,7 +1,9 @@
 """The tokenizer loses no character, invents no special token, and agrees with BPE written out naively."""
 
 import base64
+import random
 import re
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -10,6 +12,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
+from tqdm import tqdm
 
 from nanorl.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, train_bpe
 
@@ -32,7 +35,9 @@ pieces = st.sampled_from([*re.findall(PATTERN, CORPUS), *SPECIAL_TOKENS, "0", "1
 rich_text = st.lists(pieces | st.text(max_size=3), max_size=30).map("".join)
 agreed_text = st.lists(pieces | st.text(agreed, max_size=3), max_size=30).map("".join)
 any_text = st.text() | rich_text
-training_text = st.text("ab ", max_size=80) | st.text("abc _1\né", max_size=80) | st.text(agreed, max_size=40)
+runs = st.lists(st.tuples(st.sampled_from("aabé日. \n"), st.integers(1, 9)), max_size=25).map(
+    lambda parts: "".join(character * times for character, times in parts))
+training_text = st.text("ab ", max_size=80) | st.text("abc _1\né", max_size=80) | st.text(agreed, max_size=40) | runs
 
 
 # The definitions, written with no regard for speed.
@@ -111,6 +116,24 @@ def test_training_on_the_corpus_equals_counting_everything_anew():
 def test_ties_go_to_the_smaller_pair_of_byte_strings():
     """Every pair occurs twice: (a, b) before (b, c) before (d, e), and then (ab, c) before (d, e)."""
     assert list(train_bpe("de1abc2de3abc", 259))[256:] == [b"ab", b"abc", b"de"]
+
+
+@pytest.mark.parametrize("alphabet", ["ACGT", "天地玄黃宇宙洪荒日月盈昃辰宿列張", "+-*/=<>"])
+def test_a_long_word_costs_what_its_merges_change(alphabet):
+    """300,000 characters without a space, in a second; counting the word anew at each merge took a minute."""
+    text, started = "".join(random.Random(0).choices(alphabet, k=300_000)), time.process_time()
+    assert len(train_bpe(text, 507, quiet=True)) == 507 and time.process_time() - started < 15
+
+
+def test_the_progress_bar_counts_tokens_and_can_be_turned_off(monkeypatch, capsys):
+    """It appears after a second; here at once."""
+    monkeypatch.setattr("nanorl.tokenizer.tqdm", lambda **options: tqdm(**options | {"delay": 0, "mininterval": 0}))
+    Tokenizer.train(CORPUS, VOCAB_SIZE)
+    n_ranks = VOCAB_SIZE - len(SPECIAL_TOKENS)
+    error = capsys.readouterr().err
+    assert f" 256/{n_ranks} " in error and f" {n_ranks}/{n_ranks} " in error
+    Tokenizer.train(CORPUS, VOCAB_SIZE, quiet=True)
+    assert capsys.readouterr().err == ""
 
 
 @given(training_text | rich_text)

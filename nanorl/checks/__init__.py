@@ -10,6 +10,10 @@ An objective is a function with the arguments that train_grpo.py gives to its ow
 logp, old_logp, ref_logp, entropy, mask, weights [B, T]; adv [B, 1]; loss a scalar to minimise; metrics detached scalars that
 add up over micro-batches, except that names ending in _max or _min take the maximum or the minimum.
 
+The command's exit code is 0 if all that applies holds, 1 if something is broken, 2 if there is nothing to check (no such file
+or function, a wrong flag), and 3 if nothing is broken, but something that may apply could not be checked: the report calls it
+UNCHECKED and says why. Terms such as KL and entropy are taken off where an invariant is about the rest of the loss.
+
     cases.py         the random batches and rewards that an objective is checked with
     invariants.py    what must hold for every objective and every advantage
     exact.py         what an algorithm is free to choose, measured by enumeration: bias, length bias, divergence

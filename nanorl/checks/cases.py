@@ -71,7 +71,7 @@ class Batch:
         return replace(self, **{name: x[:, index] for name, x in vars(self).items() if name != "adv"})
 
     def at_reference(self) -> "Batch":
-        """The same batch with the policy still equal to its reference, where a KL term has no gradient."""
+        """The same batch with the policy still equal to its reference, where a KL term is 0."""
         return replace(self, ref_logp=self.logp)
 
     def on_policy(self) -> "Batch":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from nanorl.checks.invariants import Broken, close, numbers
+from nanorl.checks.invariants import Broken, close, numbers, policy_term
 from nanorl.ops import token_weights
 from nanorl.tabular import fixed_prefix_kl, leaf, log_probs, randn, reward_gradient, sequence_kl, sequence_probs, sequences
 
@@ -33,7 +33,7 @@ def length_bias(f: Callable, aggregate: str) -> str:
         weights = token_weights(mask[pair], torch.zeros(2, dtype=torch.int64), aggregate, max_new_tokens=2).double()
         adv = (r[pair] - r[pair].flip(0))[:, None]                                          # each relative to the other
         old = logp[pair].detach()
-        loss, _ = f(logp[pair], old, adv, mask[pair], weights, ref_logp=old, entropy=torch.zeros_like(old))
+        loss, _ = policy_term(f)(logp[pair], old, adv, mask[pair], weights, ref_logp=old, entropy=torch.zeros_like(old))
         total = total + loss / len(pairs)
     first, second = (-torch.autograd.grad(total, pi)[0] / reward_gradient(pi, r))[[0, 2], 0]
     return (f"aggregate {aggregate}: where answers have one token or two, the expected gradient is {first:.3f} of the true one "

@@ -5,6 +5,7 @@ generator). It returns nothing where the invariant holds, and raises Broken wher
 that a report prints.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -39,6 +40,14 @@ def differentiate(f: Callable, batch: Batch) -> dict[str, Tensor]:
             **{f"the metric {name}": value for name, value in metrics.items()}}
 
 
+def policy_term(f: Callable) -> Callable:
+    """The objective less its terms that do not depend on A, such as KL and entropy: its loss less that with A = 0."""
+    def objective(logp, old_logp, adv, mask, weights, **others):
+        loss, metrics = f(logp, old_logp, adv, mask, weights, **others)
+        return loss - f(logp, old_logp, torch.zeros_like(adv), mask, weights, **others)[0], metrics
+    return objective
+
+
 def change_gradients(results: dict[str, Tensor], change: Callable) -> dict[str, Tensor]:
     """The results of `differentiate` with another order, shape or content of the gradients."""
     return {name: change(x) if name.startswith("dL/") else x for name, x in results.items()}
@@ -66,8 +75,8 @@ def expect_same(found: dict[str, Tensor], expected: dict[str, Tensor], change: s
 
 
 def expect_gradient(f: Callable, batch: Batch, expected: Tensor, rho: Tensor) -> None:
-    """dL/dlogp is as expected at every token; the ratios rho [B, T] are for the message."""
-    found = differentiate(f, batch)["dL/dlogp"]
+    """dL/dlogp of the policy term is as expected at every token; the ratios rho [B, T] are for the message."""
+    found = differentiate(policy_term(f), batch)["dL/dlogp"]
     wrong = ((found - expected).abs() > 1e-9 * (1 + expected.abs())) | found.isnan()
     for b, t in wrong.nonzero().tolist():
         raise Broken(f"a token with A = {batch.adv[b, 0]:.3g}, ratio {rho[b, t]:.3g} and weight {batch.weights[b, t]:.3g} has "
@@ -151,6 +160,7 @@ def permutation(f: Callable, batch: Batch, generator: torch.Generator) -> None:
 
 def reinforce(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """at ratio 1 the gradient is that of REINFORCE, -weight A at each token"""
+    no_advantage(f, batch.on_policy(), generator)
     expect_gradient(f, batch.on_policy(), -batch.weights * batch.adv, torch.ones_like(batch.logp))
 
 
@@ -162,7 +172,7 @@ def direction(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     if scale == 0:
         return
     logp = selective_log_softmax(z, ids)
-    loss, _ = call(f, replace(batch, logp=logp, old_logp=logp.detach(), ref_logp=logp.detach()))
+    loss, _ = call(policy_term(f), replace(batch, logp=logp, old_logp=logp.detach(), ref_logp=logp.detach()))
     (g,) = torch.autograd.grad(loss, z)
     before, after = ((batch.weights * batch.adv * selective_log_softmax(x, ids)).sum() for x in (z, z - 1e-3 / scale * g))
     expect(after > before, f"a small step down the loss changes sum weight A logp by {float((after - before).detach()):.3g}, "
@@ -170,15 +180,21 @@ def direction(f: Callable, batch: Batch, generator: torch.Generator) -> None:
 
 
 def no_advantage(f: Callable, batch: Batch, generator: torch.Generator) -> None:
-    """answers with A = 0 have no gradient, exactly"""
-    g = differentiate(f, replace(batch.at_reference(), adv=torch.zeros_like(batch.adv)))["dL/dlogp"]
-    expect(not g.any(), f"with A = 0 everywhere dL/dlogp is {numbers(g[g != 0])} ({describe(batch)})")
+    """answers with A = 0 have no gradient, exactly, but that of a KL term"""
+    batch = replace(batch.at_reference(), adv=torch.zeros_like(batch.adv))
+    g = differentiate(f, batch)["dL/dlogp"]
+    # A KL term is 0 for every policy that is its own reference. Where it has a gradient there, as k1 has, the loss does not
+    # change when both move: its slope along a random way of the policy is the opposite of that along the reference's.
+    way, h = randn(generator, *g.shape), 1e-4
+    up, down = (call(f, replace(batch, ref_logp=batch.ref_logp + step * way))[0] for step in (h, -h))
+    expect(not g.any() or ((g * way).sum() + (up - down) / (2 * h)).abs() < 1e-4 * (g * way).sum().abs(),
+           f"with A = 0 everywhere dL/dlogp is {numbers(g[g != 0])} ({describe(batch)})")
 
 
 def slope(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """the gradient is the slope of the loss (finite differences in float64)"""
-    smooth = torch.autograd.gradcheck(lambda logp: call(f, replace(batch, logp=logp))[0], leaf(batch.logp), eps=1e-7,
-                                      atol=1e-4, rtol=1e-3, raise_exception=False)
+    smooth = torch.autograd.gradcheck(lambda logp: call(policy_term(f), replace(batch, logp=logp))[0], leaf(batch.logp),
+                                      eps=1e-7, atol=1e-4, rtol=1e-3, raise_exception=False)
     expect(smooth, f"dL/dlogp is not the slope of the loss ({describe(batch)}); if the ratio is a weight without a gradient, "
                    "say detached_weight=True (--detached-weight)")
 
@@ -186,7 +202,7 @@ def slope(f: Callable, batch: Batch, generator: torch.Generator) -> None:
 def weighted_score(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """with a detached weight c, L = -sum weight c A logp with 0 <= c <= ratio, and no gradient flows through c"""
     batch = batch.at_reference()
-    found, rho = differentiate(f, batch), importance_ratio(batch.logp, batch.old_logp)
+    found, rho = differentiate(policy_term(f), batch), importance_ratio(batch.logp, batch.old_logp)
     loss, grad_logp = found["the loss"], found["dL/dlogp"]
     first_order = (grad_logp * batch.logp).sum()
     expect(close(loss, first_order, 1e-7), f"the loss is {loss:.3g}, but sum dL/dlogp logp is {first_order:.3g}: a gradient "
@@ -199,17 +215,27 @@ def weighted_score(f: Callable, batch: Batch, generator: torch.Generator) -> Non
 
 def flat_region(f: Callable, batch: Batch, generator: torch.Generator, clip: tuple[float, float], ratio: str) -> None:
     """the gradient is 0 exactly where the ratio is beyond the clip range in A's favour, elsewhere -weight ratio A"""
-    rho, (low, high) = ratios(batch, ratio), clip
-    flat = ((batch.adv > 0) & (rho > 1 + high)) | ((batch.adv < 0) & (rho < 1 - low))
-    expect_gradient(f, batch.at_reference(), (-batch.weights * rho * batch.adv).masked_fill(flat, 0.0), rho)
+    low, high = clip
+    near = [side * math.log(edge) for edge in (max(1 - low, 1e-3), 1 + high) for side in (0.99, 1.01)]     # the band's edges
+    for case in (batch, *(replace(batch, old_logp=batch.logp - log_ratio) for log_ratio in near)):
+        rho = ratios(case, ratio)
+        flat = ((case.adv > 0) & (rho > 1 + high)) | ((case.adv < 0) & (rho < 1 - low))
+        expect_gradient(f, case.at_reference(), (-case.weights * rho * case.adv).masked_fill(flat, 0.0), rho)
 
 
 def pessimism(f: Callable, batch: Batch, generator: torch.Generator, clip: tuple[float, float], ratio: str) -> None:
     """the loss is never below the unclipped one, -sum weight ratio A"""
     unclipped = -(batch.weights * ratios(batch, ratio) * batch.adv).sum()
-    loss = differentiate(f, batch.at_reference())["the loss"]
+    loss = differentiate(policy_term(f), batch.at_reference())["the loss"]
     expect(not loss < unclipped - 1e-9 * (1 + unclipped.abs()),
            f"the loss is {loss:.3g} and without clipping it would be {unclipped:.3g} ({describe(batch)})")
+
+
+def unbounded(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+    """every token that counts has a gradient, whatever its ratio (no invariant: it tells whether there is a clip to check)"""
+    for log_ratio in (-5.0, 5.0):
+        g = differentiate(policy_term(f), replace(batch.at_reference(), old_logp=batch.logp - log_ratio))["dL/dlogp"]
+        expect(bool(g[batch.mask & (batch.weights * batch.adv != 0)].all()), f"a token has none ({describe(batch)})")
 
 
 def entropy_term(f: Callable, batch: Batch, generator: torch.Generator) -> None:

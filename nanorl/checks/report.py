@@ -22,15 +22,20 @@ from nanorl.tabular import randn
 class Report:
     held: dict[str, str] = field(default_factory=dict)      # invariant -> what it says
     broken: dict[str, str] = field(default_factory=dict)    # invariant -> the smallest counterexample
-    skipped: dict[str, str] = field(default_factory=dict)   # invariant -> why
+    skipped: dict[str, str] = field(default_factory=dict)   # invariant -> why, most often that it does not apply
+    unchecked: set[str] = field(default_factory=set)        # those of the skipped that may apply, but could not be checked
     notes: list[str] = field(default_factory=list)          # what the algorithm is free to choose, measured
 
     def __str__(self) -> str:
         says = {f.__name__: f.__doc__ for f in (*OBJECTIVE_INVARIANTS, *ADVANTAGE_INVARIANTS, divergence)}
+        counts = {"broken": len(self.broken), "could not be checked": len(self.unchecked),
+                  "do not apply": len(self.skipped) - len(self.unchecked)}
         return "\n".join([*(f"holds    {name}: {what}" for name, what in self.held.items()),
-                          *(f"skipped  {name}: {why}" for name, why in self.skipped.items()),
+                          *(f"{'UNCHECKED' if name in self.unchecked else 'skipped '} {name}: {why}"
+                            for name, why in self.skipped.items()),
                           *(f"note     {note}" for note in self.notes),
-                          *(f"BROKEN   {name}: {says[name]}\n         {what}" for name, what in self.broken.items())])
+                          *(f"BROKEN   {name}: {says[name]}\n         {what}" for name, what in self.broken.items()),
+                          ", ".join([f"{len(self.held)} hold", *(f"{n} {what}" for what, n in counts.items() if n)])])
 
 
 class BrokenObjective(AssertionError):
@@ -75,27 +80,27 @@ def counterexample(invariant: Callable, cases: list[tuple[Batch | Tensor, int]])
 
 
 def depends_on(f: Callable, name: str) -> bool:
-    """Whether the loss depends on this argument."""
+    """Whether the loss or its gradient depends on this argument."""
     g = torch.Generator().manual_seed(0)
     mask, logp = torch.ones(2, 3, dtype=torch.bool), -randn(g, 2, 3).abs()
     batch = Batch(logp=logp, old_logp=logp, adv=randn(g, 2, 1), mask=mask, weights=mask / 6.0, ref_logp=logp - 0.5,
                   entropy=logp.abs())
-    moved = replace(batch, **{name: getattr(batch, name) - 0.25})
-    return not torch.equal(differentiate(f, batch)["the loss"], differentiate(f, moved)["the loss"])
+    before, after = (differentiate(f, b) for b in (batch, replace(batch, **{name: getattr(batch, name) - 0.25})))
+    return not all(torch.equal(before[what], after[what]) for what in ("the loss", "dL/dlogp", "dL/dentropy"))
 
 
-def reasons_to_skip(clip: tuple[float, float] | None, detached_weight: bool, uses_reference: bool, uses_entropy: bool,
+def reasons_to_skip(clip: tuple[float, float] | None, bounded: bool, detached_weight: bool, uses_entropy: bool,
                     advantage: Callable | None) -> dict[Callable, str]:
-    """The invariants that do not apply to such an objective, and why; of several reasons the last."""
+    """The invariants that are not checked for such an objective, and why; of several reasons the last."""
     i = invariants
     reasons = ((clip is None, "no clip range was given", (i.flat_region, i.pessimism)),
-               (detached_weight, "a detached weight leaves every token its gradient", (i.flat_region, i.pessimism)),
+               (bounded, "some ratios take a token's gradient away, but no clip range was given; if it is a clip, say "
+                         "clip=(low, high) (--clip LOW HIGH)", (i.flat_region, i.pessimism)),
+               (detached_weight, "a detached weight leaves every token its gradient; its cap is not checked",
+                (i.flat_region, i.pessimism)),
                (detached_weight, "the loss has no slope in a detached weight; see weighted_score", (i.slope,)),
                (not detached_weight, "only for a detached weight", (i.weighted_score,)),
                (not uses_entropy, "the loss does not use entropy", (i.entropy_term,)),
-               (uses_reference, "the loss has a KL term; check it without one too",
-                (i.reinforce, i.direction, i.no_advantage, i.flat_region, i.pessimism, i.weighted_score)),
-               (uses_entropy, "the loss has an entropy term; check it without one too", (i.pessimism, i.weighted_score)),
                (advantage is None, "no advantage was given", ADVANTAGE_INVARIANTS))
     return {invariant: why for applies, why, skipped in reasons if applies for invariant in skipped}
 
@@ -112,7 +117,8 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     aggregate         how its token weights are made (ops.token_weights); the report notes how they change the expected gradient
     examples          random cases for each invariant
 
-    Returns the report if everything holds; raises BrokenObjective, an AssertionError with the report, if not.
+    Returns the report if nothing is broken, its `unchecked` empty if all that applies holds; raises BrokenObjective, an
+    AssertionError with the report, if something is.
     """
     if detached_weight and ratio == "sequence":
         raise UserError("detached_weight with ratio='sequence': only a weight of tokens can be checked; leave one of them out")
@@ -130,18 +136,21 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
 
     check(invariants.contract)
     if report.broken:
-        raise BrokenObjective(report)           # nothing else can be checked
-    uses_reference, uses_entropy = (depends_on(f, name) for name in ("ref_logp", "entropy"))
-    skip = reasons_to_skip(clip, detached_weight, uses_reference, uses_entropy, advantage)
+        report.notes.append("nothing else can be checked")
+        raise BrokenObjective(report)
+    bounded = clip is None and counterexample(partial(invariants.unbounded, f), batch_cases) is not None
+    skip = reasons_to_skip(clip, bounded, detached_weight, depends_on(f, "entropy"), advantage)
     report.skipped = {invariant.__name__: why for invariant, why in skip.items()}
+    if (bounded and not detached_weight) or (detached_weight and clip is not None):
+        report.unchecked = {"flat_region", "pessimism"}
     for invariant in (*OBJECTIVE_INVARIANTS[1:], *ADVANTAGE_INVARIANTS):
         if invariant not in skip:
             check(invariant)
     if advantage is not None and not report.broken:
         report.notes.append(advantage_bias(advantage))
-    if aggregate is not None and not uses_reference and not report.broken:
+    if aggregate is not None and not report.broken:
         report.notes.append(length_bias(f, aggregate))
-    if uses_reference:
+    if depends_on(f, "ref_logp"):
         try:
             report.notes.append(divergence(f))
         except Broken as e:

@@ -55,8 +55,8 @@ BYTE = {character: byte for byte, character in STAND_IN.items()}
 # text is normalized from one of them to the next. (Most ranges are blocks that are new as a whole.)
 LATER_MARKS = re.compile(
     "([\u07fd\u0890-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1aff\u1df6-\u1dfa\ua82c"
-    "\U000105c0-\U000105ff\U00010d00-\U00010fff\U00011070\U0001133b\U00011380-\U000113ff\U0001145e\U00011800-\U00011bff\U00011d00-\U00011fff"
-    "\U00016100-\U0001613f\U00016d40-\U00016d7f\U00016ff0\U00016ff1\U0001e030-\U0001e7df])")
+    "\U000105c0-\U000105ff\U00010d00-\U00010fff\U00011070\U0001133b\U00011380-\U000113ff\U0001145e\U00011800-\U00011bff"
+    "\U00011d00-\U00011fff\U00016100-\U0001613f\U00016d40-\U00016d7f\U00016ff0\U00016ff1\U0001e030-\U0001e7df])")
 
 LONGEST_SPACE = 100_000         # characters of white space in a row; before a million, tiktoken's engine overflows its stack
 MERGE_WORK = 10 ** 8            # sum of squared token lengths, ten times that of the largest vocabularies in use
@@ -68,10 +68,12 @@ def to_bytes(text: str) -> bytes:
 
 
 def to_text(token: bytes) -> str:
+    """The printable stand-in of a token."""
     return "".join(STAND_IN[byte] for byte in token)
 
 
 def nfc(text: str) -> str:
+    """Unicode's form NFC of a text, as `tokenizers` makes it."""
     return "".join(unicodedata.normalize("NFC", part) for part in LATER_MARKS.split(text))
 
 
@@ -332,8 +334,6 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> dict[str, An
     merges = implied_merges(tokenizer.ranks)
     if unreached := any(len(merge) > 2 for merge in merges):
         merges = all_merges(tokenizer.ranks)
-    # `tokenizers` numbers added tokens from the end of the vocabulary on, unless they are in it
-    below = {name: i for name, i in tokenizer.special.items() if i < max(tokenizer.ranks.values())}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     file = {"version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": name, "special": name not in in_text} | plain
@@ -343,7 +343,8 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> dict[str, An
             "post_processor": _puts_first(template.start, tokenizer.bos) if template.start else None, "decoder": BYTE_LEVEL,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": unreached,
-                      "vocab": {to_text(token): i for token, i in tokenizer.ranks.items()} | below,
+                      # outside the vocabulary, added tokens would be numbered anew from its end on
+                      "vocab": {to_text(token): i for token, i in tokenizer.ranks.items()} | tokenizer.special,
                       "merges": [[to_text(a), to_text(b)] for a, b in merges]}}
     names = {i: name for name, i in tokenizer.special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,

@@ -45,7 +45,8 @@ class Task:
     """A family of problems. A subclass says how to `draw` one and how to `work` it out; the rest is shared.
 
     `verify` must take any string and give 0.0 or 1.0 in bounded time, without raising: 1.0 for `direct`, 0.0 for `adversarial`
-    ones. nanorl/first_step.py checks what it gives for a few `examples`.
+    ones. nanorl/first_step.py checks what it gives for a few `examples` before a run, tests/test_tasks.py tries every task in
+    TASKS on attacks and on arbitrary text.
     """
 
     name: str

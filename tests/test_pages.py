@@ -1,0 +1,120 @@
+"""Every command of README, CONTRIBUTING and docs runs: as it is written, with small sizes and small files appended."""
+
+import importlib
+import io
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from world import ROOT, TINY
+
+from nanorl import run
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RL = TINY + " --steps 2 --eval-problems 3 --max-new-tokens 16"
+SMALL = {"train_pretrain": TINY + " --steps 2 --batch 2 --length 32 --preset pico --vocab-size 300",
+         "train_sft": RL + " --batch 4",
+         "train_grpo": RL + " --prompts 3 --group 4",
+         "train_reward": TINY + " --steps 2 --batch 4 --data pairs.jsonl",
+         "train_dpo": TINY + " --steps 2 --batch 4 --best-of 2 --max-new-tokens 16",
+         "train_group_dpo": RL + " --prompts 3 --group 4 --best-of 2",
+         "train_ppo": RL + " --prompts 4 --group 2 --best-of 2",
+         "train_distill": RL + " --prompts 3 --group 2",
+         "nanorl.evaluate": " --problems 3 --max-new-tokens 16 --n 2 --task addition --device cpu",
+         "nanorl.chat": " --max-new-tokens 16 --device cpu"}
+WITHOUT = {"train_grpo": ("--task", "--data", " --data mine.jsonl"), "train_dpo": ("--online", "", " --data pairs.jsonl")}
+ELSEWHERE = {"git": "by hand", "pip": ".ci/run", "ruff": ".ci/run", "pytest": ".ci/run", "torchrun": "test_ranks.py",
+             "python -m tests.mutants": "test_docs.py", "python -m benchmarks": "test_benchmarks.py",
+             "python -m experiments": "test_experiments.py, test_claims.py"}
+
+
+def commands():
+    """The commands in fenced blocks, and those in sentences that are written out."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        lines = [line for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+        lines += re.findall(r"`((?:python|torchrun) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+        found += [" ".join(line.partition("  #")[0].split()) for line in lines
+                  if re.match(r"(python|torchrun|pytest|pip|git|ruff|cp) ", line)]
+    return list(dict.fromkeys(found))
+
+
+def small(name, command):
+    """The flags that make this command small."""
+    first, second, flags = WITHOUT.get(name, ("", "", ""))
+    flags = SMALL.get(name, "") + ("" if {first, second} & {*command.split()} else flags)
+    return flags.split() + (["--steps", "2"] if "power" in command else [])
+
+
+@pytest.fixture
+def fresh(world, tmp_path, monkeypatch):
+    """A folder with the scripts, files of one's own, and tiny runs in place of the stages that a script would make first."""
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+    for script in ROOT.glob("train_*.py"):
+        shutil.copy(script, tmp_path)
+    shutil.copy("train_grpo.py", "mine.py")
+    for name, file in (("text.txt", "book.txt"), ("wanted.jsonl", "mine.jsonl"), ("pairs.jsonl", "pairs.jsonl")):
+        shutil.copy(world / name, file)
+    for name in ("pretrain", "sft", "grpo", "reward"):
+        shutil.copytree(world / name, Path("runs", name))
+    for module in ("nanorl.run", "nanorl.run.start"):
+        monkeypatch.setattr(f"{module}.ensure_stage", lambda cfg, stage, **flags: f"runs/{stage}")
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith((*ELSEWHERE, "cp "))])
+def test_the_command_runs(command, fresh, monkeypatch, tmp_path):
+    program, *flags = shlex.split(command)[1:]
+    if program == "-m":
+        program, *flags = flags
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say 1.\n"))
+    name = program.removesuffix(".py")
+    try:
+        if name in SMALL:
+            flags += small(name, command)
+            if name.startswith("train_") and "--out" not in flags:
+                flags += ["--out", str(tmp_path / "out")]
+            module = importlib.import_module(name)
+            module.main(run.parse(module.Config, flags))
+        else:
+            monkeypatch.delitem(sys.modules, "train_grpo", raising=False)       # nanorl.checks imports the copy
+            if "runs/variant" in flags:
+                shutil.copytree("runs/grpo", "runs/variant")
+            importlib.import_module("nanorl.checks.__main__" if name == "nanorl.checks" else name).main(flags)
+    except SystemExit as exit:
+        assert not exit.code
+
+
+def test_every_command_is_run_here_or_is_known_to_run_elsewhere():
+    for command in commands():
+        assert command.startswith((*ELSEWHERE, "cp ", "python train_", "python -m nanorl.")), command
+
+
+def test_the_mistake_of_the_readme_changes_nothing_at_ratio_1_and_is_named_by_the_checks(tmp_path, monkeypatch, capsys):
+    """Its output is that of the README, line by line."""
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / "train_grpo.py").read_text()
+    old, new = re.search(r"```diff\n-(.*)\n\+(.*)\n```", readme).groups()
+    assert script.count(old) == 1
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(script.replace(old, new))
+    monkeypatch.syspath_prepend(tmp_path)
+    right, wrong = (importlib.import_module(name).objective for name in ("train_grpo", "mine"))
+    old_logp, adv, mask = -torch.rand(4, 5), torch.randn(4, 1), torch.ones(4, 5, dtype=torch.bool)
+    gradients = []
+    for objective in (right, wrong):
+        logp = old_logp.clone().requires_grad_()
+        objective(logp, old_logp, adv, mask, torch.full((4, 5), 0.05))[0].backward()
+        gradients.append(logp.grad)
+    torch.testing.assert_close(*gradients)
+    monkeypatch.delitem(sys.modules, "mine")
+    with pytest.raises(SystemExit):
+        importlib.import_module("nanorl.checks.__main__").main(["mine.py:objective", "--clip", "0.2", "0.2"])
+    printed = capsys.readouterr().out.splitlines()
+    shown = re.search(r"^```\n(holds .*?)^```", readme, re.M | re.S)[1].splitlines()
+    assert [line for line in shown if line not in printed] == ["..."]
+    assert sum(line.startswith("BROKEN") for line in printed) == 2
