@@ -235,6 +235,7 @@ def test_a_run_goes_on_from_one_with_adapters_as_from_any_other(tmp_path):
 def test_a_pretrained_model_is_a_base_and_a_run_of_adapters_is_exported_merged(tmp_path):
     export.main(export.Config(checkpoint="sft", directory=str(tmp_path / "pretrained")))
     start(train_grpo, GRPO.replace("--init sft", f"--init {tmp_path / 'pretrained'}") + LORA, tmp_path / "run")
+    cut_final_line(tmp_path / "run")
     start(train_grpo, "--resume --quiet", tmp_path / "run")
     export.main(export.Config(checkpoint=str(tmp_path / "run"), directory=str(tmp_path / "merged")))
     ours, theirs = (run.model_from(run.load_checkpoint(tmp_path / name), CPU) for name in ("run", "merged"))
