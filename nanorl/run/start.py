@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanorl.data import read_records
+from nanorl.data import read_records, which_fit
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.run.checkpoint import load_checkpoint, load_frozen, model_from, tokenizer_from
@@ -27,7 +27,8 @@ def choose_task(name: str, data: str = "", needs_verifier: bool = True) -> Task:
     """The task of this name, ready to verify answers, or the questions of a JSONL file {"prompt", "answer"}."""
     try:
         if data:
-            return FileTask([(record["prompt"], record["answer"]) for record in read_records(data, ("prompt", "answer"))], data)
+            records = read_records(data, ("prompt", "answer"))
+            return FileTask([(record["prompt"], record["answer"]) for record in records], data, [r.place for r in records])
         task = make_task(name, needs_verifier)
         task.start_verifier()
     except (ValueError, OSError) as e:
@@ -92,12 +93,15 @@ def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_fits_context(prompts: list[list[int]], max_new_tokens: int, *models: GPT | ScalarGPT | None) -> None:
-    """UserError when these prompts and `max_new_tokens` do not fit the context of each of these models. Skips None."""
-    longest, context = max(map(len, prompts)), min(model.config.context for model in models if model)
+def check_fits_context(prompts: list[list[int]], max_new_tokens: int, *models: GPT | ScalarGPT | None,
+                       texts: list[str] | None = None) -> None:
+    """UserError when these prompts and `max_new_tokens` do not fit the context of each of these models. Skips None. It shows
+    the longest of the `texts` of these prompts."""
+    (longest, i), context = max((len(ids), i) for i, ids in enumerate(prompts)), min(m.config.context for m in models if m)
     if longest + max_new_tokens > context:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
-                        f"{context} has room for {max(0, context - longest)}")
+        shown = f", as {texts[i][:40]!r}" if texts else ""
+        raise UserError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens{shown}, the model's "
+                        f"context of {context} has room for {max(0, context - longest)}")
 
 
 class Start(NamedTuple):
@@ -136,5 +140,9 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
                   load_frozen(reward_model, "reward model", tokenizer, device) if reward_model else None)
     if task:
         prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
-        check_fits_context(prompts, cfg.max_new_tokens, start.policy, start.reward_model)
+        if isinstance(task, FileTask):
+            context = min(model.config.context for model in (start.policy, start.reward_model) if model)
+            task.keep(which_fit([prompts], task.places, task.name, context, cfg.max_new_tokens, cfg.skip_long))
+        else:
+            check_fits_context(prompts, cfg.max_new_tokens, start.policy, start.reward_model)
     return start

@@ -2,25 +2,32 @@
 
 from collections.abc import Iterable
 
-from nanorl.errors import UserError
+from nanorl.errors import UserError, refuse
 from nanorl.tasks.base import MARKER, MAX_ANSWER_CHARACTERS, Problem, Task, final_answer, is_heldout
 
 
 class FileTask(Task):
     """Your own questions, as (prompt, answer) pairs. An answer must match up to the amount of white space."""
 
-    def __init__(self, pairs: Iterable[tuple[str, str]], name: str = "file"):
+    def __init__(self, pairs: Iterable[tuple[str, str]], name: str = "file", places: list[str] | None = None):
+        """`places`: where the pairs stand in the file."""
         super().__init__()
         self.name = name
         self.problems = [Problem(prompt, answer) for prompt, answer in pairs]
-        for number, problem in enumerate(self.problems, 1):
-            if not problem.answer.strip() or not self.verify(problem, self.direct(problem, None)):
-                raise UserError(f"{name}, record {number}: no response can have {problem.answer[:40]!r} as its answer, "
-                                 f"which must be 1 to {MAX_ANSWER_CHARACTERS} characters without {MARKER!r}")
+        self.places = places or [f"record {number}" for number in range(1, len(self.problems) + 1)]
+        faults = [f"{place}: {problem.answer[:40]!r}" for place, problem in zip(self.places, self.problems, strict=True)
+                  if not problem.answer.strip() or not self.verify(problem, self.direct(problem, None))]
+        if faults:
+            refuse(name, faults, f"an answer that can be given: 1 to {MAX_ANSWER_CHARACTERS} characters without {MARKER!r}")
+        self.keep([*range(len(self.problems))])
+
+    def keep(self, kept: list[int]) -> None:
+        """Leave out the other problems. UserError where that empties a split."""
+        self.problems, self.places = ([part[i] for i in kept] for part in (self.problems, self.places))
         total, heldout = len(self.problems), sum(is_heldout(problem.prompt) for problem in self.problems)
         if heldout in (0, total):
-            raise UserError(f"{name}: the {'heldout' if heldout == 0 else 'train'} split is empty: one prompt in ten is held "
-                             f"out by its hash, here {heldout} of {total}")
+            raise UserError(f"{self.name}: the {'heldout' if heldout == 0 else 'train'} split is empty: one prompt in ten is "
+                            f"held out by its hash, here {heldout} of {total}")
 
     def draw(self, rng):
         return rng.choice(self.problems)
