@@ -90,6 +90,7 @@ class Config(run.PolicyConfig):
     teacher: str = ""           # run to learn from (default: runs/grpo, or runs/grpo-TASK, made first)
     task: str = "addition"      # addition, sums, sorting, reversal, countdown or code
     data: str = ""              # --on data: JSONL records {"prompt", "response"} instead of the task's demonstrations
+    skip_long: bool = False     # leave out records that do not fit the model's context
     on: Literal["data", "teacher", "student"] = "teacher"    # whose answers: see the table above
     divergence: Literal["forward", "reverse", "jsd"] = "forward"    # see the table above
     gradient: Literal["token", "sequence"] = "token"    # sequence: of whole answers of the student, not token by token
@@ -140,10 +141,11 @@ def main(cfg: Config) -> None:
     prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
     run.check_fits_context(prompts, cfg.max_new_tokens, student, teacher)
     context = min(student.config.context, teacher.config.context)
-    demonstrations = render_records(records, tokenizer, context, cfg.data or str(task))
+    records, *demonstrations = render_records(records, tokenizer, context, cfg.data or str(task), "response",
+                                              skip_long=cfg.skip_long)
 
     optimizer = run.Optimizers(student, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, student, optimizer, tokenizer, teacher=teacher)
+    out = run.Run(cfg, checkpoint, student, optimizer, tokenizer, data=records or task.examples(), teacher=teacher)
     del start, checkpoint
     compiled = run.compile_models(cfg, device, student, teacher)
     sampling = Sampling(cfg.max_new_tokens, slots=16 * cfg.micro_batch, compile=compiled)
@@ -199,7 +201,7 @@ def main(cfg: Config) -> None:
             micro_loss.backward()
             add_metrics(totals, metrics)
         totals = sum_over_ranks(totals)
-        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1, decay=0.5)
+        lr = cfg.lr * out.schedule(warmup=0.1, decay=0.5)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 5. Log: sums over tokens become means.

@@ -34,7 +34,7 @@ import torch
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
-from nanorl.data import pair_batch, read_pairs, render_pairs, response_mask, shuffled_batch
+from nanorl.data import PAIRS, pair_batch, read_pairs, render_records, response_mask, shuffled_batch, split_pairs
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
 from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import collect, describe, learned_rewards
@@ -107,6 +107,7 @@ class Config(run.PolicyConfig):
 
     # pairs
     data: str = ""              # JSONL records {"prompt", "chosen", "rejected"} (default: data/preferences.jsonl)
+    skip_long: bool = False     # leave out records that do not fit the model's context
     batch: run.Count = 32       # pairs per step
     micro_batch: run.Count = 32  # pairs, of two rows each, in memory at a time
     online: bool = False        # sample fresh pairs from the policy instead of reading them
@@ -152,19 +153,18 @@ class Config(run.PolicyConfig):
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, needs_verifier=False)
-    records, training, heldout, identical = [], [], [], 0
-    if not cfg.online:
-        records, training, heldout, identical = read_pairs(cfg.data)
+    records = [] if cfg.online else read_pairs(cfg.data)
     reward_model = cfg.reward_model if cfg.reward_model or cfg.judge == "model" else None
     device, checkpoint, tokenizer, policy, initial_policy, reward_model = run.begin(
         cfg, "sft", task=None if cfg.data else task, reference=True, reward_model=reward_model)
-    prompts, chosen, rejected = render_pairs(records, tokenizer, policy.config.context, cfg.data)
-    if cfg.data:
-        run.check_fits_context(prompts, cfg.max_new_tokens, policy)
+    records, prompts, chosen, rejected = render_records(
+        records, tokenizer, policy.config.context, cfg.data or PAIRS, "chosen", "rejected",
+        reserve=cfg.max_new_tokens if cfg.data else 0, skip_long=cfg.skip_long)
+    training, heldout, identical = split_pairs(records, cfg.data) if records else ([], [], 0)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
     reference = copy.deepcopy(initial_policy) if cfg.refresh_reference else initial_policy
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=initial_policy,
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, data=records or task.examples(), initial_policy=initial_policy,
                   refreshed_reference=reference if cfg.refresh_reference else None, reward_model=reward_model)
     del checkpoint
     compiled = run.compile_models(cfg, device, *{policy, initial_policy, reference})
@@ -255,7 +255,7 @@ def main(cfg: Config) -> None:
             micro_loss.backward()
             add_metrics(totals, metrics)
         totals = sum_over_ranks(totals)
-        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1)
+        lr = cfg.lr * out.schedule(warmup=0.1)
         if totals:
             grad_norm = optimizer.step(lr, grad_clip=1.0)
             totals["train/grad_norm"] = grad_norm

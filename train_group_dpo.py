@@ -93,7 +93,7 @@ def main(cfg: Config) -> None:
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=True)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=reference)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, data=task.examples(), initial_policy=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
@@ -131,7 +131,7 @@ def main(cfg: Config) -> None:
             metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp[rows, : T - 1]), mask)
             add_metrics(totals, metrics)
         totals = sum_over_ranks(totals)
-        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
+        lr = cfg.lr * out.schedule(warmup=0.05)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 5. Log: sums over tokens become means over tokens, sums over groups means over the groups that have both kinds.

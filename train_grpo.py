@@ -135,10 +135,11 @@ def main(cfg: Config) -> None:
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
     stories = tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
-    demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task))
+    records, *demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task), "response",
+                                              skip_long=cfg.skip_long)
 
     optimizer = run.Optimizers(policy, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, reference=reference)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, data=[task.examples(), records], reference=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
     # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout`, the evaluations and the
@@ -190,7 +191,7 @@ def main(cfg: Config) -> None:
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.
         totals, demonstration_loss = {}, 0.0
-        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
+        lr = cfg.lr * out.schedule(warmup=0.05)
         for update, minibatch in enumerate(minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)):
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)

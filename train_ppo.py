@@ -138,7 +138,8 @@ def main(cfg: Config) -> None:
     critic = ScalarGPT(policy if cfg.critic == "shared" else run.trainable_copy(cfg, reference, "critic")).to(device)
 
     optimizer = run.Optimizers(nn.ModuleDict({"policy": policy, "critic": critic}), "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, initial_policy=reference, reward_model=reward_model)
+    out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, data=task.examples(), initial_policy=reference,
+                  reward_model=reward_model)
     if "critic" in out.state:
         critic.load_state_dict(out.state["critic"], strict=False)
     out.state |= {"critic": run.trained_state(critic), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
@@ -186,7 +187,7 @@ def main(cfg: Config) -> None:
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.
         totals = {}
-        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.05)
+        lr = cfg.lr * out.schedule(warmup=0.05)
         for minibatch in minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches):
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)

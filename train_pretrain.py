@@ -41,7 +41,7 @@ class Config(run.RunConfig):
     eval_every: run.Count = 200
 
     # text and model
-    text: str = str(DATA / "text.txt")    # any UTF-8 text file
+    text: str = ""              # any UTF-8 text file (default: the toy text, data/text.txt)
     tokenizer: str = ""         # a rank file or a tiktoken name (gpt2, cl100k_base); by default one is trained on the text
     vocab_size: run.Count = 512  # of a trained tokenizer, special tokens included
     preset: Literal[*PRESETS] = "nano"    # size of the model
@@ -61,7 +61,8 @@ def main(cfg: Config) -> None:
         cfg.require(not cfg.init or getattr(cfg, flag) == getattr(Config, flag), flag,
                     "with --init, model and tokenizer are the checkpoint's; leave the flag out")
     cfg.require(cfg.length >= 2, "length", "expected at least 2, a BOS and a token to predict")
-    training, heldout = split_text(read_text(cfg.text))
+    text = read_text(cfg.text or DATA / "text.txt")
+    training, heldout = split_text(text)
     if start:
         tokenizer, model = run.tokenizer_from(start), run.model_from(start, device)
     else:
@@ -77,13 +78,13 @@ def main(cfg: Config) -> None:
                 f"{len(heldout_ids)} held out; expected at least --length {cfg.length} and 2")
 
     optimizer = run.Optimizers(model, cfg.optimizer, cfg.lr, weight_decay=0.1)
-    out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
+    out = run.Run(cfg, checkpoint, model, optimizer, tokenizer, data=text)
     del start, checkpoint
     run.compile_models(cfg, device, model)
     step_tokens = cfg.accumulate * cfg.batch * (cfg.length - 1)
     flops = model.training_flops_per_token(cfg.length) * step_tokens
-    print(f"Pretraining {model.num_parameters():,} parameters on {cfg.text}: {len(train_ids):,} tokens of a vocabulary of "
-          f"{tokenizer.vocab_size}, {step_tokens:,} a step, on {device.type}.")
+    print(f"Pretraining {model.num_parameters():,} parameters on {cfg.text or 'the toy text'}: {len(train_ids):,} tokens of a "
+          f"vocabulary of {tokenizer.vocab_size}, {step_tokens:,} a step, on {device.type}.")
 
     def evaluate_now() -> dict[str, float]:
         """The loss on text that is never trained on. Also shows what the model would write."""
@@ -103,7 +104,7 @@ def main(cfg: Config) -> None:
 
         # 3. One step: micro-batches only bound memory, their gradients add up to the step's.
         started = time.perf_counter()
-        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1, decay=0.5)
+        lr = cfg.lr * out.schedule(warmup=0.1, decay=0.5)
         tokens = random_windows(train_ids, tokenizer.bos, cfg.accumulate * cfg.batch, cfg.length,
                                 run.generator(cfg.seed, "batch", step)).to(device)
         mask = torch.ones(len(tokens), cfg.length - 1, dtype=torch.bool, device=device)

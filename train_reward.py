@@ -20,7 +20,7 @@ import torch
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
-from nanorl.data import pair_batch, read_pairs, render_pairs, shuffled_batch
+from nanorl.data import PAIRS, pair_batch, read_pairs, render_records, shuffled_batch, split_pairs
 from nanorl.gpt import ScalarGPT
 from nanorl.heldout import agreement, calibration_error, hidden_margins, length_margins, ranking_table, word_margins
 from nanorl.ops import bradley_terry, ranked_right
@@ -47,6 +47,7 @@ class Config(run.RunConfig):
 
     # pairs
     data: str = ""              # JSONL records {"prompt", "chosen", "rejected"} (default: data/preferences.jsonl)
+    skip_long: bool = False     # leave out records that do not fit the model's context
     batch: run.Count = 32       # pairs per step
     micro_batch: run.Count = 32  # pairs in memory at a time
 
@@ -55,15 +56,17 @@ class Config(run.RunConfig):
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
     device, checkpoint = run.pick_device(cfg), run.Run.check(cfg)
-    records, training, heldout, identical = read_pairs(cfg.data)
+    records = read_pairs(cfg.data)
     start = checkpoint or run.load_checkpoint(cfg.init or run.ensure_stage(cfg, "sft", task="stories"), "policy")
     tokenizer = run.tokenizer_from(start)
     model = run.model_from(start, device) if checkpoint else ScalarGPT(run.model_from(start, device)).to(device)
-    prompts, chosen, rejected = render_pairs(records, tokenizer, model.config.context, cfg.data)
+    records, prompts, chosen, rejected = render_records(records, tokenizer, model.config.context, cfg.data or PAIRS, "chosen",
+                                                        "rejected", skip_long=cfg.skip_long)
+    training, heldout, identical = split_pairs(records, cfg.data)
 
     # Muon needs fewer passes over a few thousand pairs than AdamW.
     optimizer = run.Optimizers(model, "muon", cfg.lr, weight_decay=0.1)
-    out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
+    out = run.Run(cfg, checkpoint, model, optimizer, tokenizer, data=records)
     del start, checkpoint
     run.compile_models(cfg, device, model.trunk)
     pairs = [[records[i] for i in part] for part in (training, heldout)]
@@ -99,7 +102,7 @@ def main(cfg: Config) -> None:
             loss.backward()
             add_metrics(totals, metrics)
         totals = sum_over_ranks(totals)
-        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1, decay=0.5)
+        lr = cfg.lr * out.schedule(warmup=0.1, decay=0.5)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 4. Log.

@@ -39,6 +39,7 @@ class Config(run.PolicyConfig):
     # demonstrations
     task: str = "addition"      # addition, sums, sorting, reversal, countdown, code or stories: demonstrated and evaluated
     data: str = ""              # JSONL records {"prompt", "response"} to learn from instead of the task's demonstrations
+    skip_long: bool = False     # leave out records that do not fit the model's context
     demonstrations: run.Count = 20_000    # of the task; data/TASK.jsonl shows the first 4,000
     batch: run.Count = 64       # records per step
     micro_batch: run.Count = 64  # records in memory at a time
@@ -61,13 +62,14 @@ def main(cfg: Config) -> None:
         task = run.choose_task(cfg.task, needs_verifier=False)
         records = task.demonstrations(cfg.demonstrations)
     source = cfg.data or str(task)
-    training, heldout = split_records(records, source)
+    split_records(records, source)              # or refused, before minutes are spent on another stage
     device, checkpoint, tokenizer, model, _, _ = run.begin(cfg, "pretrain")
-    prompts, responses = render_records(records, tokenizer, model.config.context, source)
-    run.check_fits_context(prompts, cfg.max_new_tokens, model)
+    records, prompts, responses = render_records(records, tokenizer, model.config.context, source, "response",
+                                                 reserve=cfg.max_new_tokens, skip_long=cfg.skip_long)
+    training, heldout = split_records(records, source)
 
     optimizer = run.Optimizers(model, "adamw", cfg.lr)
-    out = run.Run(cfg, checkpoint, model, optimizer, tokenizer)
+    out = run.Run(cfg, checkpoint, model, optimizer, tokenizer, data=records)
     del checkpoint
     sampling = Sampling(cfg.max_new_tokens, compile=run.compile_models(cfg, device, model))
     print(f"Fine-tuning on {len(training):,} demonstrations of {source} ({len(heldout):,} held out), {cfg.batch} a step, on "
@@ -101,7 +103,7 @@ def main(cfg: Config) -> None:
             micro_loss, metrics = objective(logp, m, w)
             micro_loss.backward()
             add_metrics(totals, metrics)
-        lr = cfg.lr * run.schedule(step, cfg.steps, warmup=0.1, decay=0.5)
+        lr = cfg.lr * out.schedule(warmup=0.1, decay=0.5)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
 
         # 4. Log.

@@ -241,7 +241,7 @@ def c15(smoke):
     for problem in [task.problem(rng, "heldout") for _ in range(count)]:
         respond = task.work if rng.random() < task.worked_share else task.direct
         unseen.append({"prompt": problem.prompt, "response": respond(problem, rng)})
-    (x, y), new = (render_records(records, tokenizer, model.config.context, task.name)
+    (_, x, y), (_, *new) = (render_records(records, tokenizer, model.config.context, task.name, "response")
                    for records in (task.demonstrations(batch * steps), unseen))
     heldout = response_batch(*new, range(count), tokenizer.pad)
     masks = {"responses": (x, y), "everything": ([a[:1] for a in x], [a[1:] + b for a, b in zip(x, y, strict=True)])}

@@ -5,9 +5,12 @@
     echo "What is 347+585?" | python -m nanorl.chat runs/grpo
 
 Each line is a prompt of its own: these models have never seen a conversation. A pretrained one has not seen a prompt either;
-it continues the line. While talking, a line that begins with a slash changes a flag or ends the talk:
+it continues the line. While talking, these lines change a flag or end the talk; --raw makes them prompts, like all others:
 
     /temperature 0.5    /top_k 10    /top_p 0.9    /max_new_tokens 50    /show probs    /quit
+
+In a pipe, every line gives one line, in order: the answer, with \\n for line breaks of its own. It is empty after a command,
+an empty line and one that cannot be answered. With --show probs it is a table and an empty line.
 """
 
 import contextlib
@@ -37,6 +40,7 @@ class Config:
     top_p: TopP = 1.0           # draw from the likeliest tokens that have this probability together
     max_new_tokens: run.Count = 140    # an answer longer than this is cut
     show: Literal["text", "probs"] = "text"    # probs: each token with its probability, entropy and likeliest alternatives
+    raw: bool = False           # no commands: every line is a prompt
     seed: run.Natural = 0       # of the answers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
 
@@ -44,14 +48,17 @@ class Config:
 MAY_CHANGE = ("temperature", "top_k", "top_p", "max_new_tokens", "show")
 
 
+def is_command(line: str) -> bool:
+    """A slash, a name that is known, and at most one value. Any other line is a prompt, whatever it begins with."""
+    name, *values = line.split() or [""]
+    return line.startswith("/") and (line.strip() == "/quit" or (name[1:] in MAY_CHANGE and len(values) <= 1))
+
+
 def changed(cfg: Config, command: str) -> Config:
     """The flags after a command like "/temperature 0.5"; as they were, and a sentence on stderr, when it makes no sense."""
-    name, _, value = command[1:].partition(" ")
-    if name not in MAY_CHANGE:
-        print(f"/{name}: expected /quit or one of {', '.join('/' + name for name in MAY_CHANGE)}", file=sys.stderr)
-        return cfg
+    name, value = (*command[1:].split(), "")[:2]
     try:
-        parsed = run.parse(Config, [cfg.checkpoint, f"--{name.replace('_', '-')}={value.strip()}"])
+        parsed = run.parse(Config, [cfg.checkpoint, f"--{name.replace('_', '-')}={value}"])
     except SystemExit:
         return cfg
     return replace(cfg, **{name: getattr(parsed, name)})
@@ -101,13 +108,16 @@ def main(cfg: Config) -> None:
     checkpoint = run.load_checkpoint(cfg.checkpoint, "policy")
     tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
     pretrained = "text" in checkpoint["config"]         # only train_pretrain.py has that flag
-    if at_the_keyboard():
-        print(f"{cfg.checkpoint} {'continues' if pretrained else 'answers'} what you write. /quit to leave, / for commands.")
+    piped = not at_the_keyboard()
+    if not piped:
+        print(f"{cfg.checkpoint} {'continues' if pretrained else 'answers'} what you write. /quit to leave; "
+              f"{', '.join('/' + name for name in MAY_CHANGE)} change how.")
 
     for number, line in enumerate(prompts()):
-        if line.strip() == "/quit":
-            break
-        if line.startswith("/"):
+        text = ""
+        if is_command(line) and not cfg.raw:
+            if line.strip() == "/quit":
+                break
             cfg = changed(cfg, line)
         elif line.strip():
             ids = [tokenizer.bos, *tokenizer.encode(line)] if pretrained else tokenizer.render(line)
@@ -115,13 +125,14 @@ def main(cfg: Config) -> None:
             try:
                 said = generate(model, [ids], max_new_tokens=limit, temperature=cfg.temperature, top_k=cfg.top_k,
                                 top_p=cfg.top_p, stop_ids=tokenizer.stop_ids, seed=run.derive(cfg.seed, number))
+                if cfg.show == "probs":
+                    text = probabilities(model, said.tokens[0], len(ids), cfg, tokenizer) + "\n" * piped
+                else:
+                    text = tokenizer.decode(said.responses()[0]) + ("" if said.finished[0] else " ...")
+                    text = text.replace("\n", r"\n") if piped else text
             except (ValueError, FloatingPointError) as e:       # the line does not fit the context; logits that are not finite
-                print(e, file=sys.stderr)
-                continue
-            if cfg.show == "probs":
-                text = probabilities(model, said.tokens[0], len(ids), cfg, tokenizer)
-            else:
-                text = tokenizer.decode(said.responses()[0]) + ("" if said.finished[0] else " ...")
+                print(f"line {number + 1}: {e}", file=sys.stderr)
+        if text or piped:
             print(run.printable(text), flush=True)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nanorl.errors import UserError
+from nanorl.errors import UserError, refuse
 from nanorl.tasks import Task, is_heldout
 from nanorl.tokenizer import Tokenizer
 
@@ -51,37 +51,69 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+def _read_json(text: str | bytes) -> Any:
+    """The value, or the exception that says why there is none."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as e:
+        return e
+
+
+def _fault(record: Any, keys: tuple[str, ...] = ()) -> str:
+    """What is wrong with what should be an object with non-empty strings under these keys, or ""."""
+    if isinstance(record, Exception):
+        return f"not readable as JSON ({str(record).replace('line 1 column', 'column')})"
+    if not isinstance(record, dict):
+        return type(record).__name__
+    for key in keys:
+        if key not in record:
+            return f"no {key!r}"
+        if not isinstance(value := record[key], str) or not value:
+            return f"{key!r} is {json.dumps(value, ensure_ascii=False):.40} ({type(value).__name__})"
+        if re.search("[\ud800-\udfff]", value):
+            return f"{key!r} holds half of a surrogate pair"
+    return ""
+
+
 def parse_object(text: str | bytes, where: str, expected: str) -> dict[str, Any]:
     """The JSON object in `text`, in which no key stands twice. UserError names `where` the text is and what was `expected`."""
-    try:
-        record = json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not readable as JSON ({e}); expected {expected}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: {type(record).__name__}; expected {expected}")
+    record = _read_json(text)
+    if fault := _fault(record):
+        raise UserError(f"{where}: {fault}; expected {expected}")
     return record
 
 
-def read_records(path: str | Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
-    """JSON objects, one a line, each with a non-empty string under every key of `keys` and no key twice. Blank lines are
-    skipped.
+class Record(dict):
+    """A JSON object of a file, and its place there: "line 7", or "record 7" of an array."""
+
+    place = ""
+
+
+def _rows(text: str) -> list[tuple[str, Any]]:
+    """The places and values of a JSON array, or else of each line that is not blank."""
+    whole = _read_json(text) if text.lstrip().startswith("[") else None
+    if isinstance(whole, list):
+        return [(f"record {number}", row) for number, row in enumerate(whole, start=1)]
+    if whole is not None and getattr(whole, "msg", "") != "Extra data":        # else it is lines of lists
+        return [(f"line {getattr(whole, 'lineno', 1)}", whole)]
+    return [(f"line {number}", _read_json(line)) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def read_records(path: str | Path, keys: tuple[str, ...]) -> list[Record]:
+    """JSON objects, one a line or all in one array, each with a non-empty string under every key of `keys` and no key twice.
+    Blank lines are skipped.
 
     Lines end at "\\n" only: a string may well contain other separators, such as U+2028.
     """
-    records, expected = [], f"an object with {', '.join(keys)}"
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        record = parse_object(line, where, expected)
-        for key in keys:
-            if key not in record:
-                raise UserError(f"{where}: no {key!r}; expected {expected}")
-            if not isinstance(record[key], str) or not record[key]:
-                raise UserError(f"{where}: {key!r} is {str(record[key])[:40]!r}; expected a non-empty string")
-            if re.search("[\ud800-\udfff]", record[key]):
-                raise UserError(f"{where}: {key!r} holds half of a surrogate pair; expected characters")
-        records.append(record)
+    records, faults = [], []
+    for place, row in _rows(read_text(path)):
+        if fault := _fault(row, keys):
+            faults.append(f"{place}: {fault}")
+        else:
+            records.append(Record(row))
+            records[-1].place = place
+    if faults:
+        refuse(str(path), faults, f"an object with {', '.join(keys)}: non-empty strings")
     return records
 
 
@@ -117,16 +149,22 @@ def training_records(path: str, task: Task, count: int = 20_000) -> list[dict[st
     return [records[i] for i in training]
 
 
-def read_pairs(path: str) -> tuple[list[dict[str, str]], list[int], list[int], int]:
-    """The records {"prompt", "chosen", "rejected"} of a file, by default the stories; which of them to train on and which are
-    held out; and how many are neither, because both responses are the same: there is nothing to prefer."""
+def read_pairs(path: str) -> list[Record]:
+    """The records {"prompt", "chosen", "rejected"} of a file, by default the stories, of which some can be trained on."""
+    records = read_records(path or PAIRS, ("prompt", "chosen", "rejected"))
+    split_pairs(records, path)
+    return records
+
+
+def split_pairs(records: list[dict], path: str) -> tuple[list[int], list[int], int]:
+    """Which pairs to train on and which are held out; and how many are neither, because both responses are the same: there is
+    nothing to prefer."""
     path = path or PAIRS
-    records = read_records(path, ("prompt", "chosen", "rejected"))
     training, heldout = ([i for i in part if records[i]["chosen"] != records[i]["rejected"]]
                          for part in split_records(records, path))
     if not training:
         raise UserError(f"{path}: no record to train on whose chosen and rejected responses differ")
-    return records, training, heldout, len(records) - len(training) - len(heldout)
+    return training, heldout, len(records) - len(training) - len(heldout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,26 +172,37 @@ def read_pairs(path: str) -> tuple[list[dict[str, str]], list[int], list[int], i
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def render_records(records: list[dict], tokenizer: Tokenizer, context: int, source: str,
-                   key: str = "response") -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of each record's prompt and of its response, the value of `key`.
+def which_fit(rendered: list[list[list[int]]], places: list[str], source: str, context: int, reserve: int = 0,
+              skip_long: bool = False) -> list[int]:
+    """Which records fit the model's context: the prompt with its longest response, and with `reserve` tokens to sample.
 
-    UserError names a record that does not fit the model's context.
+    rendered: token ids of the prompts, of their responses, of other responses. With `skip_long` a line says how many do not
+    fit; else a UserError names them.
     """
+    kept, long = [], []
+    for i, (prompt, *responses) in enumerate(zip(*rendered, strict=True)):
+        response = max(reserve, *map(len, responses)) if responses else reserve
+        if len(prompt) + response <= context:
+            kept.append(i)
+        else:
+            more = f" + {'--max-new-tokens ' if response == reserve else ''}{response}" if len(prompt) < context else ""
+            long.append(f"{places[i]}: {len(prompt)} tokens{more}")
+    if long and not (skip_long and kept):
+        refuse(source, long, f"prompt and response within the model's context of {context}; --skip-long leaves out the others")
+    if long:
+        print(f"Left out {len(long):,} of {len(places):,} records of {source}: too long for the model's context of {context}.")
+    return kept
+
+
+def render_records(records: list[dict], tokenizer: Tokenizer, context: int, source: str, *keys: str, reserve: int = 0,
+                   skip_long: bool = False) -> tuple[list, ...]:
+    """The records that fit the model's context (`which_fit`), and token ids of their prompts and of their responses, the values
+    of `keys`."""
     prompts = [tokenizer.render(record["prompt"]) for record in records]
-    responses = [tokenizer.render_response(record[key]) for record in records]
-    for number, (x, y) in enumerate(zip(prompts, responses, strict=True), start=1):
-        if len(x) + len(y) > context:
-            raise UserError(f"{source}, record {number}: {len(x) + len(y)} tokens do not fit the model's context of {context}")
-    return prompts, responses
-
-
-def render_pairs(records: list[dict], tokenizer: Tokenizer, context: int,
-                 path: str) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    """Token ids of each record's prompt, chosen and rejected response."""
-    prompts, chosen = render_records(records, tokenizer, context, path or PAIRS, "chosen")
-    _, rejected = render_records(records, tokenizer, context, path or PAIRS, "rejected")
-    return prompts, chosen, rejected
+    rendered = [prompts, *([tokenizer.render_response(record[key]) for record in records] for key in keys)]
+    places = [getattr(record, "place", f"record {number}") for number, record in enumerate(records, start=1)]
+    kept = which_fit(rendered, places, source, context, reserve, skip_long)
+    return *([part[i] for i in kept] for part in (records, *rendered)),
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -264,7 +264,8 @@ def load_runs(cfg: Config) -> list[Evaluation]:
         styles = [None, *({"direct", "worked"} & set(cfg.method))]
         prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, style) if style else [])
                    for problem in problems for style in styles]
-        run.check_fits_context(prompts, sampling.max_new_tokens, model, reward_model)
+        asked = [problem.prompt for problem in problems for _ in styles]
+        run.check_fits_context(prompts, sampling.max_new_tokens, model, reward_model, texts=asked)
         run.warn(run.cut_answers(task, tokenizer, sampling.max_new_tokens))
         evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, sampling))
     return evaluations
@@ -280,13 +281,15 @@ def main(cfg: Config) -> None:
                 evaluation.measure()
         rows = [row for evaluation in evaluations for row in evaluation.rows]
         notes = [note for evaluation in evaluations for note in evaluation.notes]
-        print(f"{len(problems)} {SPLITS[cfg.split]} of {task}, on {device.type}.\n\n{table(rows, task.measured)}")
-        print("".join(f"\n{note}." for note in notes))
-        if cfg.out:
-            kept = {"settings": asdict(cfg), "task": str(task), "rows": [asdict(row) for row in rows], "chains": notes}
-            run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
-        if cfg.plot:
-            draw_search([asdict(row) for row in rows], task.measured, Path(cfg.plot))
+        try:
+            if cfg.out:
+                kept = {"settings": asdict(cfg), "task": str(task), "rows": [asdict(row) for row in rows], "chains": notes}
+                run.write_atomically(Path(cfg.out), lambda f: f.write((json.dumps(kept, indent=1) + "\n").encode()))
+            if cfg.plot:
+                draw_search([asdict(row) for row in rows], task.measured, Path(cfg.plot))
+        finally:                # what was measured is shown, even if it cannot be written
+            print(f"{len(problems)} {SPLITS[cfg.split]} of {task}, on {device.type}.\n\n{table(rows, task.measured)}")
+            print("".join(f"\n{note}." for note in notes))
     except (FloatingPointError, OSError) as e:
         raise UserError(str(e)) from None
 

@@ -95,7 +95,7 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
     return sum(ranks.gathered(total)) / len(mask)
 
 
-def before_and_after(title: str, lines: list[dict[str, float]]) -> str:
+def before_and_after(title: str, lines: list[dict[str, float | None]]) -> str:
     """The evaluations in the first and the last of these lines of metrics.jsonl, as a table."""
     table, worth = [f"\n{title:30s}   before    after"], "accuracy" if "eval/accuracy_sampled" in lines[-1] else "reward"
     for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
@@ -107,7 +107,8 @@ def before_and_after(title: str, lines: list[dict[str, float]]) -> str:
                         ("reverse_kl", "KL to the teacher, nats"), ("forward_kl", "KL from the teacher, nats"),
                         ("story_loss", "story loss, nats per token"), ("pair_accuracy", "held-out pairs ranked right"),
                         ("best_of_n", "best of n")):
-        values = [f"{line[f'eval/{name}']:8.3f}" if f"eval/{name}" in line else "       -" for line in (lines[0], lines[-1])]
+        pair = (line.get(f"eval/{name}") for line in (lines[0], lines[-1]))         # None, too, where it was not finite
+        values = ["       -" if x is None else f"{x:8.3f}" for x in pair]
         if set(values) != {"       -"}:
             table.append(f"  {label:28s} {' '.join(values)}")
     return "\n".join(table)

@@ -5,6 +5,7 @@
     python -m nanorl.plot --fit runs/grpo       reward against tokens, with a fitted sigmoid and its extrapolation
 """
 
+import io
 import itertools
 import math
 import tomllib
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanorl.errors import UserError, user_errors_as_sentences
+from nanorl.errors import UserError, printable, user_errors_as_sentences
 from nanorl.run import parse, read_lines
 from nanorl.scaling import Fit, fit
 
@@ -55,6 +56,12 @@ def save(figure, out: Path) -> None:
     pyplot().close(figure)
 
 
+def legend(run: Path | str) -> str:
+    """A run's name for a legend: as it is, where matplotlib would see formulas, or hide what begins with "_"."""
+    text = printable(str(run)).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def draw(runs: list[Path], out: Path, seeds: bool = False) -> None:
     """Draw all curves of these runs, with a panel for each section of plot.toml that has something to show."""
     logs = {str(run): read_metrics(run) for run in runs}
@@ -74,14 +81,14 @@ def draw(runs: list[Path], out: Path, seeds: bool = False) -> None:
         for number, (run, lines) in enumerate(logs.items()):
             colours = iter(PALETTE) if seeds else colours
             for name, label in metrics.items():
-                points = [(line["step"], line[name]) for line in lines if name in line]
+                points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
                 if not points:
                     continue
                 sparse = name.startswith("eval/")
                 if seeds:
                     label = label if number == 0 else None
                 elif len(logs) > 1:
-                    label = f"{run}: {label}"
+                    label = f"{legend(run)}: {label}"
                 axis.plot(*zip(*points, strict=True), color=next(colours), label=label, linewidth=1.8 if sparse else 1.0,
                           marker="o" if sparse else None, markersize=4)
         axis.set(title=title, xlabel="step")
@@ -104,7 +111,7 @@ def draw_search(rows: list[dict], measured: str, out: Path) -> None:
             x, y, low, high = torch.tensor([[row[key] for row in points] for key in ("tokens", "value", "low", "high")])
             marker, colour = looks[method]
             axis.errorbar(x, y, torch.stack((y - low, high - y)).clamp(min=0), color=colour, marker=marker,
-                          label=method if len(runs) == 1 else f"{name}: {method}", linestyle=styles[name], markersize=4,
+                          label=method if len(runs) == 1 else f"{legend(name)}: {method}", linestyle=styles[name], markersize=4,
                           linewidth=1.2, elinewidth=0.6)
     axis.set(xscale="log", xlabel="tokens sampled per problem", ylabel=measured)
     axis.xaxis.set_major_formatter("{x:g}")
@@ -118,7 +125,8 @@ def reward_by_tokens(lines: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """The reward of each step of RL, and the number of answer tokens sampled before it.       -> [n], [n]"""
     steps = [line for line in lines if "rollout/reward" in line]
     tokens = torch.tensor([0.0, *(line["rollout/tokens"] for line in steps)], dtype=torch.float64).cumsum(0)[:-1]
-    return tokens, torch.tensor([line["rollout/reward"] for line in steps], dtype=torch.float64)
+    known = [i for i, line in enumerate(steps) if line["rollout/reward"] is not None]
+    return tokens[known], torch.tensor([steps[i]["rollout/reward"] for i in known], dtype=torch.float64)
 
 
 def describe_fit(fitted: Fit) -> str:
@@ -137,15 +145,15 @@ def describe_fit(fitted: Fit) -> str:
 def draw_fit(runs: list[Path], out: Path) -> None:
     """Draw reward against tokens, and the sigmoid with its 95 % interval, extrapolated (dashed) to ten times the tokens."""
     figure, axis = pyplot().subplots(figsize=(7.2, 4.6), layout="constrained")
-    rewards = {run: reward_by_tokens(read_metrics(run)) for run in runs}
+    rewards, sentences = {run: reward_by_tokens(read_metrics(run)) for run in runs}, []
     for (run, (tokens, reward)), colour in zip(rewards.items(), itertools.cycle(PALETTE), strict=False):
         try:
             fitted = fit(tokens, reward)
         except ValueError as e:
             raise UserError(f"{run}: {e}") from None
-        print(f"{run}: {describe_fit(fitted)}")
+        sentences.append(f"{run}: {describe_fit(fitted)}")
         first, last = (float(x) / 1000 for x in (tokens[tokens > 0].min(), tokens.max()))
-        axis.plot(tokens / 1000, reward, "o", color=colour, markersize=3, label=str(run))
+        axis.plot(tokens / 1000, reward, "o", color=colour, markersize=3, label=legend(run))
         for start, end, style in ((first, last, "-"), (last, 10 * last, "--")):
             x = torch.logspace(*torch.tensor([start, end]).log10().tolist(), 100, dtype=torch.float64)
             value, low, high = zip(*(fitted.predict(1000 * float(c)) for c in x), strict=True)
@@ -156,13 +164,17 @@ def draw_fit(runs: list[Path], out: Path) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, out)
+    print("\n".join(sentences))
 
 
 def check_can_draw(path: Path) -> None:
-    """UserError if matplotlib is not installed or cannot write files of this kind."""
-    kinds = pyplot().FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:] not in kinds:
-        raise UserError(f"{path}: matplotlib cannot write this kind of file; expected one of .{', .'.join(sorted(kinds))}")
+    """UserError if matplotlib is not installed or cannot write files of this kind here: a small one is tried."""
+    figure = pyplot().Figure()
+    figure.text(0, 0, "text")
+    try:
+        figure.savefig(io.BytesIO(), format=path.suffix[1:] or "without an ending")
+    except Exception as e:          # of many kinds: pgf, for one, needs TeX
+        raise UserError(f"{path}: cannot draw such a file ({' '.join(str(e).split()):.200}); expected a .png") from None
 
 
 @user_errors_as_sentences

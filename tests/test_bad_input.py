@@ -6,6 +6,7 @@ A case is a script, its flags, and what the sentence has to name.
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import DPO, PRETRAIN, SCRIPTS, cut_final_line, start, write_records
+from world import DPO, PRETRAIN, SCRIPTS, cut_final_line, metrics, start, write_records
 
 import train_distill
 import train_dpo
@@ -72,7 +73,7 @@ BAD = [
     (train_sft, "--init nowhere", "nowhere"), (train_sft, "--init text.txt", "text.txt"),
     (train_sft, "--data letters.jsonl --task cooking", "--task cooking"),
     *((train_sft, f"{flag} {'x' * 300}", "xxx: ") for flag in ("--out", "--init", "--data")),
-    (train_sft, "--data long.jsonl --init pretrain", "record 1"),
+    (train_sft, "--data long.jsonl --init pretrain", "long.jsonl, line 1: 504 tokens; expected"),
     (train_pretrain, "--init pretrain --preset mini", "--preset mini"), (train_pretrain, "--out text.txt/new", "text.txt"),
     (train_grpo, "--init sft --data one.jsonl", "one.jsonl"), (train_grpo, "--init nowhere", "nowhere"),
     (train_grpo, "--group 1 --init sft", "--group 1"),
@@ -99,10 +100,10 @@ BAD = [
         ("--task stories", "no verifier"), ("--overlong 2", "--overlong 2.0"),
         ("--skip --kl-coef 0.1", "--skip True --kl-coef"), ("--skip --entropy-coef 0.1", "--entropy-coef 0.1"),
         ("--init sft --likelihood-coef 0.1 --data answers.jsonl", "answers.jsonl, line 1: no 'response'"),
-        ("--init sft --likelihood-coef 0.1 --data longanswers.jsonl", "longanswers.jsonl, record 1")]),
+        ("--init sft --likelihood-coef 0.1 --data longanswers.jsonl", "longanswers.jsonl, line ")]),
     *((train_reward, flags, named) for flags, named in [
         ("--data missing.jsonl", "missing.jsonl"), ("--data bad.jsonl", "bad.jsonl, line 1"),
-        ("--init sft --data longpairs.jsonl", "longpairs.jsonl, record 1"), ("--data same.jsonl", "same.jsonl"),
+        ("--init sft --data longpairs.jsonl", "longpairs.jsonl, line 1: "), ("--data same.jsonl", "same.jsonl"),
         ("--init reward --data pairs.jsonl", "reward model"), ("--data heldoutpairs.jsonl", "heldoutpairs.jsonl"),
         ("--batch 0", "--batch 0"), ("--lr nan", "--lr nan")]),
     *((train_dpo, flags, named) for flags, named in [
@@ -136,7 +137,7 @@ BAD = [
         ("--gradient sequence --on student --divergence reverse --group 1", "--group 1"), ("--top-k -1", "--top-k -1"),
         ("--data letters.jsonl", "--on teacher"), ("--on data --data missing.jsonl", "missing.jsonl"),
         ("--on data --data heldout.jsonl --init sft --teacher sft", "heldout.jsonl"), ("--on nobody", "--on"),
-        ("--on data --data long.jsonl --init sft --teacher sft", "long.jsonl, record 1"), ("--task stories", "no verifier"),
+        ("--on data --data long.jsonl --init sft --teacher sft", "long.jsonl, line 1: "), ("--task stories", "no verifier"),
         ("--init sft --teacher sft --max-new-tokens 999", "--max-new-tokens 999")]),
 ]
 
@@ -193,6 +194,65 @@ def test_a_reward_that_is_no_number_is_refused_before_any_stage_is_made(script, 
 def test_a_file_without_rows_to_train_on_or_to_evaluate_with_is_refused(script, file, split, bad_files, capsys):
     error = refused(capsys, script, ["--data", file, "--device", "cpu"])
     assert f"{file}: the {split} split is empty: one prompt in ten is held out by its hash, here" in error
+STAGES = [(train_pretrain, "missing.txt tiny.txt", "--text"), (train_sft, "missing.jsonl bad.jsonl", "--data"),
+          (train_reward, "missing.jsonl bad.jsonl same.jsonl", "--data"),
+          (train_dpo, "missing.jsonl bad.jsonl heldoutpairs.jsonl", "--data"), (train_grpo, "bad.jsonl one.jsonl", "--data"),
+          (train_grpo, "answers.jsonl", "--likelihood-coef 0.1 --data"), (train_ppo, "bad.jsonl one.jsonl", "--data"),
+          (train_ppo, "sft", "--reward model --reward-model"), (train_distill, "missing.jsonl bad.jsonl", "--on data --data"),
+          (train_group_dpo, "missing.jsonl bad.jsonl heldout.jsonl", "--data")]
+
+
+@pytest.mark.parametrize(("script", "files", "flags"), STAGES)
+def test_a_file_is_checked_before_the_stages_before_are_made(script, files, flags, bad_files, capsys):
+    """No --init: all of them would have to be made first. Nothing is made, and the sentence names the file."""
+    for file in files.split():
+        assert file in refused(capsys, script, [*flags.split(), file])
+    assert not Path("runs").exists()
+
+
+PROMPT, NO_ROOM, ANSWER = {"prompt": "Say 1." + " x" * 500}, {"prompt": "Say 1." + " x" * 115}, {"response": "x" * 300,
+                                                                                               "chosen": "x" * 300}
+MADE = "--steps 1 --device cpu --init"
+
+
+@pytest.mark.parametrize("long", [PROMPT, NO_ROOM, ANSWER], ids=["prompt", "no room", "answer"])
+@pytest.mark.parametrize(("script", "flags", "fitting"), [
+    (train_sft, f"{MADE} pretrain --max-new-tokens 40 --data letters.jsonl", ()),
+    (train_reward, f"{MADE} sft --data pairs.jsonl", (NO_ROOM,)),
+    (train_dpo, f"{MADE} sft --max-new-tokens 40 --data pairs.jsonl", ()),
+    (train_distill, f"{MADE} sft --on data --teacher grpo --eval-problems 3 --data letters.jsonl", (NO_ROOM,)),
+    *((script, f"{MADE} sft --prompts 3 --eval-problems 3 --max-new-tokens 40 --data wanted.jsonl", (ANSWER,))
+      for script in (train_grpo, train_ppo, train_group_dpo))])
+def test_rows_that_are_too_long_are_named_by_their_lines_and_can_be_left_out(script, flags, fitting, long, tmp_path, capsys):
+    """Two of a hundred rows, in a file with blank lines: the prompt, what is to be sampled after it, or a response. Without
+    them, the run is that of the file without them."""
+    *flags, data = flags.split()
+    records = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    rows, (first, second) = [json.dumps(record) for record in records], [json.dumps(record | long) for record in records[:2]]
+    Path("mixed.jsonl").write_text("\n".join(["", "", *rows[:2], first, *rows[2:77], second, *rows[77:]]))
+    if long in fitting:
+        return start(script, " ".join([*flags, "mixed.jsonl"]), tmp_path / "mixed")
+    error = refused(capsys, script, [*flags, "mixed.jsonl"])
+    assert "mixed.jsonl, line 5: " in error and "; line 81: " in error and "--skip-long" in error and "more;" not in error
+    start(script, " ".join([*flags, "mixed.jsonl", "--skip-long"]), tmp_path / "mixed")
+    assert re.search(r"Left out 2 of \d+ records of mixed\.jsonl", capsys.readouterr().out)
+    start(script, " ".join([*flags, data]), tmp_path / "plain")
+    assert metrics(tmp_path / "mixed") == metrics(tmp_path / "plain")
+
+
+def test_every_row_too_long_is_refused_also_with_skip_long(bad_files, capsys):
+    flags = f"{MADE} pretrain --skip-long --data long.jsonl"
+    assert "long.jsonl, line 1: " in refused(capsys, train_sft, flags.split())
+    flags = f"{MADE} sft --skip-long --max-new-tokens 999 --data wanted.jsonl"
+    error = refused(capsys, train_grpo, flags.split())
+    assert "--max-new-tokens 999" in error and "and 96 more" in error
+
+
+def test_golds_that_no_response_can_have_are_named_by_their_lines(capsys):
+    golds = ["x", " ", "y" * 300, "Answer: 7", "a\nb", "\t"]
+    write_records(Path("golds.jsonl"), [{"prompt": f"Say {i}.", "answer": golds[i % 6]} for i in range(60)])
+    error = refused(capsys, train_grpo, [*MADE.split(), "sft", "--data", "golds.jsonl"])
+    assert "golds.jsonl, line 2: ' '; line 3: 'yyy" in error and "; line 4: 'Answer: 7'; and 37 more; expected" in error
 
 
 # ---- text and records ----
@@ -252,11 +312,11 @@ RECORDS = {
     "another case": ('{"Prompt": "a", "response": "b"}', "'prompt'"),
     "empty response": ('{"prompt": "a", "response": ""}', "non-empty"),
     "empty prompt": ('{"prompt": "", "response": "a"}', "non-empty"),
-    "null response": ('{"prompt": "a", "response": null}', "None"),
-    "a number as response": ('{"prompt": "a", "response": 3}', "'3'"),
+    "null response": ('{"prompt": "a", "response": null}', "is null (NoneType)"),
+    "a number as response": ('{"prompt": "a", "response": 3}', "'response' is 3 (int)"),
     "a list as prompt": ('{"prompt": ["a"], "response": "b"}', "a"),
     "messages": ('{"messages": [{"role": "user", "content": "a"}]}', "'prompt'"),
-    "true": ('{"prompt": true, "response": "b"}', "True"),
+    "true": ('{"prompt": true, "response": "b"}', "is true (bool)"),
     "a key twice": ('{"prompt": "a", "prompt": "b", "response": "c"}', "twice"),
     "half a surrogate pair": ('{"prompt": "a\\ud800", "response": "b"}', "surrogate"),
     "a million digits": ('{"prompt": "a", "response": ' + "9" * 1_000_000 + "}", "not readable as JSON"),
@@ -272,12 +332,12 @@ RECORDS = {
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_bad_record_is_refused_with_its_line(name, capsys):
-    """The bad line is the third: the sentence says so (or says which record, where it is the model that has no room)."""
+    """The bad line is the third, and the sentence says so."""
     line, named = RECORDS[name]
     Path("bad.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     error = refused(capsys, train_sft, ["--data", "bad.jsonl", "--init", "pretrain"])
     assert "bad.jsonl" in error and named in error
-    assert "line 3" in error or "record 2" in error or "0x00" in error
+    assert "line 3" in error or "0x00" in error
 
 
 def test_records_that_only_look_bad_are_read(tmp_path):

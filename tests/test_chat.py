@@ -34,26 +34,26 @@ def sampled(folder, prompts, numbers, **how):
 
 
 def test_every_line_is_answered_by_the_engine(talk):
-    """In order, each by draws of its own; empty lines are not answered."""
+    """In order, each by draws of its own, and in one line each; an empty line is not answered."""
     prompts = ["Say 3.", "Say 3.", "Say 11."]
     tokenizer, _, said = sampled("sft", prompts, [0, 1, 3])
     expected = [tokenizer.decode(each.responses()[0]) + ("" if each.finished[0] else " ...") for each in said]
     out, error = talk("sft", "Say 3.", "Say 3.", "", "Say 11.")
-    assert out.splitlines() == [run.printable(text) for text in expected] and not error
+    first, second, third = (run.printable(text.replace("\n", "\\n")) for text in expected)
+    assert out == "\n".join((first, second, "", third, "")) and not error
 
 
 def test_commands_change_how_tokens_are_drawn(talk):
     """From the next line on; what makes no sense is one sentence, and everything stays as it was."""
-    lines = ["/temperature 0", "Say 5.", "/max_new_tokens 2", "Say 5.", "/top_k -1", "/top_p 0", "/temperature nan", "/nothing",
-             "/", "/show", "/seed 3", "/max_new_tokens 1e3", "Say 5.", "/quit", "Say 5."]
+    lines = ["/temperature 0", "Say 5.", "/max_new_tokens 2", "Say 5.", "/top_k -1", "/top_p 0", "/temperature nan", "/show",
+             "/max_new_tokens 1e3", "Say 5.", "/quit", "Say 5."]
     tokenizer, _, [whole] = sampled("sft", ["Say 5."], [1], temperature=0.0)
     _, _, [cut] = sampled("sft", ["Say 5."], [3], temperature=0.0, max_new_tokens=2)
     out, error = talk("sft", *lines)
     short = tokenizer.decode(cut.responses()[0]) + " ..."
-    assert out.splitlines() == [tokenizer.decode(whole.responses()[0]), short, short]
-    assert error.count("\n") == 8 and "Traceback" not in error
-    for named in ("--top-k -1", "--top-p 0", "--temperature nan", "/nothing", "/quit or one of /temperature", "--show", "/seed",
-                  "--max-new-tokens"):
+    assert [line for line in out.splitlines() if line] == [tokenizer.decode(whole.responses()[0]), short, short]
+    assert len(out.splitlines()) == 10 and error.count("\n") == 5 and "Traceback" not in error
+    for named in ("--top-k -1", "--top-p 0", "--temperature nan", "--show", "--max-new-tokens"):
         assert named in error
 
 
@@ -62,7 +62,7 @@ def test_probabilities_and_entropies_are_the_scorers(flags, temperature, talk):
     how = {"temperature": float(flags.split()[1])} if flags else {}
     tokenizer, model, [said] = sampled("grpo", ["Say 7."], [0], **how)
     logp, entropy = (x[said.mask].tolist() for x in token_log_probs(model, said.tokens, said.mask, temperature=temperature))
-    header, *lines = talk(f"grpo --show probs {flags}", "Say 7.").out.splitlines()
+    header, *lines, _ = talk(f"grpo --show probs {flags}", "Say 7.").out.splitlines()
     ids = said.tokens[0, said.prompt_lengths[0] : said.lengths[0]].tolist()
     assert header.split() == ["token", "probability", "entropy", "instead"] and len(lines) == len(ids)
     for line, token, log_p, H in zip(lines, ids, logp, entropy, strict=True):
@@ -83,7 +83,8 @@ def test_the_alternatives_are_the_likeliest_other_tokens(flags, talk):
     start, ids = int(said.prompt_lengths[0]), said.tokens[0].tolist()
     with torch.no_grad():
         logp = sampling_logits(model(said.tokens[:, :-1])[0, start - 1 :], 1.0, **how).log_softmax(-1)
-    _, *lines = talk(f"grpo --show probs {flags}", "Say 7.").out.splitlines()
+    _, *lines, end = talk(f"grpo --show probs {flags}", "Say 7.").out.splitlines()
+    assert end == ""
     for line, token, row in zip(lines, ids[start:], logp.tolist(), strict=True):
         others = sorted((i for i in range(len(row)) if i != token and row[i] > -math.inf), key=lambda i: -row[i])[:3]
         expected = "  ".join(f"{tokenizer.decode([i])!r} {math.exp(row[i]):.3f}" for i in others)
@@ -92,7 +93,7 @@ def test_the_alternatives_are_the_likeliest_other_tokens(flags, talk):
 
 def test_what_is_cut_off_is_no_alternative(talk):
     """With top-k 1 each token is certain and stands alone."""
-    _, *lines = talk("grpo --show probs --top-k 1", "Say 7.").out.splitlines()
+    _, *lines, _ = talk("grpo --show probs --top-k 1", "Say 7.").out.splitlines()
     assert lines and all(line.split()[-2:] == ["1.000", "0.000"] for line in lines)
 
 
@@ -107,7 +108,44 @@ def test_a_pretrained_model_continues_the_line(talk):
 
 def test_a_line_that_does_not_fit_is_a_sentence_and_the_talk_goes_on(talk):
     out, error = talk("sft --max-new-tokens 3", "x! " * 2000, "Say 1.", "y " * 100)
-    assert error.count("\n") == 1 and "context of" in error and len(out.splitlines()) == 2
+    assert error.count("\n") == 1 and "line 1: a prompt of 6003 tokens" in error
+    assert [bool(line) for line in out.splitlines()] == [False, True, True]
+
+
+PATHS = ["/usr/bin/env is a path", "//", "/", "/nothing", "/show me the way", "/temprature 0.5", "/quit smoking", "/Quit",
+         " /quit", "/top_k 3 of them", "/seed 3", "/--temperature 0"]
+
+
+@pytest.mark.parametrize("line", PATHS)
+def test_a_line_that_begins_with_a_slash_and_is_no_command_is_a_prompt(line, talk):
+    tokenizer, _, [said] = sampled("sft", [line], [0], max_new_tokens=9)
+    out, error = talk("sft --max-new-tokens 9", line, "Say 1.")
+    assert out.splitlines()[0] == run.printable(tokenizer.decode(said.responses()[0])) + ("" if said.finished[0] else " ...")
+    assert len(out.splitlines()) == 2 and not error
+
+
+@pytest.mark.parametrize("line", ["/quit", "/temperature 0", "/show probs", "/top_k -1"])
+def test_raw_has_no_commands(line, talk):
+    tokenizer, _, said = sampled("sft", [line, "Say 1."], [0, 1], max_new_tokens=9)
+    out, error = talk("sft --raw --max-new-tokens 9", line, "Say 1.")
+    expected = [tokenizer.decode(each.responses()[0]) + ("" if each.finished[0] else " ...") for each in said]
+    assert out.splitlines() == [run.printable(text) for text in expected] and not error
+
+
+@pytest.mark.parametrize("show", ["text", "probs"])
+def test_every_line_of_a_pipe_gives_one_group_of_output(show, talk, monkeypatch):
+    """Also blank lines, commands, what does not fit, and answers of several lines. A group is a line, or a table and an empty
+    line."""
+    monkeypatch.setattr("nanorl.tokenizer.Tokenizer.decode", lambda self, ids: "one\ntwo\n")
+    lines = ["Say 1.", "", "   ", "/temperature 0", "/top_p 7", "x! " * 2000, "/etc/hosts", "Say 2."]
+    out, _ = talk(f"sft --show {show} --max-new-tokens 3", *lines)
+    if show == "text":
+        answer = r"one\ntwo\n ..."
+        assert out.removesuffix("\n").split("\n") == [answer, "", "", "", "", "", answer, answer]
+    else:       # an empty group is an empty line alone
+        tables = [part for part in out.split("\n\n") if "token" in part]
+        assert len(tables) == 3 and all(len(table.strip("\n").splitlines()) == 4 for table in tables)
+        assert out.count("\n") == 3 * 5 + 5
 
 
 def test_the_terminal_gets_no_commands(talk, monkeypatch):

@@ -320,3 +320,39 @@ def test_a_hundred_kills_lose_nothing(name, tmp_path):
         finish(script, out, flags)
     assert metrics(out) == metrics(name) and same_parameters(out, name)
     assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt"}
+
+
+# ---- metrics gone wrong ----
+
+
+@pytest.mark.parametrize(("name", "metric", "bad"), [
+    ("grpo-full", "train/kl", torch.inf), ("dpo", "train/margin", torch.nan), ("ppo", "train/answer_kl", -torch.inf),
+    ("grpo", "eval/worked", torch.nan), ("reward", "eval/margin", torch.inf), ("pretrain", "eval/perplexity", torch.nan)])
+def test_a_metric_that_is_not_finite_is_null_and_the_run_goes_on(name, metric, bad, tmp_path, monkeypatch, capsys):
+    """Everything else of metrics.jsonl, and the weights, are what they would be; one warning, and the tables show a dash."""
+    script, flags = SCRIPTS[name]
+    real = run.Run.log
+
+    def log(self, metrics, show=()):
+        real(self, metrics | ({metric: bad} if metric in metrics else {}), show)
+
+    monkeypatch.setattr(run.Run, "log", log)
+    start(script, flags, tmp_path / "run", "--no-quiet")
+    out, error = capsys.readouterr()
+    lines, expected = metrics(tmp_path / "run"), metrics(name)
+    assert error.count(f"{metric} is {bad} in step ") == 1 and "Traceback" not in error and "nan" not in out
+    assert sum(metric in line for line in expected) >= 1
+    assert lines == [line | ({metric: None} if metric in line else {}) for line in expected]
+    assert same_parameters(tmp_path / "run", name)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(bad, tmp_path, monkeypatch, capsys):
+    """A loss is what a metric's name calls so, also one of your own, and in an evaluation."""
+    script, flags = SCRIPTS["dpo"]
+    real = run.Run.log
+    for metric in ("train/loss", "eval/pair_loss", "train/my_loss"):
+        monkeypatch.setattr(run.Run, "log", lambda self, metrics, show=(), m=metric: real(self, metrics | {m: bad}, show))
+        with pytest.raises(SystemExit) as exit:
+            start(script, flags, tmp_path / metric)
+        assert exit.value.code == 2 and f"{metric} is {bad}" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorl.data import (consecutive_windows, pad, random_windows, read_pairs, read_records, read_text, response_mask,
-                         shift, shuffled_batch, training_records)
+                         shift, shuffled_batch, split_pairs, training_records, which_fit)
+from nanorl.errors import UserError
 from nanorl.tasks import is_heldout
 
 quick = settings(max_examples=50, deadline=None)
@@ -88,6 +89,62 @@ def test_separators_inside_a_string_end_no_line(file):
         assert read_records(file(f"{line}\n{line}"), KEYS) == [{"prompt": text, "response": "x"}] * 2
 
 
+def test_an_array_of_records_is_read_like_its_lines(file):
+    """However it is laid out; a line that is a list of its own makes no array of the file."""
+    records = [{"prompt": "a\u2028", "response": "é"}, {"prompt": "[1]", "response": "]", "n": [{}]}]
+    for indent in (None, 0, 4):
+        for end in ("", "\n", "\n\n \t"):
+            assert read_records(file(end + json.dumps(records, indent=indent) + end), KEYS) == records
+    assert ", line 1: list; line 2: list; expected" in refusal(read_records, file(f"[{good}]\n[{good}]"), KEYS)
+
+
+@pytest.mark.parametrize(("text", "mention"), [
+    (f"[\n{good},\n{good}\n", ", line 4: not readable as JSON (Expecting ',' delimiter"),
+    (f"[\n{good}\n{good}\n]", ", line 3: not readable as JSON (Expecting ',' delimiter"),
+    (f"[\n{good},\n]", ", line 3: not readable as JSON"),
+    (f"[\n{good},\n{{'prompt': 1}}]", ", line 3: not readable as JSON"),
+    ('[{"prompt": "a", "response": 1}, {"prompt": "a"}, 7]',
+     ", record 1: 'response' is 1 (int); record 2: no 'response'; record 3: int"),
+    ("[[]]", ", record 1: list"),
+])
+def test_a_bad_array_is_refused_where_it_is_bad(file, text, mention):
+    assert mention in refusal(read_records, file(text), KEYS)
+
+
+def test_the_first_three_bad_records_are_named_by_their_lines(file):
+    """Physical lines, blank ones too, as an editor counts them; and how many more there are."""
+    content = f'\n\n{good}\n7\n\n{{"prompt": true}}\n{good}\n{{}}\nx\n' + "null\n" * 1000
+    assert refusal(read_records, file(content), KEYS) == (
+        ", line 4: int; line 6: 'prompt' is true (bool); line 8: no 'prompt'; and 1,001 more; expected an object with prompt, "
+        "response: non-empty strings")
+
+
+@pytest.mark.parametrize(("value", "shown"), [
+    (72, "72 (int)"), (7.5, "7.5 (float)"), (None, "null (NoneType)"), (False, "false (bool)"),
+    (["72", "72.0"], '["72", "72.0"] (list)'), ([{"role": "user", "content": "ü"}], '[{"role": "user", "content": "ü'),
+    ({}, "{} (dict)"), ("", '"" (str)'), ([], "[] (list)"), (float("nan"), "NaN (float)")])
+def test_a_value_of_another_type_is_shown_as_it_was_typed(value, shown, file):
+    assert f"'response' is {shown[:40]}" in refusal(read_records, file(json.dumps({"prompt": "a", "response": value})), KEYS)
+
+
+@pytest.mark.parametrize(("reserve", "long"), [
+    (0, ["line 1: 12 tokens", "line 4: 4 tokens + 9"]),
+    (7, ["line 1: 12 tokens", "line 3: 4 tokens + --max-new-tokens 7", "line 4: 4 tokens + 9"])])
+def test_records_that_do_not_fit_are_named_or_left_out(reserve, long, capsys):
+    """A context of ten. A prompt that fills it is at fault by itself; else the flag is named where it asks for most."""
+    prompts, responses = [[0] * 12, [0] * 2, [0] * 4, [0] * 4], [[0], [0] * 3, [0] * 2, [0] * 9]
+    places = [f"line {number}" for number in (1, 2, 3, 4)]
+    with pytest.raises(UserError) as error:
+        which_fit([prompts, responses], places, "a.jsonl", 10, reserve)
+    assert str(error.value).startswith(f"a.jsonl, {'; '.join(long)}; expected") and "--skip-long" in str(error.value)
+    fitting = [i for i in range(4) if not any(text.startswith(places[i]) for text in long)]
+    assert which_fit([prompts, responses], places, "a.jsonl", 10, reserve, skip_long=True) == fitting
+    assert f"Left out {len(long)} of 4 records of a.jsonl" in capsys.readouterr().out
+    with pytest.raises(UserError, match="line 1: 2 tokens"):
+        which_fit([[[0] * 2]], places, "a.jsonl", 1, skip_long=True)
+    assert which_fit([[], []], [], "a.jsonl", 10) == [] and not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("line", "mention"), [
     ("not json", "not readable as JSON"),
     ('{"prompt": "a"', "not readable as JSON"),
@@ -97,18 +154,18 @@ def test_separators_inside_a_string_end_no_line(file):
     ("[" * 100_000, "not readable as JSON"),
     ('{"prompt":' * 100_000, "not readable as JSON"),
     ('{"prompt": ' + "1" * 1_000_000 + "}", "not readable as JSON"),        # Python refuses to convert that many digits
-    ('{"prompt": ' + "1" * 4_000 + "}", "'prompt' is '1111"),
-    ('{"prompt": ' + "[" * 900 + "]" * 900 + "}", "'prompt' is '[[[["),
+    ('{"prompt": ' + "1" * 4_000 + "}", "'prompt' is 1111"),
+    ('{"prompt": ' + "[" * 900 + "]" * 900 + "}", "'prompt' is [[[["),
     ("null", "NoneType"),
     ('["prompt", "response"]', "list"),
     ('"prompt response"', "str"),
     ("1e999", "float"),
     ('{"prompt": "a"}', "no 'response'"),
     ('{"Prompt": "a", "response": "b"}', "no 'prompt'"),
-    ('{"prompt": null, "response": "b"}', "'prompt' is 'None'"),
-    ('{"prompt": 7, "response": "b"}', "'prompt' is '7'"),
+    ('{"prompt": null, "response": "b"}', "'prompt' is null (NoneType)"),
+    ('{"prompt": 7, "response": "b"}', "'prompt' is 7 (int)"),
     ('{"prompt": ["a"], "response": "b"}', "'prompt' is"),
-    ('{"prompt": "a", "response": ""}', "'response' is ''"),
+    ('{"prompt": "a", "response": ""}', "'response' is \"\" (str)"),
     ('{"prompt": "a", "response": "b", "response": NaN}', "twice"),
 ])
 def test_a_bad_record_is_refused_in_one_sentence_with_its_line(file, line, mention):
@@ -238,7 +295,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
     assert [r["prompt"] for r in demonstrations] == [r["prompt"] for r in records if not is_heldout(r["prompt"])]
     assert 40 < len(demonstrations) < 60
 
-    _, training, heldout, identical = read_pairs(str(tmp_path / "records.jsonl"))
+    training, heldout, identical = split_pairs(read_pairs(path := str(tmp_path / "records.jsonl")), path)
     different = [i for i, r in enumerate(records) if r["chosen"] != r["rejected"]]
     assert sorted(training + heldout) == different and identical == 20
     assert all(is_heldout(records[i]["prompt"]) == (i in heldout) for i in different)

@@ -22,8 +22,8 @@ DOUBLED = 'metrics["train/mine"] = 2.0 * mask.sum()\n    return -2.0 * (weights 
 FEW_STORIES = ('read_text(DATA / "stories_heldout.txt")', 'read_text(DATA / "stories_heldout.txt")[:2000]')
 TINY_STAGES = {
     "train_pretrain": [(f"steps: run.Count = {train_pretrain.Config().steps}", "steps: run.Count = 2"),
-                       ('str(DATA / "text.txt")', '"text.txt"'), ("vocab_size: run.Count = 512", "vocab_size: run.Count = 300"),
-                       ('= "nano"', '= "pico"')],
+                       ('text: str = ""', 'text: str = "text.txt"'), ('= "nano"', '= "pico"'),
+                       ("vocab_size: run.Count = 512", "vocab_size: run.Count = 300")],
     "train_sft": [(f"steps: run.Count = {train_sft.Config().steps}", "steps: run.Count = 3"),
                   ("run.Count = 20_000", "run.Count = 50"), ("eval_problems: run.Count = 500", "eval_problems: run.Count = 2")]}
 

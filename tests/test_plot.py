@@ -36,6 +36,16 @@ def test_the_curves_are_the_logged_points_and_a_torn_line_is_not_one(tmp_path, m
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_metric_that_was_not_finite_has_no_point(tmp_path, monkeypatch):
+    """It is null in the log. A panel of nothing else is left out, and a fit does without the step but counts its tokens."""
+    lines = [{"step": 0, "rollout/reward": 0.25, "train/entropy": None}, {"step": 1, "rollout/reward": None},
+             {"step": 2, "rollout/reward": 0.75}]
+    panels = drawn(monkeypatch, [write_run(tmp_path / "grpo", lines)], tmp_path / "curves.png")
+    assert panels == {"accuracy": {"training, sampled": [[0, 0.25], [2, 0.75]]}}
+    tokens, reward = plot.reward_by_tokens([line | {"rollout/tokens": 10} for line in lines])
+    assert tokens.tolist() == [0, 20] and reward.tolist() == [0.25, 0.75]
+
+
 def test_a_panel_of_nothing_but_zeros_is_left_out(tmp_path, monkeypatch):
     """An inert clip draws nothing; one that holds a single token is drawn, its other side too."""
     for high, titles in ((0.0, {"accuracy"}), (0.1, {"accuracy", "share of tokens that the bound holds"})):
@@ -98,10 +108,29 @@ def test_a_run_without_rewards_cannot_be_fitted(tmp_path, capsys):
     assert exit.value.code == 2 and "sft: 0 points are too few" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["x", "x.", ".png", "a.b/x", "x.txt", "x.pngx"])
+def test_a_file_without_the_ending_of_a_picture_is_refused_by_its_true_name(name, tmp_path, monkeypatch, capsys):
+    """matplotlib would write x.png and leave x to the message."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", [{"step": 0, "train/entropy": 1.0}])
+    with pytest.raises(SystemExit) as exit:
+        plot.main(["run", "--out", name])
+    assert exit.value.code == 2 and f"{name}: cannot draw such a file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.PNG", "x.svg", "x.y.pdf"])
+def test_what_is_said_to_be_drawn_is_there(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", [{"step": 0, "train/entropy": 1.0}])
+    plot.main(["run", "--out", name])
+    assert capsys.readouterr().out == f"Drew {name}.\n" and Path(name).stat().st_size > 1000
+
+
 def test_a_kind_of_picture_that_cannot_be_drawn_is_refused_before_any_work(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         plot.main(["nowhere", "--out", str(tmp_path / "curves.foo")])
-    assert exit.value.code == 2 and "curves.foo: matplotlib cannot write this kind" in capsys.readouterr().err
+    assert exit.value.code == 2 and "curves.foo: cannot draw such a file (Format 'foo'" in capsys.readouterr().err
 
 
 def test_seeds_share_the_colour_and_the_label_of_a_curve(tmp_path, monkeypatch):

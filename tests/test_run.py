@@ -324,8 +324,8 @@ def test_metrics_are_one_json_object_a_line_with_its_step(tmp_path):
 def test_what_a_model_says_cannot_command_the_terminal(tmp_path, capsys):
     out = open_run(tmp_path)
     out.cfg = dataclasses.replace(out.cfg, quiet=False)
-    out.say("a\x1b[2J\x07b\x9bc\r\ud800é\n\tz")
-    assert capsys.readouterr().out == "a\ufffd[2J\ufffdb\ufffdc\ufffd?é\n\tz\n"
+    out.say("a\x1b[2J\x07b\x9bc\ré\n\tz")
+    assert capsys.readouterr().out == "a\ufffd[2J\ufffdb\ufffdc\ufffdé\n\tz\n"
 
 
 def test_a_checkpoint_read_twice_gives_two_models_that_share_nothing(tmp_path):

@@ -196,7 +196,7 @@ def test_help_shows_the_flags_in_groups(script, capsys):
     assert re.findall(r"^(\w.*):$", text[text.index("\noptions:\n") :], re.M) == titles
     assert re.findall(r"^  -\S+", text[text.index("\noptions:\n") : text.index("\ndevice and seed:\n")], re.M) == ["  -h,"]
     flags = re.findall(r"^  (--[a-z-]+)", text, re.M)
-    assert len(flags) == len(set(flags)) == len(dataclasses.fields(script.Config)) <= 44
+    assert len(flags) == len(set(flags)) == len(dataclasses.fields(script.Config)) <= 45
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -726,7 +726,7 @@ def test_a_step_of_distillation_is_what_it_says(on, tmp_path):
     task = make_task("addition")
     if on == "data":
         records = training_records("letters.jsonl", task)
-        rendered = render_records(records, tokenizer, 256, "letters.jsonl")
+        _, *rendered = render_records(records, tokenizer, 256, "letters.jsonl", "response")
         tokens, mask = response_batch(*rendered, shuffled_batch(len(records), 6, 0, 0), tokenizer.pad)
     else:
         rollout = collect(models[on == "teacher"], tokenizer, task, sampling, prompts=3, samples=2,

@@ -13,13 +13,13 @@ A script is a dataclass of flags and a main(cfg). A run that was killed at any m
 had happened: every random stream is derived from (seed, purpose, step), so the step is all the random state there is to save.
 """
 
-from nanorl.errors import UserError, user_errors_as_sentences
+from nanorl.errors import UserError, printable, user_errors_as_sentences
 from nanorl.run import ranks
 from nanorl.run.checkpoint import (check_finite, load_checkpoint, load_frozen, model_from, tokenizer_from, trained_state,
                                    write_atomically)
 from nanorl.run.device import (autocast, compile_for_training, compile_models, derive, find_device, generator, in_float32,
                                peak_flops, pick_device, uses_bfloat16, wants_compile)
-from nanorl.run.directory import Run, printable, read_lines, script
+from nanorl.run.directory import Run, read_lines, script
 from nanorl.run.flags import (Bound, Count, DeviceConfig, Natural, NonNegative, PolicyConfig, Positive, RolloutConfig,
                               RunConfig, Share, flag_of, parse, read_config)
 from nanorl.run.optimizer import Optimizers, schedule

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import math
 import os
-import re
 import signal
 import sys
 import time
@@ -17,13 +18,13 @@ from torch import nn
 from tqdm import tqdm
 
 from nanorl.data import parse_object
-from nanorl.errors import UserError, exit_with, user_errors_as_sentences
+from nanorl.errors import UserError, exit_with, printable, user_errors_as_sentences
 from nanorl.lora import has_adapters
 from nanorl.run import ranks
 from nanorl.run.checkpoint import check_finite, digest, load_checkpoint, save_checkpoint, trained_state, write_atomically
 from nanorl.run.device import round_frozen
-from nanorl.run.flags import RunConfig
-from nanorl.run.optimizer import Optimizers
+from nanorl.run.flags import TO_ROUNDING, RunConfig, flag_of, read_config
+from nanorl.run.optimizer import Optimizers, schedule
 from nanorl.tokenizer import Tokenizer
 
 
@@ -81,13 +82,6 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
     return wrapper
 
 
-def printable(text: str) -> str:
-    """`text` without control characters (but tab and newline) and without what the terminal's encoding lacks: a model may say
-    anything, even commands to the terminal."""
-    text, encoding = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text), sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
-
-
 class Run:
     """The directory of a run, and its step counter.
 
@@ -101,14 +95,16 @@ class Run:
     """
 
     def __init__(self, cfg: RunConfig, checkpoint: dict[str, Any] | None, model: nn.Module, optimizer: Optimizers,
-                 tokenizer: Tokenizer, **constants: nn.Module | None):
-        """`constants`: models that are not trained; None is skipped. A resumed run must have loaded those that it began with;
-        one that `refresh` has changed since then gets its weights back."""
+                 tokenizer: Tokenizer, *, data: Any = None, **constants: nn.Module | None):
+        """`data`: what the run learns from, text, records or problems. `constants`: models that are not trained; None is
+        skipped. A resumed run must have read the same data, and loaded the constants that it began with, wherever they are
+        now; a constant that `refresh` has changed since then gets its weights back."""
         self.cfg, self.model, self.optimizer, self.tokenizer = cfg, model, optimizer, tokenizer
         self.out = Path(cfg.out)
         self.step = 0
         self.state: dict[str, Any] = {}     # what else a script needs in order to resume: tensors and builtins
-        self._line: dict[str, float] = {}
+        self._line: dict[str, float | None] = {}
+        self._warned: set[str] = set()      # metrics that were not finite
         self._signal = 0
         if checkpoint is not None:
             self.step, self.state = checkpoint["step"], checkpoint["state"]
@@ -121,7 +117,10 @@ class Run:
             if name in self.state:
                 constant.load_state_dict(self.state[name])
             elif constant is not None:
-                self._check_unchanged(name, constant)
+                self._check_unchanged(name, digest(constant))
+        content = json.dumps(data, sort_keys=True, default=lambda x: getattr(x, "__dict__", None))
+        self._check_unchanged("data", hashlib.sha256(content.encode()).hexdigest())
+        self.first_steps = self.state.setdefault("first_steps", checkpoint["config"]["steps"] if checkpoint else cfg.steps)
         for each in filter(None, (model, *constants.values())):
             round_frozen(each, cfg.dtype)
         ranks.wait()                        # the others may still be checking what is here already
@@ -132,9 +131,10 @@ class Run:
     def _begin(self) -> None:
         """The files of a new run, or those of a resumed one up to its checkpoint. No other process may write here any more."""
         self.out.mkdir(parents=True, exist_ok=True)
-        if not self.cfg.resume:
-            self._write("config.json", json.dumps(dataclasses.asdict(self.cfg), indent=2))
-        self._config = _locked(self.out / "config.json")
+        config = self.out / "config.json"
+        self._locks = [_locked(config)] if self.cfg.resume else []      # before it is written again: some flags may differ
+        self._write(config.name, json.dumps(dataclasses.asdict(self.cfg) | {"resume": False}, indent=2))
+        self._locks.append(_locked(config))
         for name in ("metrics.jsonl", "samples.jsonl") if self.cfg.resume else ():
             # Drop what came after the checkpoint: lines of its own step and later, and a torn last one.
             kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_lines(self.out / name) if r["step"] < self.step]
@@ -157,8 +157,10 @@ class Run:
         if cfg.resume:
             checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
             lines, _ = read_lines(out / "metrics.jsonl"), read_lines(out / "samples.jsonl")     # or refused, before any work
-            if not checkpoint and len(lines) > cfg.save_every:
+            if not checkpoint and len(lines) > read_config(out)["save_every"]:
                 raise UserError(f"--resume: {out / 'ckpt.pt'} is gone; expected the checkpoint of {len(lines)} steps")
+            if checkpoint:
+                Run._check_flags(cfg, checkpoint, lines)
             return checkpoint
         if there:
             raise UserError(f"--out {out}: holds a run already; continue it with --resume, or choose another directory")
@@ -166,14 +168,27 @@ class Run:
             raise UserError(f"--out {out}: {nearest} is not a directory that can be written to")
         return None
 
-    def _check_unchanged(self, name: str, model: nn.Module) -> None:
-        """UserError where this model has other weights than when the run began."""
-        found = digest(model)
-        if self.state.setdefault(f"sha256 of {name}", found) != found:
-            raise UserError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected the one that "
-                            "it started from")
+    @staticmethod
+    def _check_flags(cfg: RunConfig, checkpoint: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        """UserError where more steps would have meant other learning rates before. Says what holds only to rounding."""
+        before, rates = checkpoint["config"], [line["train/lr"] for line in lines[: checkpoint["step"]] if "train/lr" in line]
+        if cfg.steps > before["steps"] and rates and rates[-1] < max(rates):
+            raise UserError(f"--steps {cfg.steps}: the learning rate of the run to resume has begun to fall, to end with its "
+                            f"{before['steps']} steps; train on in another run, with --init {cfg.out} and another --out")
+        if cfg.init != before["init"] and not {"sha256 of reference", "sha256 of initial_policy"} & checkpoint["state"].keys():
+            raise UserError(f"--init {cfg.init}: a run reads it once, when it begins; leave the flag out, or start another run")
+        differ = [f"{flag_of(flag)} {getattr(cfg, flag)}" for flag in sorted(TO_ROUNDING & before.keys())
+                  if getattr(cfg, flag) != before[flag]]
+        if differ:
+            print(f"Resuming with {' '.join(differ)}: the results are the same to rounding, not bit for bit.")
 
-    def metrics(self) -> list[dict[str, float]]:
+    def _check_unchanged(self, name: str, sha256: str) -> None:
+        """UserError where this had another content when the run began."""
+        if self.state.setdefault(f"sha256 of {name}", sha256) != sha256:
+            raise UserError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected what it began "
+                            "with, in any place")
+
+    def metrics(self) -> list[dict[str, float | None]]:
         """The lines of metrics.jsonl so far."""
         return read_lines(self.out / "metrics.jsonl")
 
@@ -224,14 +239,26 @@ class Run:
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
         print("\nFinishing this step, then saving. Once more to stop at once.", file=sys.stderr)
 
+    def schedule(self, warmup: float = 0.0, decay: float = 0.0) -> float:
+        """The factor of the learning rate in this step, by `optimizer.schedule`. A run that is given more steps keeps its
+        warmup, so that no rate in its past changes."""
+        return min(schedule(self.step, self.first_steps, warmup), schedule(self.step, self.cfg.steps, decay=decay))
+
     def log(self, metrics: dict[str, Any], show: tuple[str, ...] = ()) -> None:
-        """Add to this step's line of metrics.jsonl; those of it named in `show` go to the progress bar. FloatingPointError at
-        nan or inf."""
-        line = {name: float(value) for name, value in metrics.items()}
-        check_finite(line)
-        self._line |= line
+        """Add to this step's line of metrics.jsonl; those of it named in `show` go to the progress bar.
+
+        A loss that is nan or inf is a FloatingPointError. Any other metric is then logged as null, with a warning.
+        """
+        for name, value in metrics.items():
+            x = float(value)
+            if name.endswith("loss"):
+                check_finite(x, name)
+            if not math.isfinite(x) and name not in self._warned and ranks.rank() == 0:
+                tqdm.write(f"{name} is {x} in step {self.step}: logged as null, from now on without a word.", file=sys.stderr)
+                self._warned.add(name)
+            self._line[name] = x if math.isfinite(x) else None
         if show:
-            shown = {name.split("/")[1]: self._line[name] for name in show if name in self._line}
+            shown = {name.split("/")[1]: self._line[name] for name in show if self._line.get(name) is not None}
             self._bar.set_postfix_str("  ".join(f"{name} {x:,.0f}" if abs(x) >= 1000 else f"{name} {x:.3g}"
                                                 for name, x in shown.items()))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from nanorl.data import parse_object
-from nanorl.errors import UserError, exit_with
+from nanorl.errors import UserError, exit_with, print_anything
 from nanorl.tasks import default_max_new_tokens
 
 
@@ -99,6 +99,7 @@ class RolloutConfig(PolicyConfig):
     # rollouts
     task: str = "addition"      # addition, sums, sorting, reversal, countdown or code; addition-4 is a harder one, of 4 digits
     data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
+    skip_long: bool = False     # leave out records that do not fit the model's context
     prompts: Count = 32         # P, prompts per step
     group: Count = 8            # G, answers sampled per prompt
     max_new_tokens: Count | None = None    # an answer longer than this is truncated (default: 80; code 120; stories 140)
@@ -111,7 +112,10 @@ class RolloutConfig(PolicyConfig):
         self.default("max_new_tokens", default_max_new_tokens(self.task))
 
 
-MAY_DIFFER_ON_RESUME = {"out", "resume", "quiet", "selfcheck"}
+# What a resumed run may have otherwise than before. PLACES may have moved: what was read there is compared (directory.Run).
+PLACES = {"out", "init", "data", "text", "teacher", "reward_model"}
+TO_ROUNDING = {"micro_batch", "recompute", "device", "dtype", "compile", "deterministic"}      # the same results, to rounding
+MAY_DIFFER_ON_RESUME = PLACES | TO_ROUNDING | {"resume", "steps", "save_every", "quiet", "selfcheck"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -181,8 +185,10 @@ def parse(config_class: type, argv: list[str] | None = None) -> Any:
     a default is a positional argument; a tuple takes one value or more. --help shows the class's `table`, if it has one, after
     the module's docstring.
 
-    With --resume the flags come from the run's config.json, and one that was typed must agree with it.
+    With --resume the flags come from the run's config.json, and one that was typed must agree with it, unless it
+    MAY_DIFFER_ON_RESUME.
     """
+    print_anything()
     hints = {name: _without_none(hint) for name, hint in get_type_hints(config_class, include_extras=True).items()}
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)
                 if field.default is not dataclasses.MISSING}
@@ -206,11 +212,12 @@ def _saved_flags(config_class: type, hints: dict, defaults: dict, typed: dict) -
         raise UserError(f"--resume: {out} was made by another script, or another version of this one: not both know "
                         f"{flag_of(odd[0])}")
     for name, value in saved.items():
-        if typed.get(name, value) != value and name not in MAY_DIFFER_ON_RESUME:
-            raise UserError(f"{flag_of(name)} {typed[name]}: the run to resume has {value}; leave the flag out, or start "
-                            "another run")
         if value != defaults[name] and (expected := _misfit(value, hints[name])):
             raise UserError(f"{Path(out) / 'config.json'}: {name} is {value!r:.40}; expected {expected}")
+        wanted = typed.get(name, value)
+        if wanted != value and (name not in MAY_DIFFER_ON_RESUME or (name == "steps" and wanted < value)):
+            raise UserError(f"{flag_of(name)} {wanted}: the run to resume has {value}; leave the flag out, or start another "
+                            "run")
     return saved | {"out": out}
 
 

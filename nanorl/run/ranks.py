@@ -28,7 +28,7 @@ def join(device: torch.device) -> None:
     else:
         dist.init_process_group("gloo")
     if rank():
-        sys.stdout = open(os.devnull, "w")          # noqa: SIM115      one voice is enough
+        sys.stdout = open(os.devnull, "w", errors="replace")         # noqa: SIM115      one voice is enough
 
 
 def rank() -> int:

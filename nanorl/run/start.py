@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanorl.data import read_records
+from nanorl.data import read_records, which_fit
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.lora import adapt
@@ -30,7 +30,8 @@ def choose_task(name: str, data: str = "", needs_verifier: bool = True, seed: in
     """The task of this name, ready to verify answers, or the questions of a JSONL file {"prompt", "answer"}, whose order in
     training the seed decides."""
     if data:
-        return FileTask([(r["prompt"], r["answer"]) for r in read_records(data, ("prompt", "answer"))], data, seed=seed)
+        records = read_records(data, ("prompt", "answer"))
+        return FileTask([(r["prompt"], r["answer"]) for r in records], data, [r.place for r in records], seed)
     try:
         task = make_task(name, needs_verifier)
         task.start_verifier()
@@ -110,12 +111,15 @@ def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_fits_context(prompts: list[list[int]], max_new_tokens: int, *models: GPT | ScalarGPT | None) -> None:
-    """UserError when these prompts and `max_new_tokens` do not fit the context of each of these models. Skips None."""
-    longest, context = max(map(len, prompts)), min(model.config.context for model in models if model)
+def check_fits_context(prompts: list[list[int]], max_new_tokens: int, *models: GPT | ScalarGPT | None,
+                       texts: list[str] | None = None) -> None:
+    """UserError when these prompts and `max_new_tokens` do not fit the context of each of these models. Skips None. It shows
+    the longest of the `texts` of these prompts."""
+    (longest, i), context = max((len(ids), i) for i, ids in enumerate(prompts)), min(m.config.context for m in models if m)
     if longest + max_new_tokens > context:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens, the model's context of "
-                        f"{context} has room for {max(0, context - longest)}")
+        shown = f", as {texts[i][:40]!r}" if texts else ""
+        raise UserError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens{shown}, the model's "
+                        f"context of {context} has room for {max(0, context - longest)}")
 
 
 def trainable_copy(cfg: PolicyConfig, model: GPT, purpose: str) -> GPT:
@@ -160,8 +164,7 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     """
     device, checkpoint = pick_device(cfg), Run.check(cfg)
     if isinstance(task, FileTask):
-        print(f"{task.name}: {len(task.rows('train')):,} rows to train on; {len(task.rows('heldout')):,} are held out, by the "
-              "hash of their prompt, to evaluate with.")
+        task.rows("train"), task.rows("heldout")        # or an error, before minutes are spent on another stage
     if task:
         warn(task.warnings())
     initial = checkpoint
@@ -180,6 +183,12 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
                   load_frozen(reward_model, "reward model", tokenizer, device) if reward_model else None)
     if task:
         prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
-        check_fits_context(prompts, cfg.max_new_tokens, start.policy, start.reward_model)
+        if isinstance(task, FileTask):
+            context = min(model.config.context for model in (start.policy, start.reward_model) if model)
+            task.keep(which_fit([prompts], task.places, task.name, context, cfg.max_new_tokens, cfg.skip_long))
+            print(f"{task.name}: {len(task.rows('train')):,} rows to train on; {len(task.rows('heldout')):,} are held out, by "
+                  "the hash of their prompt, to evaluate with.")
+        else:
+            check_fits_context(prompts, cfg.max_new_tokens, start.policy, start.reward_model)
         warn(cut_answers(task, tokenizer, cfg.max_new_tokens))
     return start

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from random import Random
 
-from nanorl.errors import UserError
+from nanorl.errors import UserError, refuse
 from nanorl.tasks.base import MARKER, MAX_ANSWER_CHARACTERS, Problem, Task, final_answer, is_heldout
 
 # What a right response would have to say, and what the answer had better be.
@@ -26,10 +26,14 @@ class FileTask(Task):
         self.name, self.seed = name, seed
         self.problems = [Problem(prompt, answer) for prompt, answer in pairs]
         self.places = places or [f"record {number}" for number in range(1, len(self.problems) + 1)]
-        for place, problem in zip(self.places, self.problems, strict=True):
-            if not self.ballot(self.direct(problem, None)):
-                raise UserError(f"{name}, {place}: no response can have {problem.answer[:40]!r} as its answer, "
-                                 f"which must be 1 to {MAX_ANSWER_CHARACTERS} characters without {MARKER!r}")
+        if faults := [f"{place}: {problem.answer[:40]!r}" for place, problem in zip(self.places, self.problems, strict=True)
+                      if not self.ballot(self.direct(problem, None))]:
+            refuse(name, faults, f"an answer that can be given: 1 to {MAX_ANSWER_CHARACTERS} characters without {MARKER!r}")
+        self.keep([*range(len(self.problems))])
+
+    def keep(self, kept: list[int]) -> None:
+        """Leave out the other rows."""
+        self.problems, self.places = ([part[i] for i in kept] for part in (self.problems, self.places))
         self.splits = {"all": self.problems, "train": [], "heldout": []}
         for problem in self.problems:
             self.splits["heldout" if is_heldout(problem.prompt) else "train"].append(problem)
