@@ -194,7 +194,9 @@ def test_a_reward_that_is_no_number_is_refused_before_any_stage_is_made(script, 
 def test_a_file_without_rows_to_train_on_or_to_evaluate_with_is_refused(script, file, split, bad_files, capsys):
     error = refused(capsys, script, ["--data", file, "--device", "cpu"])
     assert f"{file}: the {split} split is empty: one prompt in ten is held out by its hash, here" in error
-STAGES = [(train_pretrain, "missing.txt tiny.txt", "--text"), (train_sft, "missing.jsonl bad.jsonl", "--data"),
+
+
+STAGES = [(train_pretrain, "missing.txt tiny.txt", "--text"), (train_sft, "missing.jsonl bad.jsonl heldout.jsonl", "--data"),
           (train_reward, "missing.jsonl bad.jsonl same.jsonl", "--data"),
           (train_dpo, "missing.jsonl bad.jsonl heldoutpairs.jsonl", "--data"), (train_grpo, "bad.jsonl one.jsonl", "--data"),
           (train_grpo, "answers.jsonl", "--likelihood-coef 0.1 --data"), (train_ppo, "bad.jsonl one.jsonl", "--data"),
