@@ -753,7 +753,7 @@ LOOPS = [
            'if r["step"] < self.step]', 'if r["step"] <= self.step]'),
     Mutant("a checkpoint is a step behind", DIRECTORY, '"step": self.step, "config"', '"step": self.step - 1, "config"'),
     Mutant("a changed reference goes unnoticed", DIRECTORY,
-           'f"sha256 of {name}", found) != found:', 'f"sha256 of {name}", found) == "":'),
+           'f"sha256 of {name}", sha256) != sha256:', 'f"sha256 of {name}", sha256) == "":'),
     Mutant("a torn line is read", DIRECTORY, 'split(b"\\n")[:-1]', 'split(b"\\n")'),
     Mutant("what is not finite is saved", CHECKPOINT,
            '    check_finite({name: checkpoint[name] for name in ("model", "optimizer", "state")})\n', ""),

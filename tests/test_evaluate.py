@@ -217,7 +217,7 @@ def test_a_file_says_what_can_hardly_be_right_before_it_is_asked(inside, tmp_pat
     write_records(tmp_path / "mine.jsonl", ({"prompt": prompt, "answer": answer} for prompt, answer in rows))
     evaluated(f"sft --data {tmp_path / 'mine.jsonl'} --method greedy --max-new-tokens 16 --device cpu", tmp_path / "out.json")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 3 and all("mine.jsonl, record " in line for line in warnings)
+    assert len(warnings) == 3 and all("mine.jsonl, line " in line for line in warnings)
     for part in ("'####'", "keep one", "--max-new-tokens 16; raise it"):
         assert any(part in line for line in warnings)
 

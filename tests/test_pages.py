@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import itertools
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import torch
 from world import ROOT, TINY
 
 from nanorl import run
+from nanorl.interop import write_pretrained
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RL = TINY + " --steps 2 --eval-problems 3 --max-new-tokens 16"
@@ -25,20 +27,23 @@ SMALL = {"train_pretrain": TINY + " --steps 2 --batch 2 --length 32 --preset pic
          "train_ppo": RL + " --prompts 4 --group 2 --best-of 2",
          "train_distill": RL + " --prompts 3 --group 2",
          "nanorl.evaluate": " --problems 3 --max-new-tokens 16 --n 2 --task addition --device cpu",
+         "nanorl.export": "",
          "nanorl.chat": " --max-new-tokens 16 --device cpu"}
 WITHOUT = {"train_grpo": ("--task", "--data", " --data mine.jsonl"), "train_dpo": ("--online", "", " --data pairs.jsonl")}
 ELSEWHERE = {"git": "by hand", "pip": ".ci/run", "ruff": ".ci/run", "pytest": ".ci/run", "torchrun": "test_ranks.py",
              "python -m tests.mutants": "test_docs.py", "python -m benchmarks": "test_benchmarks.py",
-             "python -m experiments": "test_experiments.py, test_claims.py"}
+             "python -m experiments": "test_experiments.py, test_claims.py", "python -m nanorl.chat smollm2": "test_interop.py"}
 
 
 def commands():
-    """The commands in fenced blocks, and those in sentences that are written out."""
+    """The commands in fenced blocks, and those in sentences that are written out, without a RUN or FILE to be filled in."""
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         lines = [line for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
-        lines += re.findall(r"`((?:python|torchrun) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+        sentences = re.sub(r"```.*?```", "", text, flags=re.S)
+        lines += [line for line in re.findall(r"`((?:python|torchrun) [^`]+)`", sentences)
+                  if not re.search(r"\b(RUN|DIR|FILE)\b|nanorl\.\w+$", line)]
         found += [" ".join(line.partition("  #")[0].split()) for line in lines
                   if re.match(r"(python|torchrun|pytest|pip|git|ruff|cp) ", line)]
     return list(dict.fromkeys(found))
@@ -63,6 +68,9 @@ def fresh(world, tmp_path, monkeypatch):
         shutil.copy(world / name, file)
     for name in ("pretrain", "sft", "grpo", "reward"):
         shutil.copytree(world / name, Path("runs", name))
+    checkpoint = run.load_checkpoint(world / "sft")
+    write_pretrained(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), Path("models/Qwen3-0.6B"),
+                     torch.float32)
     for module in ("nanorl.run", "nanorl.run.start"):
         monkeypatch.setattr(f"{module}.ensure_stage", lambda cfg, stage, **flags: f"runs/{stage}")
 
@@ -73,6 +81,9 @@ def test_the_command_runs(command, fresh, monkeypatch, tmp_path):
     if program == "-m":
         program, *flags = flags
     monkeypatch.setattr("sys.stdin", io.StringIO("Say 1.\n"))
+    for flag, value in itertools.pairwise(["", *flags]):
+        if value.startswith("runs/") and flag != "--out" and not Path(value).exists():
+            shutil.copytree("runs/grpo", value)         # what a command before has made
     name = program.removesuffix(".py")
     try:
         if name in SMALL:
@@ -83,8 +94,6 @@ def test_the_command_runs(command, fresh, monkeypatch, tmp_path):
             module.main(run.parse(module.Config, flags))
         else:
             monkeypatch.delitem(sys.modules, "train_grpo", raising=False)       # nanorl.checks imports the copy
-            if "runs/variant" in flags:
-                shutil.copytree("runs/grpo", "runs/variant")
             importlib.import_module("nanorl.checks.__main__" if name == "nanorl.checks" else name).main(flags)
     except SystemExit as exit:
         assert not exit.code
