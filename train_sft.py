@@ -72,8 +72,8 @@ def main(cfg: Config) -> None:
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer, data=records)
     del checkpoint
     sampling = Sampling(cfg.max_new_tokens, compile=run.compile_models(cfg, device, model))
-    print(f"Fine-tuning on {len(training):,} demonstrations of {source} ({len(heldout):,} held out), {cfg.batch} a step, on "
-          f"{device.type}.")
+    held_out = f" ({len(heldout):,} more are held out)" if heldout else ""
+    print(f"Fine-tuning on {len(training):,} demonstrations of {source}{held_out}, {cfg.batch} a step, on {device.type}.")
 
     def evaluate_now() -> dict[str, float]:
         """Answers to held-out problems; with --data, responses to held-out records and the loss on them."""

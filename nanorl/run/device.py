@@ -74,9 +74,9 @@ def round_frozen(model: nn.Module, dtype: str) -> None:
             tied = module.embedding.weight
             for part in module.modules():
                 if isinstance(part, nn.Linear | nn.Embedding) and not part.weight.requires_grad:
-                    rounded = part.weight.bfloat16()
+                    rounded = nn.Parameter(part.weight.bfloat16(), requires_grad=False)
                     if (part.weight is not tied and isinstance(part, nn.Linear)) or torch.equal(rounded.float(), part.weight):
-                        part.weight.data = rounded
+                        torch.utils.swap_tensors(part.weight, rounded)      # in all models that share it
 
 
 @contextlib.contextmanager
