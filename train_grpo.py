@@ -134,7 +134,7 @@ def main(cfg: Config) -> None:
     task = run.choose_task(cfg.task, cfg.data, seed=cfg.seed)
     records = training_records(cfg.data, task) if cfg.likelihood_coef else []
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
-    stories = tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
+    stories = None if cfg.data else tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
     records, *demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task), "response",
                                               skip_long=cfg.skip_long)
 

@@ -67,7 +67,7 @@ def _fault(record: Any, keys: tuple[str, ...] = ()) -> str:
         return type(record).__name__
     for key in keys:
         if key not in record:
-            return f"no {key!r}"
+            return f"no {key!r}" + (f", but {', '.join(map(repr, record)):.60}" if record else "")
         if not isinstance(value := record[key], str) or not value:
             return f"{key!r} is {json.dumps(value, ensure_ascii=False):.40} ({type(value).__name__})"
         if re.search("[\ud800-\udfff]", value):

@@ -104,7 +104,7 @@ def test_an_array_of_records_is_read_like_its_lines(file):
     (f"[\n{good},\n]", ", line 3: not readable as JSON"),
     (f"[\n{good},\n{{'prompt': 1}}]", ", line 3: not readable as JSON"),
     ('[{"prompt": "a", "response": 1}, {"prompt": "a"}, 7]',
-     ", record 1: 'response' is 1 (int); record 2: no 'response'; record 3: int"),
+     ", record 1: 'response' is 1 (int); record 2: no 'response', but 'prompt'; record 3: int"),
     ("[[]]", ", record 1: list"),
 ])
 def test_a_bad_array_is_refused_where_it_is_bad(file, text, mention):
@@ -161,7 +161,7 @@ def test_records_that_do_not_fit_are_named_or_left_out(reserve, long, capsys):
     ('"prompt response"', "str"),
     ("1e999", "float"),
     ('{"prompt": "a"}', "no 'response'"),
-    ('{"Prompt": "a", "response": "b"}', "no 'prompt'"),
+    ('{"Prompt": "a", "response": "b"}', "no 'prompt', but 'Prompt', 'response'"),
     ('{"prompt": null, "response": "b"}', "'prompt' is null (NoneType)"),
     ('{"prompt": 7, "response": "b"}', "'prompt' is 7 (int)"),
     ('{"prompt": ["a"], "response": "b"}', "'prompt' is"),

@@ -6,6 +6,7 @@ from random import Random
 import pytest
 import torch
 from test_rollout import MODEL, SAMPLING, TOKENIZER, Parity
+from world import start
 
 import train_grpo
 from nanorl.data import response_mask
@@ -156,3 +157,12 @@ def test_the_bound_is_stated_for_each_precision(native, monkeypatch):
     assert tolerance(cpu, "auto") == tolerance(cpu, "float32") == 1e-4
     assert tolerance(cpu, "bfloat16") > tolerance(cuda, "float32") > 1e-4
     assert tolerance(cuda, "auto") == tolerance(cuda, "bfloat16" if native else "float32")
+
+
+def test_a_rollout_without_an_answer_that_can_be_read_says_what_to_do(inside, tmp_path, capsys):
+    """The sentence is there where no response has `Answer: `, and only there."""
+    for init, unread in (("pretrain", True), ("sft", False)):
+        flags = "--steps 1 --prompts 3 --group 4 --data wanted.jsonl --eval-problems 3 --max-new-tokens 16 --device cpu"
+        start(train_grpo, flags, tmp_path / init, "--init", init)
+        said = capsys.readouterr().out
+        assert ("fine-tune on responses like 'Answer: x' first" in said) == unread and "First-step check" in said

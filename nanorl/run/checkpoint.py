@@ -80,7 +80,8 @@ def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any
         there, pretrained = file.exists(), is_pretrained(path)
         if there == pretrained:
             found = "both a run (ckpt.pt) and" if there else "neither a run (ckpt.pt) nor"
-            raise UserError(f"{path}: {found} a pretrained model (config.json with a model_type); expected one of them")
+            raise UserError(f"{path}: {found} a pretrained model (config.json with a model_type); expected one of them, or the "
+                            "name smollm2")
         checkpoint, holds = (read_pretrained(path), "policy") if pretrained else _load_sound(file)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None

@@ -12,6 +12,10 @@ UNLIKELY = {"####": "'####'; keep only what follows it", r"\boxed": r"'\boxed'; 
             "\n": "several lines; keep only the final answer"}
 
 
+def _unlikely(problem: Problem) -> list[str]:
+    return [sign for sign in UNLIKELY if sign in problem.answer.strip()][:1]
+
+
 class FileTask(Task):
     """Your own questions, as (prompt, answer) pairs. An answer must match up to the amount of white space.
 
@@ -26,8 +30,10 @@ class FileTask(Task):
         self.name, self.seed = name, seed
         self.problems = [Problem(prompt, answer) for prompt, answer in pairs]
         self.places = places or [f"record {number}" for number in range(1, len(self.problems) + 1)]
-        if faults := [f"{place}: {problem.answer[:40]!r}" for place, problem in zip(self.places, self.problems, strict=True)
-                      if not self.ballot(self.direct(problem, None))]:
+        faults = [f"{place}: {problem.answer[:40]!r}" + "".join(f", which holds {UNLIKELY[s]}" for s in _unlikely(problem))
+                  for place, problem in zip(self.places, self.problems, strict=True)
+                  if not self.ballot(self.direct(problem, None))]
+        if faults:
             refuse(name, faults, f"an answer that can be given: 1 to {MAX_ANSWER_CHARACTERS} characters without {MARKER!r}")
         self.keep([*range(len(self.problems))])
 
@@ -52,7 +58,7 @@ class FileTask(Task):
         for place, problem in zip(self.places, self.problems, strict=True):
             if answers.setdefault(problem.prompt, problem.answer.split()) != problem.answer.split():
                 found["an earlier row has this prompt and another answer; no response is right by both, so keep one"] += [place]
-            for sign in [sign for sign in UNLIKELY if sign in problem.answer.strip()][:1]:
+            for sign in _unlikely(problem):
                 found[f"a response is right only if it says all of the answer, with {UNLIKELY[sign]}"] += [place]
         return [f"{self.where(places)}: {what}" for what, places in found.items()]
 
