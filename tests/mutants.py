@@ -83,7 +83,7 @@ def run_tests(mutant: Mutant | None, limit: float | None = None) -> tuple[str, f
     """Run the tests on a copy of the tree, with the fault: the first test that failed ("" for none) and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
-        for part in ("nanorl", "tests", "data", "experiments"):
+        for part in ("nanorl", "tests", "data", "docs", "experiments"):
             shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
         for file in (ROOT / "pyproject.toml", ROOT / "README.md", *ROOT.glob("train_*.py")):
             shutil.copy(file, tree)
