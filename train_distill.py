@@ -138,7 +138,7 @@ def main(cfg: Config) -> None:
     start = checkpoint or run.load_checkpoint(cfg.init or make_student(cfg))
     tokenizer, (student, _) = run.tokenizer_from(start), run.policy_from(cfg, checkpoint, start, device)
     teacher = run.load_frozen(teacher_run, "policy", tokenizer, device)
-    prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
+    prompts = [tokenizer.render(problem.conversation) for problem in task.examples()]
     run.check_fits_context(prompts, cfg.max_new_tokens, student, teacher)
     context = min(student.config.context, teacher.config.context)
     records, *demonstrations = render_records(records, tokenizer, context, cfg.data or str(task), "response",

@@ -89,11 +89,12 @@ def objective(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejecte
 
 
 def judged_pairs(scores):
-    """Of two answers to each prompt, rows 2p and 2p+1: the rows of the better and of the worse ones. Ties are left out.
+    """Of two answers to each prompt, rows 2p and 2p+1: the rows of the better and of the worse ones. Ties are left out,
+    and prompts of which an answer could not be scored (nan).
 
     scores [P, 2] -> [N], [N]
     """
-    decided = (scores[:, 0] != scores[:, 1]).nonzero().squeeze(-1)
+    decided = ((scores[:, 0] != scores[:, 1]) & ~scores.isnan().any(-1)).nonzero().squeeze(-1)
     best = scores[decided].argmax(-1)
     return 2 * decided + best, 2 * decided + 1 - best
 
@@ -233,7 +234,7 @@ def main(cfg: Config) -> None:
                 rollout, scores = fresh.rollout, fresh.rewards
                 if cfg.judge == "model":
                     scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
-            run.check_finite(scores, f"a reward of the {cfg.judge}")
+                    run.check_finite(scores, "a reward of the model")
             pairs = torch.stack(judged_pairs(scores), dim=1).to(device)                     # [N, 2] better and worse rows
             count = len(pairs)
             parts = [part.T.flatten() for part in run.ranks.parts(pairs, cfg.micro_batch)]

@@ -88,7 +88,7 @@ class Config(run.RolloutConfig):
 @run.script
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
-    task = run.choose_task(cfg.task, cfg.data, seed=cfg.seed)
+    task = run.choose_task(cfg.task, cfg.data, seed=cfg.seed, verifier=cfg.verifier, reward=cfg.reward)
     task.require_right("right answers are set against wrong ones, but")
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=True)
 
@@ -112,7 +112,8 @@ def main(cfg: Config) -> None:
                             seed=run.derive(cfg.seed, "rollout", step), state=out.state)
             rollout = fresh.rollout
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
-        won = right_or_reward(task, fresh.rewards).bool().to(device)                   # [P, G]
+        scored = ~fresh.rewards.isnan().any(-1, keepdim=True)           # a group is scored whole, or left out
+        won = ((right_or_reward(task, fresh.rewards) == 1) & scored).to(device)             # [P, G]
         out.log(describe(fresh, "rollout"))
         out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
 

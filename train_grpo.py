@@ -36,13 +36,15 @@ import torch
 
 from nanorl import family, run
 from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
-from nanorl.data import DATA, read_text, render_records, training_records
+from nanorl.data import DATA, render_records
+from nanorl.files import read_text
 from nanorl.first_step import first_step_check, tolerance
 from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
-from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum,
-                        masked_surrogate, overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
+from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum, masked_surrogate,
+                        overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
 from nanorl.sample import Rollout, Sampling, token_log_probs
+from nanorl.tasks import FileTask
 
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
@@ -91,28 +93,30 @@ def advantages(cfg, rollout, rewards, old_logp, ref_logp, state):
     """The advantage of each answer, and the mask of the tokens that are trained on.       -> adv [B, 1], mask [B, T-1]
 
     rewards [P, G] are the task's, on the CPU: they decide which groups and answers are kept. The advantage is that of the net
-    reward, R = r + overlong penalty - kl_coef sum_t k1. An answer whose tokens are left out still counts in its group's mean.
-    `state` holds the running mean.
+    reward, R = r + overlong penalty - kl_coef sum_t k1. An answer whose tokens are left out still counts in its group's mean,
+    unless it could not be scored (nan). `state` holds the running mean.
 
     Where all answers of a group have the same R, what compares within it (center, leave_one_out, both z-scores) is exactly 0:
     --groups all trains on them in vain, drop masks them here, and resample has replaced them already, in `collect`.
     """
-    mask, kept = rollout.mask, torch.ones_like(rewards, dtype=torch.bool)
+    mask, valid = rollout.mask, ~rewards.isnan()
+    kept = valid
     if cfg.groups == "drop":
         kept = kept & has_contrast(rewards)[:, None]
     if cfg.truncated == "mask":
         kept = kept & rollout.finished.cpu().view_as(rewards)
     if cfg.advantage == "positive":
         kept = kept & (rewards > 0)
-    R = rewards
+    R = rewards.nan_to_num(nan=0.0)
     if cfg.overlong:
         lengths = (rollout.lengths - rollout.prompt_lengths).cpu().view_as(R)
         R = R + overlong_penalty(lengths, cfg.max_new_tokens, cfg.overlong * cfg.max_new_tokens)
     if cfg.kl == "k1_reward":
         R = R - cfg.kl_coef * kl_k1(old_logp, ref_logp).masked_fill(~mask, 0.0).sum(-1).cpu().view_as(R)
     if cfg.advantage == "running_mean":
-        R = family.less_running_mean(R, state)
-    adv = zscore_batch(R, kept=kept) if cfg.advantage == "zscore_batch" else family.ADVANTAGES[cfg.advantage](R)
+        R = family.less_running_mean(R, valid, state)
+    adv = (zscore_batch(R, valid=valid, kept=kept) if cfg.advantage == "zscore_batch"
+           else family.ADVANTAGES[cfg.advantage](R, valid=valid))
     return adv.view(-1, 1).to(mask.device), mask & kept.view(-1, 1).to(mask.device)
 
 
@@ -131,10 +135,10 @@ class Config(family.FamilyConfig):
 @run.script
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
-    task = run.choose_task(cfg.task, cfg.data, seed=cfg.seed)
-    records = training_records(cfg.data, task) if cfg.likelihood_coef else []
+    task = run.choose_task(cfg.task, cfg.data, seed=cfg.seed, verifier=cfg.verifier, reward=cfg.reward)
+    records = task.demonstrations(20_000) if cfg.likelihood_coef else []
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
-    stories = None if cfg.data else tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
+    stories = None if isinstance(task, FileTask) else tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
     records, *demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task), "response",
                                               skip_long=cfg.skip_long)
 

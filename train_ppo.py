@@ -95,7 +95,7 @@ class Config(run.RolloutConfig):
     eval_problems: run.Count | None = None    # held-out problems in an evaluation (default: 500; stories 200)
 
     # the reward
-    reward: Literal["verifier", "model"] = "verifier"    # what scores an answer
+    reward: str = "verifier"    # what scores an answer: the verifier, a reward model ("model"), or a function FILE.py:NAME
     reward_model: str = ""      # --reward model: a run of train_reward.py (default: runs/reward)
     truncated: Literal["score", "bootstrap"] = "score"    # a cut answer: reward it as it is, or take the critic's value instead
     best_of: run.Natural = 16   # answers per problem for best-of-n before training, to compare with; 0 is off
@@ -122,6 +122,8 @@ class Config(run.RolloutConfig):
         self.default("out", run.stage_dir("ppo", self.task))
         self.default("eval_problems", 200 if self.task == "stories" else 500)
         self.default("kl_coef", 0.1 if self.reward == "model" else 0.0)
+        self.require(self.reward in ("verifier", "model") or ".py:" in self.reward, "reward",
+                     "expected verifier, model or FILE.py:NAME")
         self.require(self.reward == "model" or not self.reward_model, "reward_model", "requires --reward model")
         self.require(self.kl_target is None or self.kl_coef, "kl_target kl_coef",
                      "a coefficient of 0 stays 0; expected a --kl-coef above 0")
@@ -132,7 +134,8 @@ class Config(run.RolloutConfig):
 @run.script
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
-    task = run.choose_task(cfg.task, cfg.data, needs_verifier=cfg.reward == "verifier", seed=cfg.seed)
+    task = run.choose_task(cfg.task, cfg.data, needs_verifier=cfg.reward != "model", seed=cfg.seed, verifier=cfg.verifier,
+                           reward=cfg.reward if ".py:" in cfg.reward else "")
     device, checkpoint, tokenizer, policy, reference, reward_model = run.begin(
         cfg, "sft", task=task, reference=True, reward_model=cfg.reward_model if cfg.reward == "model" else None)
     critic = ScalarGPT(policy if cfg.critic == "shared" else run.trainable_copy(cfg, reference, "critic")).to(device)
@@ -162,12 +165,13 @@ def main(cfg: Config) -> None:
         with run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), state=out.state)
-            rollout, mask, rewards = fresh.rollout, fresh.rollout.mask, fresh.rewards.flatten().to(device)
+            rollout, rewards = fresh.rollout, fresh.rewards.flatten().to(device)
+            mask = rollout.mask & ~rewards.isnan()[:, None]             # what could not be scored teaches nothing
             if reward_model:
                 rewards = learned_rewards(reward_model, rollout, cfg.micro_batch)           # [B]
                 out.log({"rollout/learned_reward": rewards.mean()})
         out.log(describe(fresh, "rollout"))
-        out.log({"rollout/tokens": int(mask.sum()), "time/rollout_s": time.perf_counter() - started})
+        out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
         # 4. Credit: what did each token do better than the critic expected? With --truncated bootstrap, a truncated answer has
         # not ended.

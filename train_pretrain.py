@@ -15,7 +15,8 @@ import torch
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
-from nanorl.data import DATA, random_windows, read_text, split_text
+from nanorl.data import DATA, random_windows, split_text
+from nanorl.files import read_text
 from nanorl.gpt import GPT, PRESETS, GPTConfig
 from nanorl.heldout import text_loss
 from nanorl.ops import masked_sum, token_weights

@@ -13,7 +13,8 @@ import torch
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
-from nanorl.data import read_records, render_records, response_batch, shuffled_batch, split_records
+from nanorl.data import render_records, response_batch, shuffled_batch, split_records
+from nanorl.files import read_records
 from nanorl.heldout import evaluate_and_show, show_responses, total_loss
 from nanorl.ops import masked_sum, token_weights
 from nanorl.sample import Sampling, token_log_probs
@@ -57,16 +58,17 @@ class Config(run.PolicyConfig):
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
     if cfg.data:
-        task, records = None, read_records(cfg.data, ("prompt", "response"))
+        task, records = None, read_records(cfg.data, "demonstrations")
     else:
         task = run.choose_task(cfg.task, needs_verifier=False)
         records = task.demonstrations(cfg.demonstrations)
     source = cfg.data or str(task)
-    split_records(records, source)              # or refused, before minutes are spent on another stage
+    if cfg.data:
+        split_records(records, source)          # or refused, before minutes are spent on another stage
     device, checkpoint, tokenizer, model, _, _ = run.begin(cfg, "pretrain")
     records, prompts, responses = render_records(records, tokenizer, model.config.context, source, "response",
                                                  reserve=cfg.max_new_tokens, skip_long=cfg.skip_long)
-    training, heldout = split_records(records, source)
+    training, heldout = split_records(records, source) if cfg.data else (list(range(len(records))), [])
 
     optimizer = run.Optimizers(model, "adamw", cfg.lr)
     out = run.Run(cfg, checkpoint, model, optimizer, tokenizer, data=records)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from experiments.findings import FIGURES, load, panels, save, stage
 from nanorl import gpt
-from nanorl.data import DATA, read_text
+from nanorl.data import DATA
+from nanorl.files import read_text
 from nanorl.ops import (
     clipped_surrogate,
     entropy_from_logits,

@@ -24,9 +24,10 @@ from tqdm import tqdm
 import train_sft
 from experiments.runs import ROOT
 from nanorl import run
-from nanorl.data import DATA, read_text
+from nanorl.data import DATA
 from nanorl.errors import UserError, user_errors_as_sentences
 from nanorl.evaluate import interval
+from nanorl.files import read_text
 from nanorl.gpt import GPT
 from nanorl.ops import log_softmax
 from nanorl.plot import pyplot

@@ -32,7 +32,8 @@ import torch
 
 from experiments.findings import Finding, main, mean_and_interval, panels, save
 from nanorl import gpt
-from nanorl.data import DATA, random_windows, read_text, split_text
+from nanorl.data import DATA, random_windows, split_text
+from nanorl.files import read_text
 from nanorl.gpt import GPT, GPTConfig, attention
 from nanorl.heldout import total_loss
 from nanorl.ops import entropy_from_logits, log_softmax, selective_log_softmax, token_weights

@@ -35,7 +35,8 @@ import train_pretrain
 import train_sft
 from experiments.distill import WAYS, exact_loss, learn, shared, two_modes
 from experiments.findings import Finding, load, main, mean_and_interval, panels, save, stage
-from nanorl.data import DATA, random_windows, read_text, render_records, response_batch, shuffled_batch
+from nanorl.data import DATA, random_windows, render_records, response_batch, shuffled_batch
+from nanorl.files import read_text
 from nanorl.heldout import total_loss
 from nanorl.ops import entropy_from_logits, kl_divergence, log_softmax, logsumexp, token_weights
 from nanorl.plot import PALETTE

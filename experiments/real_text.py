@@ -20,7 +20,8 @@ import numpy as np
 
 import train_pretrain
 from nanorl import run
-from nanorl.data import read_text, split_text
+from nanorl.data import split_text
+from nanorl.files import read_text
 from nanorl.plot import read_metrics
 
 MEGABYTES = 4

@@ -1,120 +1,22 @@
-"""Text files, JSONL records, padding, batches, and the shift of tokens against their predictions.
+"""What is trained on and what is held out; padding, batches, and the shift of tokens against their predictions.
 
 Sequences are left-aligned: row b is tokens[b, :length[b]], position 0 is its first token, padding fills the right.
-Bad files raise UserError with one sentence that names the file, the line and what was expected.
 """
 
-import json
 import random
-import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nanorl.errors import UserError, refuse
+from nanorl.files import Record, first_question, read_records
 from nanorl.tasks import Task, is_heldout
 from nanorl.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-
-
-def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 text file."""
-    try:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: {'not a' if Path(path).exists() else 'no such'} file; expected a UTF-8 text file")
-        with open(path, "rb") as f:
-            content = f.read(1 << 20)
-            if b"\0" not in content:    # else a binary file, or a hole of a gigabyte: no need to read it all
-                content += f.read()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    if b"\0" in content:
-        raise UserError(f"{path}: not text (byte {content.index(0)} is 0x00); expected a UTF-8 text file")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text (byte {e.start} is 0x{e.object[e.start]:02x})") from None
-    if not text.strip():
-        raise UserError(f"{path}: empty; expected text")
-    return text
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise UserError("the same key twice in one object")
-    return record
-
-
-def _read_json(text: str | bytes) -> Any:
-    """The value, or the exception that says why there is none."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as e:
-        return e
-
-
-def _fault(record: Any, keys: tuple[str, ...] = ()) -> str:
-    """What is wrong with what should be an object with non-empty strings under these keys, or ""."""
-    if isinstance(record, Exception):
-        return f"not readable as JSON ({str(record).replace('line 1 column', 'column')})"
-    if not isinstance(record, dict):
-        return type(record).__name__
-    for key in keys:
-        if key not in record:
-            return f"no {key!r}" + (f", but {', '.join(map(repr, record)):.60}" if record else "")
-        if not isinstance(value := record[key], str) or not value:
-            return f"{key!r} is {json.dumps(value, ensure_ascii=False):.40} ({type(value).__name__})"
-        if re.search("[\ud800-\udfff]", value):
-            return f"{key!r} holds half of a surrogate pair"
-    return ""
-
-
-def parse_object(text: str | bytes, where: str, expected: str) -> dict[str, Any]:
-    """The JSON object in `text`, in which no key stands twice. UserError names `where` the text is and what was `expected`."""
-    record = _read_json(text)
-    if fault := _fault(record):
-        raise UserError(f"{where}: {fault}; expected {expected}")
-    return record
-
-
-class Record(dict):
-    """A JSON object of a file, and its place there: "line 7", or "record 7" of an array."""
-
-    place = ""
-
-
-def _rows(text: str) -> list[tuple[str, Any]]:
-    """The places and values of a JSON array, or else of each line that is not blank."""
-    whole = _read_json(text) if text.lstrip().startswith("[") else None
-    if isinstance(whole, list):
-        return [(f"record {number}", row) for number, row in enumerate(whole, start=1)]
-    if whole is not None and getattr(whole, "msg", "") != "Extra data":        # else it is lines of lists
-        return [(f"line {getattr(whole, 'lineno', 1)}", whole)]
-    return [(f"line {number}", _read_json(line)) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-
-
-def read_records(path: str | Path, keys: tuple[str, ...]) -> list[Record]:
-    """JSON objects, one a line or all in one array, each with a non-empty string under every key of `keys` and no key twice.
-    Blank lines are skipped.
-
-    Lines end at "\\n" only: a string may well contain other separators, such as U+2028.
-    """
-    records, faults = [], []
-    for place, row in _rows(read_text(path)):
-        if fault := _fault(row, keys):
-            faults.append(f"{place}: {fault}")
-        else:
-            records.append(Record(row))
-            records[-1].place = place
-    if faults:
-        refuse(str(path), faults, f"an object with {', '.join(keys)}: non-empty strings")
-    return records
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,10 +33,10 @@ def split_text(text: str) -> tuple[str, str]:
 
 
 def split_records(records: list[dict], source: str) -> tuple[list[int], list[int]]:
-    """Which records to train on, and which are held out by the hash of their prompt."""
+    """Which records to train on, and which are held out by the hash of their first question."""
     training, heldout = [], []
     for i, record in enumerate(records):
-        (heldout if is_heldout(record["prompt"]) else training).append(i)
+        (heldout if is_heldout(first_question(record["prompt"])) else training).append(i)
     if not training:
         raise UserError(f"{source}: no record to train on; one prompt in ten is held out, here all of them")
     return training, heldout
@@ -144,14 +46,14 @@ def training_records(path: str, task: Task, count: int = 20_000) -> list[dict[st
     """Demonstrations to learn from: those of a JSONL file that are not held out, or `count` of the task's own."""
     if not path:
         return task.demonstrations(count)
-    records = read_records(path, ("prompt", "response"))
+    records = read_records(path, "demonstrations")
     training, _ = split_records(records, path)
     return [records[i] for i in training]
 
 
 def read_pairs(path: str) -> list[Record]:
     """The records {"prompt", "chosen", "rejected"} of a file, by default the stories, of which some can be trained on."""
-    records = read_records(path or PAIRS, ("prompt", "chosen", "rejected"))
+    records = read_records(path or PAIRS, "pairs")
     split_pairs(records, path)
     return records
 

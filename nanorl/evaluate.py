@@ -37,7 +37,7 @@ from nanorl.rollout import right_or_reward
 from nanorl.sample import Sampling
 from nanorl.search import (ROWS, Answers, Style, autocorrelation, best_of_n, doublings, opening, power_sample,
                            sample_answers, vote_value)
-from nanorl.tasks import Problem, Task, default_max_new_tokens, grade
+from nanorl.tasks import FileTask, Problem, Task, default_max_new_tokens, grade
 from nanorl.tokenizer import Tokenizer
 
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
@@ -54,7 +54,9 @@ class Config(run.DeviceConfig):
     runs: tuple[str, ...]       # runs, checkpoints or pretrained models to compare
     method: tuple[Method, ...] = ("greedy", "sample", "majority", "best_of_n")    # see the table above
     task: str = ""              # the problems to answer (default: the task of the first run, or else addition)
-    data: str = ""              # JSONL records {"prompt", "answer"} to answer instead
+    data: str = ""              # JSON records to answer instead, such as {"prompt", "answer"} or {"question", "answer"}
+    verifier: run.VerifierName | None = None    # of --data (default: the first run's, or exact)
+    reward: str = ""            # FILE.py:NAME, a function (prompt, response, record) -> number, that judges instead
     split: Literal[*SPLITS] | None = None    # by the prompt's hash (default: heldout; all of data that no run has seen)
     problems: run.Count | None = None    # how many at most; duplicates are dropped (default: 300; of data, every row)
     n: run.Count = 16           # answers per problem; methods with one answer are averaged over all n
@@ -77,6 +79,7 @@ class Config(run.DeviceConfig):
             self.default(flag, value)
         self.require(("reward" in self.scorer) == bool(self.reward_model), "scorer reward_model",
                      "--scorer reward and --reward-model go together; give both or neither")
+        run.check_judge(self)
         self.require(all(1 / alpha < math.inf for alpha in self.alpha), "alpha",
                      "the temperature 1/alpha is not finite; expected numbers above 1e-300")
 
@@ -92,6 +95,7 @@ class Row:
     low: float          # its 95 % confidence interval, over problems
     high: float
     tokens: float       # sampled per problem
+    lenient: float | None = None    # accuracy whatever the format, where the verifier can tell
 
 
 def interval(values: Tensor, shares: bool = True) -> tuple[float, float]:
@@ -145,11 +149,17 @@ class Evaluation:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)      # on how the chains moved
 
-    def add(self, method: str, n: int, values: Tensor, tokens: Tensor) -> None:
-        """Add a row, from values and token counts: one per problem, or several, which are averaged."""
-        values, tokens = (x.double().view(len(self.problems), -1).mean(-1) for x in (values, tokens))
+    def add(self, method: str, n: int, values: Tensor, tokens: Tensor, lenient: Tensor | None = None) -> None:
+        """Add a row, from values and token counts: one per problem, or several, which are averaged. An answer that could not
+        be scored has no part in the mean."""
+        values, tokens = (x.double().view(len(self.problems), -1) for x in (values, tokens))
+        values = values.nanmean(-1)
+        values = values[~values.isnan()]
+        if not len(values):
+            raise UserError(f"{self.name}, {method}: none of the answers could be scored")
         low, high = interval(values, self.task.right_reward is not None)
-        self.rows.append(Row(self.name, method, n, float(values.mean()), low, high, float(tokens.mean())))
+        self.rows.append(Row(self.name, method, n, float(values.mean()), low, high, float(tokens.mean()),
+                             None if lenient is None else float(lenient.double().mean())))
 
     def answers(self, purpose: str, samples: int, temperature: float, style: Style | None = None) -> Answers:
         return sample_answers(self.model, self.tokenizer, self.task, self.problems,
@@ -163,10 +173,13 @@ class Evaluation:
 
     def alone(self, method: str, found: Answers) -> None:
         """Add the row of a method with one answer: the mean over all that were sampled."""
-        self.add(method, 1, found.values, found.tokens)
+        self.add(method, 1, found.values, found.tokens, found.lenient)
 
     def choose(self, method: str, values: Callable[[int], Tensor]) -> None:
         """Add rows for 1, 2, 4, ... of the sampled answers: values(n) [P] is the result of the vote or the scorer on n."""
+        if unscored := int(self.sampled.values.isnan().sum()):
+            raise UserError(f"--method {method}: {unscored} of {self.sampled.values.numel()} answers could not be scored, so "
+                            "that none is the best; expected --method greedy or sample")
         for n in doublings(self.cfg.n):
             self.add(method, n, values(n), n * self.sampled.tokens.double().mean(-1))
 
@@ -178,7 +191,7 @@ class Evaluation:
         for i in range(0, len(self.problems), size):
             part, trace = self.problems[i : i + size], []
             asked = [problem for problem in part for _ in range(cfg.chains)]
-            chains = power_sample(self.model, [self.tokenizer.render(problem.prompt) for problem in part], alpha=alpha,
+            chains = power_sample(self.model, [self.tokenizer.render(problem.conversation) for problem in part], alpha=alpha,
                                   steps=cfg.steps, chains=cfg.chains, temperature=1.0 if proposal == "base" else 1 / alpha,
                                   max_new_tokens=self.sampling.max_new_tokens, stop_ids=self.tokenizer.stop_ids,
                                   seed=run.derive(cfg.seed, title, i))
@@ -187,7 +200,7 @@ class Evaluation:
                 trace.append(now.logp.cpu().view(len(part), cfg.chains))
                 if step in rewards:
                     texts = [self.tokenizer.decode(ids) for ids in now.rollout.responses()]
-                    rewards[step] += grade(self.task, asked, texts, now.rollout.finished.tolist())
+                    rewards[step] += grade(self.task, asked, texts, now.rollout.finished.tolist()).rewards
                     tokens[step] += now.sampled.tolist()
             traces.append(torch.stack(trace))
         for step in rewards:
@@ -227,8 +240,11 @@ class Evaluation:
 
 def table(rows: list[Row], measured: str) -> str:
     """The table in Markdown, with aligned columns."""
-    cells = [["run", "method", "n", measured, "95 % interval", "tokens per problem"]]
-    cells += [[r.run, r.method, str(r.n), f"{r.value:.3f}", f"{r.low:.3f} to {r.high:.3f}", f"{r.tokens:,.0f}"] for r in rows]
+    cells = [["run", "method", "n", measured, "95 % interval", "tokens per problem", "lenient"]]
+    cells += [[r.run, r.method, str(r.n), f"{r.value:.3f}", f"{r.low:.3f} to {r.high:.3f}", f"{r.tokens:,.0f}",
+               "" if r.lenient is None else f"{r.lenient:.3f}"] for r in rows]
+    if all(r.lenient is None for r in rows):
+        cells = [line[:-1] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
@@ -247,13 +263,14 @@ def load_runs(cfg: Config) -> list[Evaluation]:
     if not cfg.task and not cfg.data and trained.get("data"):
         raise UserError(f"{cfg.runs[0]}: was trained on {trained['data']}; say what to ask, with --task or --data")
     name = cfg.task or "-".join(str(trained[flag]) for flag in ("task", "difficulty") if trained.get(flag)) or "addition"
-    task = run.choose_task(name, cfg.data, needs_verifier=False)
+    verifier = cfg.verifier or (trained.get("verifier") if cfg.data and not cfg.reward else None)
+    task = run.choose_task(name, cfg.data, needs_verifier=False, verifier=verifier, reward=cfg.reward)
     if comparing := {"majority", "weighted", "direct", "worked"}.intersection(cfg.method):
         task.require_right(f"--method {min(comparing)}:")
     run.warn(task.warnings())
     practised = {Path(checkpoint["config"].get("data") or "").resolve() for checkpoint in checkpoints.values()}
     cfg.default("split", "all" if cfg.data and Path(cfg.data).resolve() not in practised else "heldout")
-    cfg.default("problems", len(task.examples()) if cfg.data else 300)
+    cfg.default("problems", len(task.examples()) if isinstance(task, FileTask) else 300)
     # Without duplicates, which would count as independent.
     problems = list(dict.fromkeys(heldout_problems(task, cfg.problems, cfg.seed, cfg.split)))
     sampling = Sampling(cfg.max_new_tokens or default_max_new_tokens(name), compile=run.wants_compile(cfg, device))
@@ -262,7 +279,7 @@ def load_runs(cfg: Config) -> list[Evaluation]:
         tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
         reward_model = run.load_frozen(cfg.reward_model, "reward model", tokenizer, device) if cfg.reward_model else None
         styles = [None, *({"direct", "worked"} & set(cfg.method))]
-        prompts = [tokenizer.render(problem.prompt) + (opening(task, tokenizer, problem, style) if style else [])
+        prompts = [tokenizer.render(problem.conversation) + (opening(task, tokenizer, problem, style) if style else [])
                    for problem in problems for style in styles]
         asked = [problem.prompt for problem in problems for _ in styles]
         run.check_fits_context(prompts, sampling.max_new_tokens, model, reward_model, texts=asked)

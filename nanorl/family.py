@@ -60,10 +60,11 @@ ALGORITHMS = {
 # The band of each bound, (clip_low, clip_high), where neither the row nor a flag says otherwise. None: not used.
 BANDS = {"none": (None, None), "clip": (0.2, 0.2), "truncate": (None, 4.0), "mask": (7 / 8, 7.0)}
 
-# How an answer is compared, rewards [P, G] -> [P, G]. Three do not compare it with its group: reward; running_mean, whose mean
-# of earlier rewards has been taken off before; and positive, which trains on answers of positive reward alone.
-ADVANTAGES = {"reward": lambda rewards: rewards, "running_mean": lambda rewards: rewards, "center": center,
-              "leave_one_out": leave_one_out, "zscore": zscore, "zscore_batch": zscore_batch, "positive": torch.ones_like}
+# How an answer is compared, rewards [P, G] -> [P, G], `valid` as in ops. Three do not compare it with its group: reward;
+# running_mean, whose mean of earlier rewards has been taken off before; positive, which trains on answers of positive reward.
+ADVANTAGES = {"reward": lambda rewards, valid=None: rewards, "running_mean": lambda rewards, valid=None: rewards,
+              "center": center, "leave_one_out": leave_one_out, "zscore": zscore, "zscore_batch": zscore_batch,
+              "positive": lambda rewards, valid=None: torch.ones_like(rewards)}
 
 
 class KLTerm(NamedTuple):
@@ -180,11 +181,12 @@ def announce(cfg: FamilyConfig, task: str, device: torch.device) -> None:
         print(f"The KL term {cfg.kl} (weight {cfg.kl_coef}) follows {KL_TERMS[cfg.kl].follows}.")
 
 
-def less_running_mean(rewards: Tensor, state: dict[str, Any], decay: float = 0.9) -> Tensor:
-    """Rewards minus a running mean of those of earlier steps, kept in `state`: no answer has a part in what it is compared
-    with.       [P, G] -> [P, G]"""
+def less_running_mean(rewards: Tensor, valid: Tensor, state: dict[str, Any], decay: float = 0.9) -> Tensor:
+    """Rewards minus a running mean of the valid ones of earlier steps, kept in `state`: no answer has a part in what it is
+    compared with.       [P, G] -> [P, G]"""
     total, weight = state.get("running_mean", (0.0, 0.0))
-    state["running_mean"] = (decay * total + (1 - decay) * float(rewards.mean()), decay * weight + (1 - decay))
+    if valid.any():
+        state["running_mean"] = (decay * total + (1 - decay) * float(rewards[valid].mean()), decay * weight + (1 - decay))
     return rewards - (total / weight if weight else 0.0)
 
 

@@ -35,9 +35,13 @@ def tolerance(device: torch.device, dtype: str) -> float:
 
 def check_verifier(task: Task) -> str:
     """Gold answers are right and adversarial ones wrong, unless the task says that no answer is; a sentence that says which."""
+    if task.reward:
+        return f"answers are judged by {task.reward.name}, and none is right or wrong"
     if type(task).right_reward is None:
         return f"no answer to {task} is right or wrong, by its own word"
     graded = list(task.graded_examples())
+    if not graded:
+        return f"{task} has no gold responses to try its verifier on"
     right = max(gold for _, _, (gold, *_) in graded) if task.right_reward is None else task.right_reward
     for problem, responses, rewards in graded:
         for i, (text, reward) in enumerate(zip(responses, rewards, strict=True)):
@@ -101,7 +105,7 @@ def first_step_check(experience: Experience, task: Task, stop_ids: set[int], sco
     off = (torch.stack([(t - g).norm() for t, g in zip(total, whole, strict=True)]).norm() / norm.clamp(min=0.01)).item()
     expect(off <= tol, f"the gradient of a batch and the sum of its parts' differ by {off:.2g} of the norm, expected at "
                              f"most {tol:.2g}: is something averaged inside the objective?")
-    unread = "" if any(task.ballot(text) for text in experience.texts) else (
+    unread = "" if task.reward or any(task.ballot(text) for text in experience.texts) else (
         " But no response of this rollout has an answer that the verifier reads, so nothing can be learned from it: fine-tune "
         f"on responses like {task.direct(experience.problems[0], Random(0))[:60]!r} first.")
     return (f"First-step check: sampler and scorer agree to {parity:.1g} nats, ratios are 1 to {drift:.1g}, micro-batches add "

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from nanorl.data import consecutive_windows, response_mask, shift
+from nanorl.files import Prompt
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right, rows_of_logits
-from nanorl.rollout import Experience, describe, learned_rewards, own_micro_batches, right_or_reward, sample_and_grade
+from nanorl.rollout import (Experience, describe, learned_rewards, lenient_values, own_micro_batches, right_or_reward,
+                            sample_and_grade)
 from nanorl.run import Run, autocast, derive, ranks
 from nanorl.sample import Rollout, Sampling, generate, token_log_probs
 from nanorl.search import best_of_n_curve
@@ -46,8 +48,11 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
     if task.right_reward is not None:
         greedy = sample_and_grade(model, tokenizer, task, heldout, replace(sampling, temperature=0.0), seed=draw)
         del metrics["eval/reward"]
-        metrics["eval/accuracy_sampled"] = float(right_or_reward(task, sampled.rewards).double().mean())
-        metrics["eval/accuracy_greedy"] = float(right_or_reward(task, greedy.rewards).mean())
+        metrics["eval/accuracy_sampled"] = float(right_or_reward(task, sampled.rewards).double().nanmean())
+        metrics["eval/accuracy_greedy"] = float(right_or_reward(task, greedy.rewards).nanmean())
+        for name, answers in (("sampled", sampled), ("greedy", greedy)):
+            if (lenient := lenient_values(answers)) is not None:
+                metrics[f"eval/lenient_{name}"] = float(lenient.double().mean())
     if reference:
         metrics["eval/answer_kl"] = answer_kl(model, reference, sampled.rollout, sampling.temperature, micro_batch)
     if reward_model:
@@ -99,6 +104,7 @@ def before_and_after(title: str, lines: list[dict[str, float | None]]) -> str:
     """The evaluations in the first and the last of these lines of metrics.jsonl, as a table."""
     table, worth = [f"\n{title:30s}   before    after"], "accuracy" if "eval/accuracy_sampled" in lines[-1] else "reward"
     for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
+                        ("lenient_sampled", "lenient accuracy, sampled"), ("lenient_greedy", "lenient accuracy, greedy"),
                         ("worked", "share worked out"), ("reward_worked", f"{worth} when worked out"),
                         ("reward_direct", f"{worth} when direct"), ("reward", "reward"), ("hidden_reward", "hidden reward"),
                         ("hidden_praise", "  of it, for praise"), ("hidden_short", "  of it, for being short"),
@@ -117,12 +123,13 @@ def before_and_after(title: str, lines: list[dict[str, float | None]]) -> str:
 def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     """Print a few answers with their rewards, and keep them in samples.jsonl."""
     G, task = experience.rewards.shape[1], experience.task
-    records = [{"prompt": problem.prompt, "response": experience.texts[p * G], "reward": experience.rewards[p, 0].item(),
+    rewards = [None if math.isnan(reward) else reward for reward in experience.rewards[:, 0].tolist()]
+    records = [{"prompt": problem.prompt, "response": experience.texts[p * G], "reward": rewards[p],
                 "finished": experience.rollout.finished[p * G].item()} for p, problem in enumerate(experience.problems[:count])]
     out.samples(records)
     values, width = right_or_reward(task, experience.rewards)[:, 0].tolist(), 160 if task.verifiable else 600
     if task.right_reward is not None:
-        legend, marks = "+ right, - wrong", ["+" if value else "-" for value in values]
+        legend, marks = "+ right, - wrong", ["?" if math.isnan(value) else "+" if value else "-" for value in values]
     else:
         legend, marks = f"with their {task.measured}s", [f"{value:+.3g}" for value in values]
     lines = (f"  {mark} {r['prompt']} {r['response']!s:.{width}}{'' if r['finished'] else ' ...'}"
@@ -130,7 +137,7 @@ def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     out.say(f"\nAfter {out.step} steps ({legend}):\n" + "\n".join(lines) + "\n")
 
 
-def show_responses(out: Run, model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> None:
+def show_responses(out: Run, model: GPT, tokenizer: Tokenizer, prompts: list[Prompt]) -> None:
     """Print what the model says to these prompts, and keep it in samples.jsonl."""
     with autocast(model.head.weight.device, out.cfg.dtype):
         rollout = generate(model, [tokenizer.render(prompt) for prompt in prompts], max_new_tokens=out.cfg.max_new_tokens,

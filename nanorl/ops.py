@@ -184,7 +184,7 @@ def zscore(rewards: Tensor, eps: float = 1e-6, valid: Tensor | None = None) -> T
     return (a / (std + eps)).to(_at_least_float32(rewards).dtype)
 
 
-def zscore_batch(rewards: Tensor, eps: float = 1e-6, kept: Tensor | None = None) -> Tensor:
+def zscore_batch(rewards: Tensor, eps: float = 1e-6, valid: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
     """A_i = (r_i - mean(r)) / (std + eps), the mean its group's, the std one for the whole step.       [P, G] -> [P, G]
 
         std = sqrt( mean_i (r_i - mean(r))^2 ) over the answers of all groups                (ScaleRL, Khatri et al. 2025)
@@ -192,7 +192,8 @@ def zscore_batch(rewards: Tensor, eps: float = 1e-6, kept: Tensor | None = None)
     `kept` [P, G] is False for answers that are not trained on: they count in their group's mean, but not in the std.
     Unlike z-scores of each group, these leave the groups' weights as `center` has them.
     """
-    a = center(_widest(rewards))
+    a = center(_widest(rewards), valid)
+    kept = valid if kept is None else kept
     std = masked_mean(a.square(), torch.ones_like(a, dtype=torch.bool) if kept is None else kept).sqrt()
     return (a / (std + eps)).to(_at_least_float32(rewards).dtype)
 

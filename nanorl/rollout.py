@@ -4,7 +4,7 @@ P prompts with G samples each make B = P * G rows, prompt-major: the samples of 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from random import Random
 from typing import Any, Literal
@@ -29,14 +29,25 @@ class Experience:
     rollout: Rollout
     problems: list[Problem]     # [P]
     texts: list[str]            # [B] the responses, decoded for the verifier and the reader; training uses the ids
-    rewards: Tensor             # [P, G]
+    rewards: Tensor             # [P, G], nan where a response could not be scored
+    parts: dict[str, Tensor] = field(default_factory=dict)      # [P, G] each: what rewards are sums of, where it has names
     resampled: int = 0          # further groups that were sampled and not used ...
     resampled_tokens: int = 0   # ... and the tokens of their answers
 
 
 def right_or_reward(task: Task, rewards: Tensor) -> Tensor:
-    """What answers are worth in an evaluation: 1 if right and 0 if wrong; their rewards where the task calls none right."""
-    return rewards if task.right_reward is None else (rewards >= task.right_reward).to(rewards.dtype)
+    """What answers are worth in an evaluation: 1 if right and 0 if wrong; their rewards where the task calls none right. One
+    that could not be scored stays nan."""
+    if task.right_reward is None:
+        return rewards
+    return (rewards >= task.right_reward).to(rewards.dtype).masked_fill(rewards.isnan(), torch.nan)
+
+
+def lenient_values(experience: Experience) -> Tensor | None:
+    """1 for an answer that is right in any format, else 0; None where the task reads one format only.       -> [P, G]"""
+    P, G = experience.rewards.shape
+    values = [experience.task.lenient(experience.problems[row // G], text) for row, text in enumerate(experience.texts)]
+    return None if None in values else torch.tensor(values).view(P, G)
 
 
 ATTEMPTS = 20       # draws of `prompts` problems until as many groups have contrast
@@ -48,7 +59,7 @@ class NoContrast(UserError):
 
 def has_contrast(rewards: Tensor) -> Tensor:
     """True where the rewards of a group differ: only there a comparison within the group can teach.       [P, G] -> [P]"""
-    return rewards.amax(-1) > rewards.amin(-1)
+    return rewards.nan_to_num(nan=-torch.inf).amax(-1) > rewards.nan_to_num(nan=torch.inf).amin(-1)
 
 
 def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *,
@@ -62,14 +73,15 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
     openings = openings or [[] for _ in problems]
     mine, found = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist(), None
     if mine:                            # else there are more processes than problems
-        prompts = [tokenizer.render(problems[p].prompt) + openings[p] for p in mine]
+        prompts = [tokenizer.render(problems[p].conversation) + openings[p] for p in mine]
         rollout = generate(model, prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
                            stop_ids=tokenizer.stop_ids, samples_per_prompt=samples, seed=seed, first_row=samples * mine[0],
                            slots=sampling.slots, compile=sampling.compile)
         rows = [p for p in mine for _ in range(samples)]
         texts = [tokenizer.decode(openings[p] + ids) for p, ids in zip(rows, rollout.responses(), strict=True)]
-        rewards = grade(task, [problems[p] for p in rows], texts, rollout.finished.tolist())
-        found = Experience(task, rollout, [problems[p] for p in mine], texts, torch.tensor(rewards).view(len(mine), samples))
+        rewards, parts = grade(task, [problems[p] for p in rows], texts, rollout.finished.tolist())
+        found = Experience(task, rollout, [problems[p] for p in mine], texts, torch.tensor(rewards).view(len(mine), samples),
+                           {name: torch.tensor(part).view(len(mine), samples) for name, part in parts.items()})
     if ranks.count() == 1:
         return found
     sent = found and replace(found, task=None, rollout=found.rollout.to("cpu"))
@@ -117,7 +129,9 @@ def _join(groups: list[tuple[Experience, int]]) -> Experience:
     prompt_index = torch.arange(len(groups), device=tokens.device).repeat_interleave(G)
     return Experience(first.task, Rollout(tokens, prompt_lengths, lengths, logp, finished, prompt_index),
                       [e.problems[p] for e, p in groups], [t for e, p in groups for t in e.texts[p * G : (p + 1) * G]],
-                      torch.stack([e.rewards[p] for e, p in groups]))
+                      torch.stack([e.rewards[p] for e, p in groups]),
+                      {name: torch.stack([e.parts.get(name, torch.full_like(e.rewards, torch.nan))[p] for e, p in groups])
+                       for name in sorted({name for e, _ in groups for name in e.parts})})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,14 +179,16 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
 
 
 def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[str, float]:
-    """What the samples are like: reward, length, and the styles of answering apart. A mean over no answers is omitted.
+    """What the samples are like: reward and its parts, length, and the styles of answering apart. A mean over no answers is
+    omitted; an answer that could not be scored has no part in those of rewards.
 
     For a task without a verifier, the reward is the hidden one, and its features come with it.
     """
     reward = experience.rewards.flatten().double()
     right = right_or_reward(experience.task, experience.rewards).flatten().double()
     length = (experience.rollout.lengths - experience.rollout.prompt_lengths).cpu().double()
-    facts = {"reward": reward.mean(), "length": length.mean(),
+    scored = ~reward.isnan()
+    facts = {"reward": reward.nanmean(), "length": length.mean(),
              "truncated": 1 - experience.rollout.finished.cpu().double().mean()}
     P, G = experience.rewards.shape
     if G > 1:
@@ -183,7 +199,7 @@ def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[s
         facts["worked"] = worked.double().mean()
         if G > 1:
             facts["no_contrast"] = 1 - has_contrast(experience.rewards).double().mean()
-        means = [("reward_worked", right, worked), ("reward_direct", right, direct)]
+        means = [("reward_worked", right, worked & scored), ("reward_direct", right, direct & scored)]
         if experience.task.right_reward is not None:
             means += [("length_correct", length, right == 1), ("length_wrong", length, right == 0)]
         for name, x, where in means:
@@ -194,4 +210,7 @@ def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[s
         features = [experience.task.features(experience.problems[row // G].prompt, text)
                     for row, text in enumerate(experience.texts)]
         facts |= {f"hidden_{name}": sum(f[name] for f in features) / len(features) for name in features[0]}
-    return {f"{kind}/{name}": float(x) for name, x in facts.items()}
+    facts |= {f"part_{name}": part.double().nanmean() for name, part in experience.parts.items()}
+    if experience.task.reward or not scored.all():
+        facts["unscored"] = 1 - scored.double().mean()
+    return {f"{kind}/{name}": float(x) for name, x in facts.items() if name != "reward" or scored.any()}

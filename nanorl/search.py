@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.rollout import learned_rewards, right_or_reward, sample_and_grade, score_rollout
+from nanorl.rollout import learned_rewards, lenient_values, right_or_reward, sample_and_grade, score_rollout
 from nanorl.run import derive, generator, in_float32
 from nanorl.sample import Rollout, Sampling, generate
 from nanorl.tasks import Problem, Task
@@ -122,6 +122,7 @@ class Answers:
     logp: Tensor                # [P, N] log-prob of the sampled tokens under the sampling distribution, in nats
     ballots: list[list[str | None]]    # P lists of N: what each votes for, None if it was cut or has no answer
     learned: Tensor | None      # [P, N] their learned rewards
+    lenient: Tensor | None = None    # [P, N] 1 if right but perhaps for the format, else 0
 
 
 def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,
@@ -132,7 +133,7 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[
     With a `style`, the answers are forced to begin in it. `purpose` selects the random stream and names the progress bar.
     """
     size, shape = max(1, ROWS // samples), (len(problems), samples)
-    values, tokens, logp, ballots, learned = [], [], [], [], []
+    values, tokens, logp, ballots, learned, lenient = [], [], [], [], [], []
     for i in tqdm(range(0, len(problems), size), desc=purpose, disable=quiet, leave=False):
         asked = problems[i : i + size]
         begun = [opening(task, tokenizer, problem, style) if style else [] for problem in asked]
@@ -140,6 +141,7 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[
                                  seed=derive(seed, purpose, i))
         said, forced = found.rollout, torch.tensor([len(ids) for ids in begun]).repeat_interleave(samples)
         values.append(right_or_reward(task, found.rewards))
+        lenient.append(lenient_values(found))
         tokens.append((said.lengths - said.prompt_lengths).cpu() + forced)
         logp.append(said.logp.sum(-1).cpu())
         ballots += [task.ballot(text) if done else None for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
@@ -147,7 +149,8 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[
             learned.append(learned_rewards(reward_model, said, MICRO_BATCH).cpu())
     return Answers(torch.cat(values), torch.cat(tokens).view(shape), torch.cat(logp).view(shape),
                    [ballots[row : row + samples] for row in range(0, len(ballots), samples)],
-                   torch.cat(learned).view(shape) if reward_model else None)
+                   torch.cat(learned).view(shape) if reward_model else None,
+                   None if lenient[0] is None else torch.cat(lenient))
 
 
 def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[Problem], sampling: Sampling, *, samples: int,

@@ -25,7 +25,7 @@ import train_pretrain
 import train_reward
 import train_sft
 from nanorl import run
-from nanorl.data import read_records, read_text
+from nanorl.files import read_records, read_text
 from nanorl.run.checkpoint import CHECKPOINT_FIELDS
 from nanorl.tasks import TASKS, Problem, Task, final_answer, is_heldout
 from nanorl.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ BAD = [
     (train_grpo, "--minibatches 1000 --init sft", "--minibatches 1000"), (train_grpo, "--temperature 0", "--temperature 0.0"),
     (train_grpo, "--clip-low 2", "--clip-low"), (train_grpo, "--algo magic", "--algo"),
     (train_grpo, "--max-new-tokens 1000 --init sft", "--max-new-tokens 1000"),
-    (train_grpo, "--advantage best", "--advantage"), (train_grpo, "--init sft --data bad.jsonl", "bad.jsonl, line 1"),
+    (train_grpo, "--advantage best", "--advantage"), (train_grpo, "--init sft --data bad.jsonl", "bad.jsonl, line 2"),
     (train_grpo, "--device tpu", "--device"), (train_grpo, "--out sft", "sft"),
     (train_grpo, "--out nowhere --resume", "nowhere"), (train_grpo, "--stale 40 --init sft", "--stale 40"),
     *((train_grpo, flags, named) for flags, named in [
@@ -93,13 +93,12 @@ BAD = [
         ("--bound mask --clip-low 9", "--clip-low 9.0"), ("--bound mask --clip-high -0.5", "--clip-high -0.5"),
         ("--bound truncate --clip-high 0", "--clip-high 0.0"),
         ("--algo raft --overlong 0.2", "--overlong 0.2"), ("--kl-coef 0.1 --kl k1_reward", "--advantage zscore"),
-        ("--init sft --likelihood-coef 0.1 --data heldout.jsonl", "heldout.jsonl: no record to train on"),
+        ("--init sft --likelihood-coef 0.1 --data heldout.jsonl", "heldout.jsonl: the train split is empty"),
         ("--clip-high inf --bound mask", "--clip-high inf"),
         ("--advantage positive --kl-coef 0.1 --kl k1_reward", "--advantage positive"),
         ("--algo raft --group 1 --groups drop", "--group 1"),
         ("--task stories", "no verifier"), ("--overlong 2", "--overlong 2.0"),
         ("--skip --kl-coef 0.1", "--skip True --kl-coef"), ("--skip --entropy-coef 0.1", "--entropy-coef 0.1"),
-        ("--init sft --likelihood-coef 0.1 --data answers.jsonl", "answers.jsonl, line 1: no 'response'"),
         ("--init sft --likelihood-coef 0.1 --data longanswers.jsonl", "longanswers.jsonl, line ")]),
     *((train_reward, flags, named) for flags, named in [
         ("--data missing.jsonl", "missing.jsonl"), ("--data bad.jsonl", "bad.jsonl, line 1"),
@@ -153,7 +152,6 @@ def bad_files(world):
         heldout = [f"Say {i}." for i in range(99) if is_heldout(f"Say {i}.")]
         write_records(Path("heldout.jsonl"), ({"prompt": prompt, "answer": "x", "response": "x"} for prompt in heldout))
         asked = [{"prompt": f"Say {i}.", "answer": "x"} for i in range(99)]
-        write_records(Path("answers.jsonl"), asked)
         write_records(Path("longanswers.jsonl"), (record | {"response": "b " * 500} for record in asked))
         Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
         Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 500, "response": "b"}) + "\n")
@@ -170,7 +168,7 @@ def test_bad_flags_and_files_of_a_script_are_refused(script, flags, named, bad_f
 class Broken(Task):
     """A verifier that says something else than a number where the answer is wrong."""
 
-    name, value = "broken", None
+    name, value = "broken", "wrong"
 
     def draw(self, rng):
         return Problem(f"Say {rng.randrange(99)}.", "x")
@@ -179,13 +177,13 @@ class Broken(Task):
         return 1.0 if final_answer(response) == problem.answer else self.value
 
 
-@pytest.mark.parametrize("value", [None, "wrong", float("nan"), [0.0]], ids=str)
+@pytest.mark.parametrize("value", [{}, "wrong", float("nan"), [0.0]], ids=str)
 @pytest.mark.parametrize("script", [train_grpo, train_ppo, train_group_dpo, train_sft, train_distill],
                          ids=lambda script: script.__name__)
 def test_a_reward_that_is_no_number_is_refused_before_any_stage_is_made(script, value, capsys, monkeypatch):
     monkeypatch.setitem(TASKS, "broken", type("Own", (Broken,), {"value": value}))
     error = refused(capsys, script, ["--task", "broken", "--device", "cpu"])
-    for part in ("task broken: the reward of", "'Say ", repr(value), "expected a finite number, or True or False"):
+    for part in ("task broken: the reward of", "'Say ", repr(value), "expected a finite number, True or False"):
         assert part in error
 
 
@@ -199,7 +197,7 @@ def test_a_file_without_rows_to_train_on_or_to_evaluate_with_is_refused(script, 
 STAGES = [(train_pretrain, "missing.txt tiny.txt", "--text"), (train_sft, "missing.jsonl bad.jsonl heldout.jsonl", "--data"),
           (train_reward, "missing.jsonl bad.jsonl same.jsonl", "--data"),
           (train_dpo, "missing.jsonl bad.jsonl heldoutpairs.jsonl", "--data"), (train_grpo, "bad.jsonl one.jsonl", "--data"),
-          (train_grpo, "answers.jsonl", "--likelihood-coef 0.1 --data"), (train_ppo, "bad.jsonl one.jsonl", "--data"),
+          (train_ppo, "bad.jsonl one.jsonl", "--data"),
           (train_ppo, "sft", "--reward model --reward-model"), (train_distill, "missing.jsonl bad.jsonl", "--on data --data"),
           (train_group_dpo, "missing.jsonl bad.jsonl heldout.jsonl", "--data")]
 
@@ -251,10 +249,11 @@ def test_every_row_too_long_is_refused_also_with_skip_long(bad_files, capsys):
 
 
 def test_golds_that_no_response_can_have_are_named_by_their_lines(capsys):
-    golds = ["x", " ", "y" * 300, "Answer: 7", "a\nb", "\t"]
+    golds = ["x", " ", "y" * 300, "Answer: 7 or Answer: 8", "a\nb", "\t"]
     write_records(Path("golds.jsonl"), [{"prompt": f"Say {i}.", "answer": golds[i % 6]} for i in range(60)])
     error = refused(capsys, train_grpo, [*MADE.split(), "sft", "--data", "golds.jsonl"])
-    assert "golds.jsonl, line 2: ' '; line 3: 'yyy" in error and "; line 4: 'Answer: 7'; and 37 more; expected" in error
+    assert "golds.jsonl, line 2: ' '; line 3: 'yyy" in error
+    assert "; line 4: 'Answer: 7 or Answer: 8'; and 37 more; expected" in error
 
 
 # ---- text and records ----
@@ -347,7 +346,7 @@ def test_records_that_only_look_bad_are_read(tmp_path):
     path, strange = tmp_path / "fine.jsonl", "a\u2028b\u0085c\0d\x1f"
     path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n\r\n".encode() + json.dumps({"prompt": strange, "response": "é", "id": 7},
                      ensure_ascii=False).replace("\0", "\\u0000").encode() + b"\n  \n" + GOOD.encode())
-    assert [r["prompt"] for r in read_records(path, ("prompt", "response"))] == ["a", strange, "a"]
+    assert [r["prompt"] for r in read_records(path, "demonstrations")] == ["a", strange, "a"]
     path.write_text("a\u2028b\r\n")
     assert read_text(path) == "a\u2028b\r\n"
 

@@ -347,11 +347,11 @@ def test_the_command_reports_and_exits_with_1_when_something_is_broken(sign, cod
 
 
 @pytest.mark.parametrize("argv, says", [
-    ("nowhere.py:f", "nowhere.py:f: expected FILE.py:NAME, a file of Python code and a function in it; nowhere.py does not"),
+    ("nowhere.py:f", "nowhere.py:f: expected FILE.py:NAME, a file of Python code and what it defines; nowhere.py does not"),
     ("mine.py", "expected FILE.py:NAME"),
     ("mine.py:", "expected FILE.py:NAME"), (".:f", "expected FILE.py:NAME"), ("mine.txt:objective", "expected FILE.py:NAME"),
-    ("mine.py:other", "no function other (it has objective, short); expected objective("),
-    ("mine.py:number", "no function number"),
+    ("mine.py:other", "has no other (it has objective, short, number); expected objective("),
+    ("mine.py:number", "mine.py:number: is 3; expected objective("),
     ("mine.py:short", "too many positional arguments; expected objective(logp, old_logp, adv, mask, weights, *"),
     ("mine.py:objective --advantage mine.py:objective", "missing a required argument: 'old_logp'; expected advantage(rewards)"),
     ("mine.v2.py:objective", "two dots"), ("random.py:objective", "another module called random; rename the file"),
@@ -384,7 +384,7 @@ def test_a_file_may_have_neighbours_and_be_called_like_a_module_of_nanorl(tmp_pa
     (b"import nowhere", "line 1: ModuleNotFoundError: No module named"),
     (b"def f(:", "cannot be imported: SyntaxError: invalid syntax (mine.py, line 1)"), (b"\xff\xd8\x00\x01", "Error: "),
     (b"A loss that clips.", "SyntaxError: invalid syntax"), (b"{\"loss\": null}", "line 1: NameError: name 'null'"),
-    (b"", "has no function objective (it has none)")])
+    (b"", "has no objective (it has none)")])
 def test_a_file_that_cannot_be_imported_is_refused_with_the_reason(text, says, folder, capsys):
     Path("mine.py").write_bytes(text)
     with pytest.raises(SystemExit) as exit:

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorl.data import (consecutive_windows, pad, random_windows, read_pairs, read_records, read_text, response_mask,
-                         shift, shuffled_batch, split_pairs, training_records, which_fit)
+from nanorl.data import (consecutive_windows, pad, random_windows, read_pairs, response_mask, shift, shuffled_batch,
+                         split_pairs, training_records, which_fit)
 from nanorl.errors import UserError
+from nanorl.files import read_records, read_text
 from nanorl.tasks import is_heldout
 
 quick = settings(max_examples=50, deadline=None)
@@ -60,7 +61,7 @@ def test_text_comes_back_as_it_is(file):
     (b"\xf0\x9f\x99", "not UTF-8"),                             # a file cut inside of a character
     (b"\xed\xa0\x80", "not UTF-8"),                             # half of a surrogate pair is no character
 ])
-@pytest.mark.parametrize("read", [read_text, lambda path: read_records(path, KEYS)])
+@pytest.mark.parametrize("read", [read_text, lambda path: read_records(path, "demonstrations")])
 def test_what_is_no_text_is_refused_in_one_sentence(file, content, mention, read):
     assert mention in refusal(read, file(content))
 
@@ -78,7 +79,9 @@ def test_records_come_back_as_they_were_written(tmp_path_factory, records, ascii
     """Any characters in any string, escaped or raw: lines end at \\n only. Blank lines and other keys do no harm."""
     path = tmp_path_factory.mktemp("records") / "file"
     path.write_bytes((end.join(json.dumps(r, ensure_ascii=ascii_only) for r in records) + end + good).encode())
-    assert read_records(path, KEYS) == [*records, json.loads(good)]
+    found = read_records(path, "demonstrations")
+    assert [record.source for record in found] == [*records, json.loads(good)]
+    assert found == [{key: record.source[key] for key in KEYS} for record in found]
 
 
 def test_separators_inside_a_string_end_no_line(file):
@@ -86,7 +89,7 @@ def test_separators_inside_a_string_end_no_line(file):
     text = "a\u2028b\u2029c\x85d\x00e\x0cf\ng"
     for ascii_only in (False, True):
         line = json.dumps({"prompt": text, "response": "x"}, ensure_ascii=ascii_only)
-        assert read_records(file(f"{line}\n{line}"), KEYS) == [{"prompt": text, "response": "x"}] * 2
+        assert read_records(file(f"{line}\n{line}"), "demonstrations") == [{"prompt": text, "response": "x"}] * 2
 
 
 def test_an_array_of_records_is_read_like_its_lines(file):
@@ -94,8 +97,9 @@ def test_an_array_of_records_is_read_like_its_lines(file):
     records = [{"prompt": "a\u2028", "response": "é"}, {"prompt": "[1]", "response": "]", "n": [{}]}]
     for indent in (None, 0, 4):
         for end in ("", "\n", "\n\n \t"):
-            assert read_records(file(end + json.dumps(records, indent=indent) + end), KEYS) == records
-    assert ", line 1: list; line 2: list; expected" in refusal(read_records, file(f"[{good}]\n[{good}]"), KEYS)
+            found = read_records(file(end + json.dumps(records, indent=indent) + end), "demonstrations")
+            assert [record.source for record in found] == records
+    assert ", line 1: list; line 2: list; expected" in refusal(read_records, file(f"[{good}]\n[{good}]"), "demonstrations")
 
 
 @pytest.mark.parametrize(("text", "mention"), [
@@ -108,15 +112,15 @@ def test_an_array_of_records_is_read_like_its_lines(file):
     ("[[]]", ", record 1: list"),
 ])
 def test_a_bad_array_is_refused_where_it_is_bad(file, text, mention):
-    assert mention in refusal(read_records, file(text), KEYS)
+    assert mention in refusal(read_records, file(text), "demonstrations")
 
 
 def test_the_first_three_bad_records_are_named_by_their_lines(file):
     """Physical lines, blank ones too, as an editor counts them; and how many more there are."""
-    content = f'\n\n{good}\n7\n\n{{"prompt": true}}\n{good}\n{{}}\nx\n' + "null\n" * 1000
-    assert refusal(read_records, file(content), KEYS) == (
+    content = f'\n\n{good}\n7\n\n{{"prompt": true, "response": "b"}}\n{good}\n{{}}\nx\n' + "null\n" * 1000
+    assert refusal(read_records, file(content), "demonstrations") == (
         ", line 4: int; line 6: 'prompt' is true (bool); line 8: no 'prompt'; and 1,001 more; expected an object with prompt, "
-        "response: non-empty strings")
+        "response: non-empty texts; docs/tasks.md has more")
 
 
 @pytest.mark.parametrize(("value", "shown"), [
@@ -124,7 +128,8 @@ def test_the_first_three_bad_records_are_named_by_their_lines(file):
     (["72", "72.0"], '["72", "72.0"] (list)'), ([{"role": "user", "content": "ü"}], '[{"role": "user", "content": "ü'),
     ({}, "{} (dict)"), ("", '"" (str)'), ([], "[] (list)"), (float("nan"), "NaN (float)")])
 def test_a_value_of_another_type_is_shown_as_it_was_typed(value, shown, file):
-    assert f"'response' is {shown[:40]}" in refusal(read_records, file(json.dumps({"prompt": "a", "response": value})), KEYS)
+    content = json.dumps({"prompt": "a", "response": value})
+    assert f"'response' is {shown[:40]}" in refusal(read_records, file(content), "demonstrations")
 
 
 @pytest.mark.parametrize(("reserve", "long"), [
@@ -171,7 +176,7 @@ def test_records_that_do_not_fit_are_named_or_left_out(reserve, long, capsys):
 def test_a_bad_record_is_refused_in_one_sentence_with_its_line(file, line, mention):
     """Blank lines count, and so does a byte order mark's line; the sentence says what was expected."""
     for before, number in (("", 1), (f"{good}\n\n{good}\r\n", 4), (f"\ufeff{good}\n", 2)):
-        text = refusal(read_records, file(f"{before}{line}\n{good}\n"), KEYS)
+        text = refusal(read_records, file(f"{before}{line}\n{good}\n"), "demonstrations")
         assert text.startswith(f", line {number}: ") and mention in text and "expected" in text
 
 

@@ -213,12 +213,12 @@ def test_of_a_file_that_a_run_was_trained_on_the_held_out_rows_are_asked(runs, a
 
 
 def test_a_file_says_what_can_hardly_be_right_before_it_is_asked(inside, tmp_path, capsys):
-    rows = [("Say 1.", "so\n#### 1"), ("Say 2.", "x"), ("Say 2.", "y"), ("Say 3.", "a long and winding answer")]
+    rows = [("Say 1.", "so\n1"), ("Say 2.", "x"), ("Say 2.", "y"), ("Say 3.", "a long and winding answer")]
     write_records(tmp_path / "mine.jsonl", ({"prompt": prompt, "answer": answer} for prompt, answer in rows))
     evaluated(f"sft --data {tmp_path / 'mine.jsonl'} --method greedy --max-new-tokens 16 --device cpu", tmp_path / "out.json")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3 and all("mine.jsonl, line " in line for line in warnings)
-    for part in ("'####'", "keep one", "--max-new-tokens 16; raise it"):
+    for part in ("all of these lines", "keep one", "--max-new-tokens 16; raise it"):
         assert any(part in line for line in warnings)
 
 

@@ -31,11 +31,12 @@ import train_reward
 import train_sft
 from nanorl import run
 from nanorl.batches import minibatches
-from nanorl.data import pad, random_windows, read_text, response_mask, shuffled_batch
+from nanorl.data import pad, random_windows, response_mask, shuffled_batch
+from nanorl.files import read_text
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.lora import adapt
 from nanorl.run.checkpoint import FORMAT
-from nanorl.tasks import is_heldout
+from nanorl.tasks import grade, is_heldout
 from nanorl.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.usefixtures("inside"), pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")]
@@ -129,7 +130,7 @@ def play(monkeypatch, tmp_path):
                 problem = experience.problems[a.prompt]
                 assert a.ids[: a.start] == tokenizer.render(problem.prompt)
                 assert a.text == tokenizer.decode(a.response[:-1] if a.finished else a.response)
-                assert [a.reward] == task.rewards([problem], [a.text], [a.finished])
+                assert [a.reward] == grade(task, [problem], [a.text], [a.finished]).rewards
             return experience
 
         monkeypatch.setattr(torch.optim, "AdamW", Descent)

@@ -16,7 +16,8 @@ import train_pretrain
 import train_reward
 import train_sft
 from nanorl import run
-from nanorl.data import DATA, read_text
+from nanorl.data import DATA
+from nanorl.files import read_text
 from nanorl.tasks import FileTask, Stories, Task
 
 ROOT = Path(__file__).parent.parent

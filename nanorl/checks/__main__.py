@@ -2,51 +2,27 @@
 
 import argparse
 import contextlib
-import importlib
 import inspect
 import os
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from nanorl import checks
 from nanorl.checks.report import BrokenObjective, check_objective
 from nanorl.errors import UserError, user_errors_as_sentences
+from nanorl.load import load_function
 from nanorl.ops import AGGREGATES
 
 
-def load_function(where: str, signature: str, *names: str, **by_name: None) -> Callable:
+def load_objective(where: str, signature: str, *names: str, **by_name: None) -> Callable:
     """The function NAME of FILE.py, from "FILE.py:NAME", which must accept arguments of these names, the first by position."""
-    file, _, name = where.rpartition(":")
-    path = Path(file).resolve()
-    if not (path.suffix == ".py" and path.is_file() and name):
-        why = f"{file} does not exist" if name and path.suffix == ".py" else "as in mine.py:objective"
-        raise UserError(f"{where}: expected FILE.py:NAME, a file of Python code and a function in it; {why}")
-    if "." in path.stem:
-        raise UserError(f"{where}: Python cannot import a file with two dots in its name; rename it")
-    sys.path.insert(0, str(path.parent))        # as for a script: the file can import its neighbours
-    try:
-        module = importlib.import_module(path.stem)
-    except SystemExit:
-        raise UserError(f"{where}: {file} exits when imported; put what it runs under if __name__ == '__main__'") from None
-    except Exception as e:
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
-        raise UserError(f"{where}: {file} cannot be imported{f', line {lines[-1]}' if lines else ''}: "
-                        f"{type(e).__name__}: {e}") from None
-    if getattr(module, "__file__", None) != str(path):
-        raise UserError(f"{where}: Python has another module called {path.stem}; rename the file")
-    function = getattr(module, name, None)
-    if not callable(function):
-        others = ", ".join(other for other, value in vars(module).items() if inspect.isfunction(value)) or "none"
-        raise UserError(f"{where}: {file} has no function {name} (it has {others}); expected {signature}")
+    function = load_function(where, signature)
     try:
         inspect.signature(function).bind(*names, **by_name)
     except TypeError as e:
         why = str(e)
         with contextlib.suppress(TypeError):
             inspect.signature(function).bind(**dict.fromkeys(names), **by_name)
-            why = f"{name} takes by name alone what is given by position"
+            why = f"{where.rpartition(':')[2]} takes by name alone what is given by position"
         raise UserError(f"{where}: {why}; expected {signature}") from None
     except ValueError:
         pass                                    # written in C, without a signature: the first call will tell
@@ -67,9 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.examples < 1:
         raise UserError(f"--examples {args.examples}: must be at least 1; 50 is the default")
-    f = load_function(args.objective, "objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None)",
-                      "logp", "old_logp", "adv", "mask", "weights", ref_logp=None, entropy=None)
-    advantage = args.advantage and load_function(args.advantage, "advantage(rewards)", "rewards")
+    f = load_objective(args.objective, "objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None)",
+                       "logp", "old_logp", "adv", "mask", "weights", ref_logp=None, entropy=None)
+    advantage = args.advantage and load_objective(args.advantage, "advantage(rewards)", "rewards")
     try:
         report = check_objective(f, advantage, args.clip and tuple(args.clip), args.detached_weight, ratio=args.ratio,
                                  aggregate=args.aggregate, examples=args.examples)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from nanorl.data import parse_object
 from nanorl.errors import UserError
+from nanorl.files import parse_object
 from nanorl.gpt import GPT
 from nanorl.interop.config import read_config, write_config
 from nanorl.interop.safetensors import write_safetensors
@@ -55,7 +55,7 @@ def read_pretrained(path: Path) -> dict[str, Any]:
 def load_pretrained(path_or_name: str | Path, device: torch.device | str = "cpu",
                     dtype: torch.dtype | None = None) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a directory with config.json, safetensors and tokenizer.json, or of the name smollm2."""
-    from nanorl.run.checkpoint import load_checkpoint, model_from, tokenizer_from       # which itself needs this module
+    from nanorl.run.checkpoint import load_checkpoint, model_from, tokenizer_from  # which itself needs this module
     checkpoint = load_checkpoint(path_or_name, "policy")
     return model_from(checkpoint, torch.device(device), dtype), tokenizer_from(checkpoint)
 

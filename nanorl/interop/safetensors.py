@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanorl.data import parse_object
 from nanorl.errors import UserError
+from nanorl.files import parse_object
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}

@@ -14,8 +14,8 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
-from nanorl.data import parse_object, read_text
 from nanorl.errors import UserError
+from nanorl.files import parse_object, read_text
 from nanorl.interop.templates import Message, Template, end_of_turn, recognise
 from nanorl.tokenizer import PATTERN, Tokenizer, make_encoding
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanorl.data import parse_object
 from nanorl.errors import UserError
+from nanorl.files import parse_object
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.interop.safetensors import read_safetensors
 

@@ -21,7 +21,7 @@ from nanorl.run.device import (autocast, compile_for_training, compile_models, d
                                peak_flops, pick_device, uses_bfloat16, wants_compile)
 from nanorl.run.directory import Run, read_lines, script
 from nanorl.run.flags import (Bound, Count, DeviceConfig, Natural, NonNegative, PolicyConfig, Positive, RolloutConfig,
-                              RunConfig, Share, flag_of, parse, read_config)
+                              RunConfig, Share, VerifierName, check_judge, flag_of, parse, read_config)
 from nanorl.run.optimizer import Optimizers, schedule
 from nanorl.run.start import (begin, check_fits_context, choose_task, cut_answers, ensure_stage, policy_from, stage_dir,
                               trainable_copy, warn)

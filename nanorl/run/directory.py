@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from nanorl.data import parse_object
 from nanorl.errors import UserError, exit_with, printable, user_errors_as_sentences
+from nanorl.files import parse_object
 from nanorl.lora import has_adapters
 from nanorl.run import ranks
 from nanorl.run.checkpoint import check_finite, digest, load_checkpoint, save_checkpoint, trained_state, write_atomically

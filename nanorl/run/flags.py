@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from nanorl.data import parse_object
 from nanorl.errors import UserError, exit_with, print_anything
+from nanorl.files import parse_object
 from nanorl.tasks import default_max_new_tokens
 
 
@@ -92,13 +92,24 @@ class PolicyConfig(RunConfig):
             self.default("lora_alpha", 32.0)
 
 
+VerifierName = Literal["exact", "number", "choice", "code"]
+
+
+def check_judge(cfg: Any) -> None:
+    """In __post_init__: --data, --verifier and --reward fit each other."""
+    cfg.require(cfg.verifier is None or cfg.data, "verifier", "it compares answers with those of a file; requires --data")
+    cfg.require(cfg.verifier is None or cfg.reward in ("", "verifier"), "verifier reward", "one of them judges; leave one out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(PolicyConfig):
     """The flags of scripts that train on the policy's own answers."""
 
     # rollouts
-    task: str = "addition"      # addition, sums, sorting, reversal, countdown or code; addition-4 is a harder one, of 4 digits
-    data: str = ""              # JSONL records {"prompt", "answer"} to practise on instead of the task's problems
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown, code; addition-4 has 4 digits; or FILE.py:NAME
+    data: str = ""              # JSON records to practise on instead, such as {"prompt", "answer"} or {"question", "answer"}
+    verifier: VerifierName | None = None    # how a response is compared with an answer of --data (default: exact)
+    reward: str = ""            # FILE.py:NAME, a function (prompt, response, record) -> number, that judges instead
     skip_long: bool = False     # leave out records that do not fit the model's context
     prompts: Count = 32         # P, prompts per step
     group: Count = 8            # G, answers sampled per prompt
@@ -110,6 +121,7 @@ class RolloutConfig(PolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.default("max_new_tokens", default_max_new_tokens(self.task))
+        check_judge(self)
 
 
 # What a resumed run may have otherwise than before. PLACES may have moved: what was read there is compared (directory.Run).

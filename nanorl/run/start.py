@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanorl.data import read_records, which_fit
+from nanorl.data import which_fit
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.lora import adapt
@@ -19,25 +19,27 @@ from nanorl.run.checkpoint import adapted_from, digest, load_checkpoint, load_fr
 from nanorl.run.device import generator, pick_device
 from nanorl.run.directory import Run
 from nanorl.run.flags import PolicyConfig, RunConfig, flag_of, parse, read_config
-from nanorl.tasks import FileTask, Task, make_task
+from nanorl.tasks import FileTask, Records, Task, make_task, use_reward
 from nanorl.tokenizer import Tokenizer
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 INHERITED = ("seed", "device", "dtype", "compile", "quiet")     # the flags that a run hands to the stages it has to make first
 
 
-def choose_task(name: str, data: str = "", needs_verifier: bool = True, seed: int = 0) -> Task:
-    """The task of this name, ready to verify answers, or the questions of a JSONL file {"prompt", "answer"}, whose order in
-    training the seed decides."""
-    if data:
-        records = read_records(data, ("prompt", "answer"))
-        return FileTask([(r["prompt"], r["answer"]) for r in records], data, [r.place for r in records], seed)
+def choose_task(name: str, data: str = "", *, needs_verifier: bool = True, seed: int = 0, verifier: str | None = None,
+                reward: str = "") -> Task:
+    """The task of this name, or the questions of a file, ready to judge answers. The seed decides on the order of a file's rows
+    in training; `verifier` and `reward` are the flags."""
     try:
-        task = make_task(name, needs_verifier)
+        judge = verifier or ("none" if reward else "exact")
+        task = Records(data, verifier=judge) if data else make_task(name, needs_verifier)
         task.start_verifier()
     except (ValueError, OSError) as e:
         raise UserError(str(e)) from None
-    next(task.graded_examples())        # before minutes are spent on other stages: are its rewards numbers?
+    task.seed = seed
+    if reward:
+        use_reward(task, reward)
+    next(task.graded_examples(), None)  # before minutes are spent on other stages: are its rewards numbers?
     return task
 
 
@@ -60,8 +62,8 @@ def cut_answers(task: Task, tokenizer: Tokenizer, max_new_tokens: int) -> list[s
 
 
 def stage_dir(stage: str, task: str) -> str:
-    """The default directory of a stage: runs/sft, runs/sft-sorting, runs/sft-addition-4."""
-    return f"runs/{stage}" if task == "addition" else f"runs/{stage}-{task}"
+    """The default directory of a stage: runs/sft, runs/sft-sorting, runs/sft-addition-4; runs/sft-NAME with FILE.py:NAME."""
+    return f"runs/{stage}" if task == "addition" else f"runs/{stage}-{task.rpartition(':')[2]}"
 
 
 def find_script(name: str) -> ModuleType:
@@ -182,7 +184,7 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     start = Start(device, checkpoint, tokenizer, policy, base if reference else None,
                   load_frozen(reward_model, "reward model", tokenizer, device) if reward_model else None)
     if task:
-        prompts = [tokenizer.render(problem.prompt) for problem in task.examples()]
+        prompts = [tokenizer.render(problem.conversation) for problem in task.examples()]
         if isinstance(task, FileTask):
             context = min(model.config.context for model in (start.policy, start.reward_model) if model)
             task.keep(which_fit([prompts], task.places, task.name, context, cfg.max_new_tokens, cfg.skip_long))

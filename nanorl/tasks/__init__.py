@@ -7,6 +7,8 @@
     sandbox.py      runs such programs in processes that can do nothing else
     stories.py      stories to continue, with a hidden reward in place of a verifier
     records.py      your own questions, from a file
+    verifiers.py    how a response is compared with the answer of a file: a text, a number, a choice
+    rewards.py      a reward function of your own
 
 A *problem* is a prompt and its gold answer. A *response* follows the prompt and one space, in one of two styles (a program
 has its own):
@@ -24,10 +26,13 @@ work. Two rules keep that reward honest:
 Randomness is always a `random.Random` that the caller made.
 """
 
+from nanorl.errors import UserError
+from nanorl.load import load_named
 from nanorl.tasks.arithmetic import Addition, Countdown, Sums
 from nanorl.tasks.base import Problem, Task, final_answer, grade, is_heldout
 from nanorl.tasks.code import Code
-from nanorl.tasks.records import FileTask
+from nanorl.tasks.records import FileTask, Records
+from nanorl.tasks.rewards import use_reward
 from nanorl.tasks.stories import Stories, story
 from nanorl.tasks.strings import Reversal, Sorting
 
@@ -35,20 +40,29 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sor
 
 
 def make_task(name: str, needs_verifier: bool = True) -> Task:
-    """The task "addition", or "addition-4" at difficulty 4; by default it must be one that a program can check."""
+    """The task "addition", or "addition-4" at difficulty 4, or what FILE.py:NAME names: a Task, or a class or function that
+    makes one. By default it must be one that a program can check."""
+    if ".py:" in name:
+        found = load_named(name, "a Task, as nanorl.tasks has them, or Records(...)")
+        task = found() if callable(found) else found
+        if not isinstance(task, Task):
+            raise UserError(f"--task {name}: is {task!r:.60}; expected a Task, as nanorl.tasks has them, or Records(...)")
+        return task
     family, dash, difficulty = name.partition("-")
     choices = {each: task for each, task in TASKS.items() if task.verifiable or not needs_verifier}
     if family not in choices:
         wrong = "there is no verifier for it, only readers' preferences" if family in TASKS else "there is no such task"
-        raise ValueError(f"--task {name}: {wrong}; expected {', '.join(choices)}")
+        raise UserError(f"--task {name}: {wrong}; expected {', '.join(choices)}, or FILE.py:NAME")
     task = choices[family]
     if dash and difficulty not in map(str, task.difficulties):
-        raise ValueError(f"--task {name}: there is no such difficulty; expected {family}"
-                         + (f" or {family}-N, where N, the number of {task.difficulty_unit}, is "
-                            f"{task.difficulties[0]} to {task.difficulties[-1]}" if task.difficulties else ""))
+        raise UserError(f"--task {name}: there is no such difficulty; expected {family}"
+                        + (f" or {family}-N, where N, the number of {task.difficulty_unit}, is "
+                           f"{task.difficulties[0]} to {task.difficulties[-1]}" if task.difficulties else ""))
     return task(int(difficulty) if dash else None)
 
 
 def default_max_new_tokens(task_name: str) -> int:
     """The token limit of a response to this task, unless a flag sets another. `make_task` refuses unknown names."""
+    if ".py:" in task_name:
+        return make_task(task_name).max_answer_tokens
     return TASKS.get(task_name.partition("-")[0], Task).max_answer_tokens

@@ -4,10 +4,10 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanorl.errors import UserError
 
@@ -21,6 +21,20 @@ NO_RIGHT = ("no answer to {} is right or wrong, for its class names no `right_re
 class Problem:
     prompt: str
     answer: str  # the gold answer; one of them where several are right (countdown)
+    before: tuple[tuple[str, str], ...] = ()  # (role, content) of the messages before the prompt
+    question: str = ""  # the question alone, where the prompt says more: its hash decides whether it is held out
+    record: dict[str, Any] = field(default_factory=dict, compare=False)  # the object of a file
+
+    @property
+    def conversation(self) -> str | list[dict[str, str]]:
+        """What the model reads: the prompt, or messages that end with it."""
+        if not self.before:
+            return self.prompt
+        return [{"role": role, "content": content} for role, content in (*self.before, ("user", self.prompt))]
+
+    @property
+    def is_heldout(self) -> bool:
+        return is_heldout(self.question or self.prompt)
 
 
 def final_answer(response: str) -> str | None:
@@ -51,7 +65,7 @@ def integers(text: str) -> list[int]:
 class Task:
     """A family of problems. A subclass says how to `draw` one and how to `work` it out; the rest is shared.
 
-    `verify` must take any string and give a number in bounded time, without raising: the highest for `direct` ones, less for
+    `verify` must take any string and give a reward in bounded time, without raising: the highest for `direct` ones, less for
     `adversarial` ones. nanorl/first_step.py checks what it gives for a few `examples` before a run, tests/test_tasks.py tries
     every task in TASKS on attacks and on arbitrary text. Its results enter by `grade` alone.
     """
@@ -63,6 +77,8 @@ class Task:
     default_difficulty: int | None = None
     difficulty_unit = ""  # what the difficulty counts
     worked_share = 0.3  # of the demonstrations: most are direct
+    scores_truncated = False  # a truncated response gets no more than 0
+    reward: Callable[[list[Problem], list[str], list[bool]], list[Any]] | None = None  # in place of `rewards` (rewards.py)
 
     def __init__(self, difficulty: int | None = None):
         self.difficulty = self.default_difficulty if difficulty is None else difficulty
@@ -118,11 +134,11 @@ class Task:
         """A few problems, each with a gold response, then adversarial ones, and the rewards of all of them."""
         for problem in self.examples()[:20]:
             responses = [self.direct(problem, Random(0)), *self.adversarial(problem)]
-            yield problem, responses, grade(self, [problem] * len(responses), responses, [True] * len(responses))
+            yield problem, responses, grade(self, [problem] * len(responses), responses, [True] * len(responses)).rewards
 
     def problem(self, rng: Random, split: str) -> Problem:
         """A problem of this split, "train", "heldout" or "all": draw until a prompt's hash falls into it."""
-        while split not in ("all", "heldout" if is_heldout((problem := self.draw(rng)).prompt) else "train"):
+        while split not in ("all", "heldout" if (problem := self.draw(rng)).is_heldout else "train"):
             pass
         return problem
 
@@ -141,21 +157,23 @@ class Task:
         respond = self.work if rng.random() < self.worked_share else self.direct
         return problem, respond(problem, rng)
 
-    def demonstrations(self, count: int) -> list[dict[str, str]]:
+    def demonstrations(self, count: int) -> list[dict[str, Any]]:
         """Records to fine-tune on: the first `count` of a stream that name and difficulty determine."""
         rng = Random(f"{self.name} {self.difficulty}")
         drawn = (self.demonstration(rng) for _ in range(count))
-        return [{"prompt": problem.prompt, "response": response} for problem, response in drawn]
+        return [{"prompt": problem.conversation, "response": response} for problem, response in drawn]
 
     def verify(self, problem: Problem, response: str) -> float:
         """1.0 for a right answer, else 0.0. Answers are compared as texts: '0932' and '932.' are not '932'."""
         return float(final_answer(response) == problem.answer)
 
-    def rewards(self, problems: list[Problem], responses: list[str], finished: list[bool]) -> list[float]:
-        """The rewards of sampled responses. An unfinished one, cut off by the token limit, gets no more than 0."""
-        verified = [_finite(self.verify(problem, response), self, problem, response)
-                    for problem, response in zip(problems, responses, strict=True)]
-        return [reward if done else min(0.0, reward) for reward, done in zip(verified, finished, strict=True)]
+    def rewards(self, problems: list[Problem], responses: list[str], finished: list[bool]) -> list[Any]:
+        """The rewards of sampled responses, of which those that are not finished were cut off by the token limit."""
+        return list(map(self.verify, problems, responses))
+
+    def lenient(self, problem: Problem, response: str) -> float | None:
+        """1.0 for a response that is right but for its format, else 0.0. None: the task reads one format only."""
+        return None
 
     def adversarial(self, problem: Problem) -> list[str]:
         """Responses that must not pay: echoes, several answers, additions to the right one, code."""
@@ -175,21 +193,37 @@ class Task:
         return final_answer(response)
 
 
-def grade(task: Task, problems: list[Problem], responses: list[str], finished: list[bool]) -> list[float]:
-    """The rewards of responses, as finite floats. This is the one place where rewards enter: nothing else calls `rewards`.
+class Grades(NamedTuple):
+    rewards: list[float]            # nan: the response could not be scored, and enters no mean
+    parts: dict[str, list[float]]   # what the rewards are sums of, where the task names them; nan where a response has no such
 
-    True and False, whole numbers, fractions, and scalars of NumPy and torch are converted; UserError names anything else.
+
+def grade(task: Task, problems: list[Problem], responses: list[str], finished: list[bool]) -> Grades:
+    """The rewards of responses. This is the one place where rewards enter: nothing else calls `rewards`.
+
+    A reward is a number (True and False, whole numbers, fractions, scalars of NumPy and torch are converted), several with
+    names, {"part": number}, which are added up, or None where the response cannot be scored. UserError names anything else.
     """
-    given = task.rewards(problems, responses, finished)
+    asked = (problems, responses, finished)
+    given = task.reward(*asked) if task.reward else task.rewards(*asked)
     try:
-        rewards = list(given)
+        each = list(given)
     except TypeError:
-        rewards = []
-    if len(rewards) != len(responses):
-        raise UserError(f"task {task}: `rewards` gives {len(rewards)} rewards ({given!r:.60}) for {len(responses)} responses; "
+        each = []
+    if len(each) != len(responses):
+        raise UserError(f"task {task}: `rewards` gives {len(each)} rewards ({given!r:.60}) for {len(responses)} responses; "
                         "expected one for each")
-    return [_finite(reward, task, problem, response)
-            for reward, problem, response in zip(rewards, problems, responses, strict=True)]
+    rewards, parts = [], {}
+    for i, (reward, problem, response) in enumerate(zip(each, problems, responses, strict=True)):
+        if isinstance(reward, dict) and reward:
+            named = {str(name): _finite(part, task, problem, response) for name, part in reward.items()}
+            for name, part in named.items():
+                parts.setdefault(name, [math.nan] * len(responses))[i] = part
+            reward = sum(named.values())
+        number = math.nan if reward is None else _finite(reward, task, problem, response)
+        cut = not (finished[i] or task.scores_truncated)
+        rewards.append(0.0 if cut and number > 0 else number)
+    return Grades(rewards, parts)
 
 
 def _finite(reward: Any, task: Task, problem: Problem, response: str) -> float:
@@ -198,7 +232,6 @@ def _finite(reward: Any, task: Task, problem: Problem, response: str) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not abs(number) < 1e30:      # nan, inf, and what float32 cannot hold
-        cannot = "; where a response cannot be scored, give the reward of a wrong one" if reward is None else ""
         raise UserError(f"task {task}: the reward of {response[:40]!r} to {problem.prompt[:60]!r} is {reward!r:.60}; expected "
-                        f"a finite number, or True or False{cannot}")
+                        'a finite number, True or False, {"part": number}, or None where the response cannot be scored')
     return number

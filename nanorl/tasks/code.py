@@ -1,5 +1,7 @@
-"""Programs for lists of numbers, which the verifier runs in the sandbox."""
+"""Programs that the verifier runs in the sandbox: a task of its own, and the verifier "code" of your files."""
 
+import ast
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from random import Random
@@ -109,3 +111,41 @@ class Code(Task):
         for i, (_, expected), outputs in zip(tried, tests, returned, strict=True):
             rewards[i] = float(outputs == expected and repr(outputs) == repr(expected))  # 1.0 and True are not 1
         return rewards
+
+
+class UnitTests:
+    """The verifier "code": a response is right if its program passes the tests of its record, each `assert f(3, [1]) == 4`.
+
+    The program is the one fenced block of the response, or else all of it. The tests must be calls of one function with literal
+    arguments. They are read, not run: the sandbox gets the program and the arguments, and what comes back is compared here.
+    """
+
+    kind, last = "lines `assert NAME(literals) == literal`, all of one function", None
+
+    def strict(self, response: str) -> str:
+        """The program."""
+        blocks = re.findall(r"```(?:python|py)?\n(.*?)```", response, re.S)
+        return blocks[0] if len(blocks) == 1 else response
+
+    def gold(self, answer: str) -> str | None:
+        """The tests, as JSON: the name of the function, the arguments of each call, the values that are right."""
+        try:
+            tests = [test.test for test in ast.parse(answer).body]
+            [name] = {test.left.func.id for test in tests}
+            calls = [[ast.literal_eval(argument) for argument in test.left.args] for test in tests]
+            values = [ast.literal_eval(value) for test in tests for value in test.comparators]
+            plain = len(values) == len(tests) and all(
+                isinstance(test.ops[0], ast.Eq) and not test.left.keywords for test in tests)
+            return json.dumps([name, calls, values], allow_nan=False) if plain else None
+        except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
+            return None
+
+    def right(self, golds: list[str], responses: list[str]) -> list[bool]:
+        tests = [json.loads(gold) for gold in golds]
+        # The sandbox calls f with one input. What the program calls f, or what it ends with, is no matter.
+        programs = [(f"{self.strict(response)}\n\nf = (lambda called: lambda arguments: called(*arguments))({name})", calls)
+                    if len(response) <= Code.max_characters else ("", calls)
+                    for response, (name, calls, _) in zip(responses, tests, strict=True)]
+        returned = shared_sandbox().run(programs)
+        return [outputs == values and repr(outputs) == repr(values)
+                for outputs, (_, _, values) in zip(returned, tests, strict=True)]

@@ -61,6 +61,7 @@ class Stories(Task):
     """
 
     name, verifiable, max_answer_tokens = "stories", False, 140
+    scores_truncated = True  # a story that was cut off is judged by what there is of it
     shuffled_share = 0.5  # of the continuations: their sentences are out of order
     label_temperature = 1.0  # points of hidden reward per nat of a reader's log-odds
 
@@ -113,10 +114,6 @@ class Stories(Task):
     def verify(self, problem, response):
         """The hidden reward: points, not a verdict."""
         return self.hidden_reward(problem.prompt, response)
-
-    def rewards(self, problems, responses, finished):
-        """A story that was cut off is judged by what there is of it."""
-        return list(map(self.verify, problems, responses))
 
     def preferences(self, count: int) -> tuple[list[dict[str, str]], int]:
         """Pairs of continuations a and b with the one that a reader chose: a with probability
