@@ -183,7 +183,7 @@ def main(cfg: Config) -> None:
         ended, kl_coef = rollout.finished | (cfg.truncated == "score"), out.state["kl_coef"]
         adv, returns = credit(rewards, ended, old_logp, ref_logp, old_values, last_value, mask,
                               kl_coef=kl_coef, gamma=cfg.gamma, lam=cfg.lam)
-        if spread := float(returns[mask].var(correction=0)):
+        if (spread := float(returns[mask].var(correction=0))) > 0:
             error = float((returns - old_values)[mask].var(correction=0))
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)

@@ -60,7 +60,7 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
     if best_of:
         curve = best_of_n_curve(model, tokenizer, task, heldout, sampling, samples=best_of, seed=seed,
                                 reward_model=reward_model)
-        metrics["eval/best_of_n"] = curve[best_of]
+        metrics |= {"eval/best_of_n": curve[best_of]} if curve else {}
     return metrics, sampled
 
 

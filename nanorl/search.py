@@ -157,12 +157,14 @@ def best_of_n_curve(model: GPT, tokenizer: Tokenizer, task: Task, problems: list
                     seed: int, reward_model: ScalarGPT | None = None) -> dict[int, float]:
     """The accuracy, or else the mean reward, of the best of 1, 2, 4, ... `samples` answers to each problem.
 
-    The reward model chooses the best if there is one, otherwise the task itself: its verifier, or the hidden reward.
+    The reward model chooses the best if there is one, otherwise the task itself: its verifier, or the hidden reward. Problems
+    of which an answer could not be scored are left out; where none is left, there is no curve.
     """
     found = sample_answers(model, tokenizer, task, problems, sampling, samples=samples, seed=seed, purpose="best_of_n",
                            reward_model=reward_model)
-    scores = found.values if found.learned is None else found.learned
-    return {n: float(best_of_n(scores, found.values, n).mean()) for n in doublings(samples)}
+    scored = ~found.values.isnan().any(-1)
+    values, scores = found.values[scored], (found.values if found.learned is None else found.learned)[scored]
+    return {n: float(best_of_n(scores, values, n).mean()) for n in doublings(samples) if scored.any()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import tiktoken
 from tqdm import tqdm
 
 from nanorl.errors import UserError
+from nanorl.files import Prompt
 
 # No merge crosses a pre-token: a word and its leading space, a run of symbols likewise, ONE digit, a run of whitespace.
 # The branches take in every character between them, for tiktoken silently drops text that no branch matches. There is
@@ -204,14 +205,22 @@ class Tokenizer:
         """UTF-8 bytes that the ordinary tokens stand for, the denominator of bits per byte; special tokens count 0."""
         return sum(self.byte_lengths.get(i, 0) for i in ids)
 
-    def render(self, prompt: str) -> list[int]:
+    def render(self, prompt: Prompt) -> list[int]:
         """The context in which a response is sampled:  <|bos|> <|user|> prompt <|assistant|>
+
+        Of a conversation, the earlier turns come first:  <|bos|> <|user|> question <|assistant|> answer <|end|> <|user|> ...
 
         With `render_response` this is the one place where special tokens are added. Prompt and response are encoded
         apart, never as one string: a merge across their boundary would make tokens that are half prompt and half
         response, so that training would see ids the sampler, which starts after the prompt, can never produce.
         """
-        return [self.bos, self.user, *self.encode(prompt), self.assistant]
+        turns, ids = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, [self.bos]
+        for turn in turns:
+            if turn["role"] == "system":
+                raise UserError("a system message; expected none: the models that nanorl trained know none")
+            ids += [self.user] if turn["role"] == "user" else [self.assistant]
+            ids += self.encode(turn["content"]) if turn["role"] == "user" else self.render_response(turn["content"])
+        return [*ids, self.assistant]
 
     def render_response(self, response: str) -> list[int]:
         """What the model is to say after `render`:  response <|end|>"""

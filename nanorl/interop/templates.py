@@ -8,8 +8,7 @@ import re
 from dataclasses import dataclass
 
 from nanorl.errors import UserError
-
-Message = dict[str, str]            # {"role": "system", "user" or "assistant", "content": text}
+from nanorl.files import Message
 
 # family: what comes first, a turn, and what ends a turn of the assistant
 FAMILIES = {
@@ -26,7 +25,8 @@ LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation becomes special tokens and text. The family "plain", of base models, writes the last message alone."""
+    """How a conversation becomes special tokens and text. The family "plain", of base models, writes the messages alone, with a
+    blank line between them."""
 
     family: str
     start: str = ""                 # the special token before a text that is no conversation, if any
@@ -50,7 +50,7 @@ class Template:
             raise UserError(f"{len(messages)} messages; expected the last one to be the user's")
         turns = [(message["role"], message["content"]) for message in messages]
         if self.family == "plain":
-            return [(self.start, turns[-1][1])]
+            return [(self.start, "\n\n".join(content for _, content in turns))]
         if self.family == "nanorl" and turns[0][0] == "system":
             raise UserError("a system message; expected none: the models that nanorl trained know none")
         if (self.system or self.dates) and turns[0][0] != "system":

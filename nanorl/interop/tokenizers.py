@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nanorl.errors import UserError
-from nanorl.files import parse_object, read_text
-from nanorl.interop.templates import Message, Template, end_of_turn, recognise
+from nanorl.files import Prompt, parse_object, read_text
+from nanorl.interop.templates import Template, end_of_turn, recognise
 from nanorl.tokenizer import PATTERN, Tokenizer, make_encoding
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -132,7 +132,7 @@ class PretrainedTokenizer(Tokenizer):
             ids += found
         return ids
 
-    def render(self, prompt: str | list[Message]) -> list[int]:
+    def render(self, prompt: Prompt) -> list[int]:
         """The context in which a response is sampled, by the model's chat template; a prompt is one message of the user's.
 
         The text between two special tokens is encoded as a whole, as in the model's own training.
