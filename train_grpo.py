@@ -44,7 +44,6 @@ from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1
                         overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
 from nanorl.sample import Rollout, Sampling, token_log_probs
-from nanorl.tasks import FileTask
 
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
@@ -138,7 +137,7 @@ def main(cfg: Config) -> None:
     task = run.choose_task(cfg.task, cfg.data, seed=cfg.seed, verifier=cfg.verifier, reward=cfg.reward)
     records = task.demonstrations(20_000) if cfg.likelihood_coef else []
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
-    stories = None if isinstance(task, FileTask) else tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
+    stories = None if cfg.data or ".py:" in cfg.task else tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
     records, *demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task), "response",
                                               skip_long=cfg.skip_long)
 
