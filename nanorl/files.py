@@ -250,7 +250,7 @@ def recognise(rows: list[tuple[str, Any]], kind: Kind, source: str, optional: tu
             records[-1].place, records[-1].source = place, row
     if faults:
         columns = ", ".join(column for column in KEYS[kind] if column not in optional)
-        refuse(source, faults, f"an object with {columns}: non-empty texts; docs/tasks.md has more")
+        refuse(source, faults, f"an object with {columns}: non-empty texts; docs/your-data.md has more")
     if not talks and all(key == column or column in missing for column, key in keys.items()):
         return records, ""
     shown = "messages" if talks else ", ".join(f"{column} is {key!r}" for column, key in keys.items() if column not in missing)

@@ -120,7 +120,7 @@ def test_the_first_three_bad_records_are_named_by_their_lines(file):
     content = f'\n\n{good}\n7\n\n{{"prompt": true, "response": "b"}}\n{good}\n{{}}\nx\n' + "null\n" * 1000
     assert refusal(read_records, file(content), "demonstrations") == (
         ", line 4: int; line 6: 'prompt' is true (bool); line 8: no 'prompt'; and 1,001 more; expected an object with prompt, "
-        "response: non-empty texts; docs/tasks.md has more")
+        "response: non-empty texts; docs/your-data.md has more")
 
 
 @pytest.mark.parametrize(("value", "shown"), [

@@ -3,6 +3,7 @@
 import importlib
 import io
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -56,6 +57,13 @@ def small(name, command):
     return flags.split() + (["--steps", "2"] if "power" in command else [])
 
 
+def python_of(page, part):
+    """The block of Python on this page that holds this part."""
+    [block] = [block for block in re.findall(r"^```python\n(.*?)^```", (ROOT / f"docs/{page}.md").read_text(), re.M | re.S)
+               if part in block]
+    return block
+
+
 @pytest.fixture
 def fresh(world, tmp_path, monkeypatch):
     """A folder with the scripts, files of one's own, and tiny runs in place of the stages that a script would make first."""
@@ -71,6 +79,10 @@ def fresh(world, tmp_path, monkeypatch):
     checkpoint = run.load_checkpoint(world / "sft")
     write_pretrained(run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint), Path("models/Qwen3-0.6B"),
                      torch.float32)
+    Path("my_reward.py").write_text(python_of("your-data", "def score"))
+    Path("my_task.py").write_text(python_of("your-data", "class Doubling"))
+    for name in ("my_reward", "my_task", "my_sums"):
+        monkeypatch.delitem(sys.modules, name, raising=False)       # another test's
     for module in ("nanorl.run", "nanorl.run.start"):
         monkeypatch.setattr(f"{module}.ensure_stage", lambda cfg, stage, **flags: f"runs/{stage}")
 
@@ -127,3 +139,20 @@ def test_the_mistake_of_the_readme_changes_nothing_at_ratio_1_and_is_named_by_th
     shown = re.search(r"^```\n(holds .*?)^```", readme, re.M | re.S)[1].splitlines()
     assert [line for line in shown if line not in printed] == ["..."]
     assert sum(line.startswith("BROKEN") for line in printed) == 2
+
+
+def test_the_reward_function_and_the_tasks_of_the_page_work_as_printed(fresh, monkeypatch):
+    """The function is short, and does what its docstring says; both tasks are trained on."""
+    assert Path("my_reward.py").read_text().count("\n") <= 15
+    monkeypatch.syspath_prepend(Path.cwd())
+    score = importlib.import_module("my_reward").score
+    assert score("2+2?", "It is 4", {"answer": "2+2=4\n#### 4"}) == {"right": 2.0, "brief": -0.03}
+    assert score("2+2?", "5", {"answer": 4})["right"] == 0.0 and score("2+2?", "4", {"answer": "none"}) is None
+    rows = ({"question": f"What is {n}+{n}?", "answer": 2 * n} for n in range(60))
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("my_sums.py").write_text(python_of("your-data", "sums = Records").replace("You are careful.", ""))
+    for task in ("my_task.py:Doubling", "my_sums.py:sums"):
+        for script, init in (("train_sft", "pretrain"), ("train_grpo", "sft")):
+            module = importlib.import_module(script)
+            flags = f"--task {task} --init runs/{init} --out {task[:-3]}/{script}{SMALL[script]}"
+            module.main(run.parse(module.Config, flags.split()))

@@ -38,6 +38,7 @@ def test_a_task_of_a_file_asks_with_its_prompt_system_message_and_examples(rows)
     """The question alone decides on the split: stages with other prompts hold out the same records."""
     plain = Records(rows, verifier="number")
     dressed = Records(rows, prompt="{question} Think first.", system="Be brief.", shots=[("1+1?", "#### 2")], verifier="number")
+    assert Records(rows, prompt="{prompt} Think first.", verifier="number").problems[3].prompt == dressed.problems[3].prompt
     computed = Records(rows, prompt=lambda record: record["question"].upper(), verifier="number")
     assert [p.prompt for p in plain.problems] == [row["question"] for row in ROWS]
     assert [p.prompt for p in computed.problems] == [row["question"].upper() for row in ROWS]
@@ -67,7 +68,7 @@ def test_another_file_may_be_held_out_and_what_it_asks_is_not_trained_on(rows, t
     assert (len(task.rows("train")), len(task.rows("heldout"))) == (2, 2)
 
 
-@pytest.mark.parametrize("prompt, says", [("{prompt} !", "KeyError"), ("{question.nothing}", "AttributeError"),
+@pytest.mark.parametrize("prompt, says", [("{answers} !", "KeyError"), ("{question.nothing}", "AttributeError"),
                                           ("{", "ValueError"), (lambda record: None, "the prompt is None"),
                                           (lambda record: "", "the prompt is ''")])
 def test_a_prompt_that_does_not_fit_is_named(prompt, says, rows):

@@ -146,7 +146,8 @@ class Records(FileTask):
 
     def __init__(self, path: str, *, prompt: str | Callable[[dict], str] = "", system: str = "",
                  shots: Sequence[tuple[str, str]] = (), verifier: str = "exact", heldout: str = "", seed: int = 0):
-        """prompt: what is asked, as a format with the record's keys, "{question} Think first.", or as a function of the record.
+        """prompt: what is asked, as a format with the record's keys, "{question} Think first.", or as a function of the record;
+        {prompt} is the question under any of its names.
         system: a system message. shots: questions and answers that come before, as turns of the user and the assistant.
         heldout: a file to evaluate with, in place of one in ten of `path`; its questions are then left out of `path`.
         """
@@ -157,7 +158,8 @@ class Records(FileTask):
         asked = {first_question(record["prompt"]) for record in others}
         rows = [record for record in rows if first_question(record["prompt"]) not in asked]
         places = [record.place for record in rows] + [f"{heldout}, {record.place}" for record in others]
-        problems = [problem_of(record, before, prompt, place) for record, place in zip([*rows, *others], places, strict=True)]
+        problems = [problem_of(record, before, prompt, f"{path}, {place}")
+                    for record, place in zip([*rows, *others], places, strict=True)]
         super().__init__(problems, path, places, seed, verifier, len(others))
 
 
@@ -171,7 +173,7 @@ def problem_of(record: Record, before: tuple[tuple[str, str], ...], prompt: str 
         asked = prompt(record.source)
     elif prompt:
         try:
-            asked = prompt.format_map(record.source)
+            asked = prompt.format_map({"prompt": asked} | record.source)
         except (LookupError, ValueError, AttributeError) as e:
             raise UserError(f"{place}: the prompt {prompt!r:.60} does not fit the record ({type(e).__name__}: {e}); it has "
                             f"{', '.join(map(repr, record.source)):.60}") from None
