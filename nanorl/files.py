@@ -258,8 +258,8 @@ def recognise(rows: list[tuple[str, Any]], kind: Kind, source: str, optional: tu
 
 
 def read_records(path: str | Path, kind: Kind, optional: tuple[str, ...] = ()) -> list[Record]:
-    """The records of a file in the shape of this kind (nanorl/shapes.py says which shapes are recognised, and a line on the
-    screen which was): JSON objects, one a line or all in one array. No key may stand twice. Blank lines are skipped.
+    """The records of a file in the shape of this kind (above, with the names that are recognised; a line on the
+    screen says which were): JSON objects, one a line or all in one array. No key may stand twice. Blank lines are skipped.
 
     Lines end at "\\n" only: a string may well contain other separators, such as U+2028.
     """
