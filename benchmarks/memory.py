@@ -55,7 +55,7 @@ def step_memory(config: GPTConfig, cfg: Config, adapters: bool, kl: bool, bfloat
     rank = cfg.rank if adapters else 0
     everything, size = model.num_parameters(), 2 if bfloat16 else 4
     trained = rank * sum(sum(p.shape) for p in matrices) if adapters else everything
-    V, d, rows = config.vocab_size, config.width, cfg.prompts * cfg.group
+    V, d, rows = config.vocab_size, config.width, min(cfg.prompts * cfg.group, 16 * cfg.micro_batch)     # rows: at a time
     parts = {"weights": size * everything + 4 * trained if adapters else 4 * everything,
              "reference": size * everything if kl and not adapters else 0,
              "gradients": 4 * trained, "moments": 8 * trained}

@@ -10,7 +10,7 @@ from world import start
 
 import train_grpo
 from nanorl.data import response_mask
-from nanorl.first_step import FirstStepCheckFailed, check_verifier, first_step_check, tolerance
+from nanorl.first_step import FirstStepCheckFailed, check_verifier, difference, first_step_check, tolerance
 from nanorl.rollout import sample_and_grade
 from nanorl.sample import Rollout, token_log_probs
 from nanorl.tasks import TASKS, FileTask, Task, final_answer, make_task
@@ -166,3 +166,16 @@ def test_a_rollout_without_an_answer_that_can_be_read_says_what_to_do(inside, tm
         start(train_grpo, flags, tmp_path / init, "--init", init)
         said = capsys.readouterr().out
         assert ("fine-tune on responses like 'Answer: x' first" in said) == unread and "First-step check" in said
+
+
+def test_rounding_hits_few_tokens_hard_and_a_wrong_temperature_all_of_them():
+    """One token of a hundred may be far off, or all of them a little; more is no rounding. Padding, even nan, is not compared."""
+    logp, mask = -torch.rand(10, 20), torch.ones(10, 20, dtype=torch.bool)
+    mask[:, 10:] = False
+    for token, others, holds in ((0.9, 0.0, True), (1.1, 0.0, False), (0.0, 0.06, True), (0.0, 0.07, False)):
+        other = logp + others
+        other[0, 0] += token
+        other[:, 10:] = float("nan")
+        off, rounding = difference(other, logp, mask, 0.25)
+        assert off == pytest.approx(token + others, abs=1e-6) and rounding is holds
+    assert difference(logp, logp, mask & False, 0.25) == (0.0, True)
