@@ -169,7 +169,7 @@ def test_a_rollout_without_an_answer_that_can_be_read_says_what_to_do(inside, tm
 
 
 def test_rounding_hits_few_tokens_hard_and_a_wrong_temperature_all_of_them():
-    """One token of a hundred may be far off, or all of them a little; more is no rounding. Padding, even nan, is not compared."""
+    """One token of a hundred may be far off, or all a little; more is no rounding. Padding, even nan, is not compared."""
     logp, mask = -torch.rand(10, 20), torch.ones(10, 20, dtype=torch.bool)
     mask[:, 10:] = False
     for token, others, holds in ((0.9, 0.0, True), (1.1, 0.0, False), (0.0, 0.06, True), (0.0, 0.07, False)):
