@@ -3,7 +3,6 @@
 import importlib
 import io
 import itertools
-import json
 import re
 import shlex
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import ROOT, TINY
+from world import ROOT, TINY, write_records
 
 from nanorl import run
 from nanorl.interop import write_pretrained
@@ -81,7 +80,10 @@ def fresh(world, tmp_path, monkeypatch):
                      torch.float32)
     Path("my_reward.py").write_text(python_of("your-data", "def score"))
     Path("my_task.py").write_text(python_of("your-data", "class Doubling"))
-    for name in ("my_reward", "my_task", "my_sums"):
+    Path("gsm8k.py").write_text(python_of("real-models", "gsm8k = Records"))
+    for file in ("train.jsonl", "test.jsonl"):
+        write_records(Path(file), ({"question": f"{file}: {n}?", "answer": f"#### {n}"} for n in range(9)))
+    for name in ("my_reward", "my_task", "my_sums", "gsm8k"):
         monkeypatch.delitem(sys.modules, name, raising=False)       # another test's
     for module in ("nanorl.run", "nanorl.run.start"):
         monkeypatch.setattr(f"{module}.ensure_stage", lambda cfg, stage, **flags: f"runs/{stage}")
@@ -148,8 +150,7 @@ def test_the_reward_function_and_the_tasks_of_the_page_work_as_printed(fresh, mo
     score = importlib.import_module("my_reward").score
     assert score("2+2?", "It is 4", {"answer": "2+2=4\n#### 4"}) == {"right": 2.0, "brief": -0.03}
     assert score("2+2?", "5", {"answer": 4})["right"] == 0.0 and score("2+2?", "4", {"answer": "none"}) is None
-    rows = ({"question": f"What is {n}+{n}?", "answer": 2 * n} for n in range(60))
-    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_records(Path("mine.jsonl"), ({"question": f"What is {n}+{n}?", "answer": 2 * n} for n in range(60)))
     Path("my_sums.py").write_text(python_of("your-data", "sums = Records").replace("You are careful.", ""))
     for task in ("my_task.py:Doubling", "my_sums.py:sums"):
         for script, init in (("train_sft", "pretrain"), ("train_grpo", "sft")):
