@@ -280,6 +280,18 @@ def test_damaged_adapters_are_refused(change, mention, tmp_path):
     assert mention in str(error.value)
 
 
+@pytest.mark.usefixtures("inside")
+def test_adapters_are_not_their_own_base(tmp_path):
+    """Neither at once nor by way of others: a file that says so would be read without end."""
+    checkpoint = run.load_checkpoint("lora")
+    for name, base in (("itself", "itself"), ("there", "back"), ("back", "there")):
+        (tmp_path / name).mkdir()
+        torch.save(checkpoint | {"lora": checkpoint["lora"] | {"base": str(tmp_path / base)}}, tmp_path / name / "ckpt.pt")
+    for name in ("itself", "there"):
+        with pytest.raises(run.UserError, match="their own base"):
+            run.model_from(run.load_checkpoint(tmp_path / name), CPU)
+
+
 @pytest.mark.parametrize(("script", "flags", "mention"), [
     (train_sft, "--lora-alpha 16", "--lora-alpha 16.0: requires --lora-rank"),
     (train_grpo, "--lora-rank 4 --kl-coef 0.1 --refresh-reference 5", "--lora-rank 4 --refresh-reference 5: "),
