@@ -185,8 +185,10 @@ class Run:
     def _check_unchanged(self, name: str, sha256: str) -> None:
         """UserError where this had another content when the run began."""
         if self.state.setdefault(f"sha256 of {name}", sha256) != sha256:
-            raise UserError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected what it began "
-                            "with, in any place")
+            flags = {"reference": "init", "initial_policy": "init", "data": "text" if hasattr(self.cfg, "text") else "data"}
+            place = getattr(self.cfg, flag := flags.get(name, name), "")
+            what = f"{flag_of(flag)} {place}:" if place else f"--resume: the {name.replace('_', ' ')}"
+            raise UserError(f"{what} has changed since this run began; expected what it began with, in any place")
 
     def metrics(self) -> list[dict[str, float | None]]:
         """The lines of metrics.jsonl so far."""
