@@ -175,7 +175,8 @@ class Run:
         if cfg.steps > before["steps"] and rates and rates[-1] < max(rates):
             raise UserError(f"--steps {cfg.steps}: the learning rate of the run to resume has begun to fall, to end with its "
                             f"{before['steps']} steps; train on in another run, with --init {cfg.out} and another --out")
-        if cfg.init != before["init"] and not {"sha256 of reference", "sha256 of initial_policy"} & checkpoint["state"].keys():
+        again = {"sha256 of reference", "sha256 of initial_policy"} & checkpoint["state"].keys() or "lora" in checkpoint
+        if cfg.init != before["init"] and not again:
             raise UserError(f"--init {cfg.init}: a run reads it once, when it begins; leave the flag out, or start another run")
         differ = [f"{flag_of(flag)} {getattr(cfg, flag)}" for flag in sorted(TO_ROUNDING & before.keys())
                   if getattr(cfg, flag) != before[flag]]
