@@ -406,6 +406,8 @@ def with_gpt(**flags):
     return lambda c: c | {"gpt": c["gpt"] | flags}
 
 
+CHATML_WITHOUT_TOKENS = {"vocab": {"a": 0}, "special": {"x": 1}, "in_text": [], "pre_tokenizer": "gpt-2", "normalize": False,
+                         "template": {"family": "chatml"}, "bos": 1, "end": 1, "pad": 1, "stop_ids": [1]}
 CHECKPOINTS = {
     "code": (lambda c: c | {"state": {"x": Exploding()}}, "not a sound checkpoint"),
     "a tensor": (lambda c: torch.zeros(3), "Tensor"),
@@ -436,6 +438,7 @@ CHECKPOINTS = {
     "no such tokenizer": (lambda c: c | {"tokenizer": {"name": "gpt3"}}, "gpt3"),
     "half a tokenizer": (lambda c: c | {"tokenizer": {"ranks": "AA== 0"}}, "byte 1"),
     "a tokenizer of tensors": (lambda c: c | {"tokenizer": {"ranks": torch.ones(3)}}, "ckpt.pt"),
+    "a template of tokens that are not there": (lambda c: c | {"tokenizer": CHATML_WITHOUT_TOKENS}, "<|im_start|>"),
     "an empty tokenizer": (lambda c: c | {"tokenizer": {}}, "tokenizer"),
 }
 

@@ -125,8 +125,9 @@ def _check_sound(checkpoint: Any) -> Kind:
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
-    size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
-    if size != model.config.vocab_size:
+    tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
+    tokenizer.render("")                # its template may need special tokens that it lacks
+    if (size := tokenizer.vocab_size) != model.config.vocab_size:
         raise UserError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
     return "reward model" if isinstance(model, ScalarGPT) else "policy"
 
