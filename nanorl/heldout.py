@@ -47,7 +47,7 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
     metrics = describe(sampled, "eval")
     if task.right_reward is not None:
         greedy = sample_and_grade(model, tokenizer, task, heldout, replace(sampling, temperature=0.0), seed=draw)
-        del metrics["eval/reward"]
+        metrics.pop("eval/reward", None)        # of answers that could not be scored, there is none
         metrics["eval/accuracy_sampled"] = float(right_or_reward(task, sampled.rewards).double().nanmean())
         metrics["eval/accuracy_greedy"] = float(right_or_reward(task, greedy.rewards).nanmean())
         for name, answers in (("sampled", sampled), ("greedy", greedy)):

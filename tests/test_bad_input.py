@@ -406,6 +406,8 @@ def with_gpt(**flags):
     return lambda c: c | {"gpt": c["gpt"] | flags}
 
 
+CHATML_WITHOUT_TOKENS = {"vocab": {"a": 0}, "special": {"x": 1}, "in_text": [], "pre_tokenizer": "gpt-2", "normalize": False,
+                         "template": {"family": "chatml"}, "bos": 1, "end": 1, "pad": 1, "stop_ids": [1]}
 CHECKPOINTS = {
     "code": (lambda c: c | {"state": {"x": Exploding()}}, "not a sound checkpoint"),
     "a tensor": (lambda c: torch.zeros(3), "Tensor"),
@@ -421,10 +423,12 @@ CHECKPOINTS = {
     "an inf weight": (with_weight(lambda x: x.fill_(-torch.inf)), "inf"),
     "a weight of another shape": (with_weight(lambda x: x[:-1]), "has the shape"),
     "a weight that is none": (with_weight(lambda x: 1), "ckpt.pt"),
-    "no weights": (lambda c: c | {"model": {}}, "has the shape None"),
+    "no weights": (lambda c: c | {"model": {}}, "its 0 weights"),
     "a weight too many": (lambda c: c | {"model": c["model"] | {"x": torch.ones(2)}}, "its x has the shape"),
     "another width": (with_gpt(width=32), "has the shape"),
     "more layers": (with_gpt(layers=5), "has the shape None"),
+    "a million layers": (with_gpt(layers=10**6), "expected several weights a layer"),
+    "a context without end": (with_gpt(context=2**40), "a context of at most 1048576"),
     "odd heads": (with_gpt(heads=5), "heads=5"),
     "no layers": (with_gpt(layers=0), "layers=0"),
     "words for a width": (with_gpt(width="wide"), "ckpt.pt"),
@@ -434,6 +438,7 @@ CHECKPOINTS = {
     "no such tokenizer": (lambda c: c | {"tokenizer": {"name": "gpt3"}}, "gpt3"),
     "half a tokenizer": (lambda c: c | {"tokenizer": {"ranks": "AA== 0"}}, "byte 1"),
     "a tokenizer of tensors": (lambda c: c | {"tokenizer": {"ranks": torch.ones(3)}}, "ckpt.pt"),
+    "a template of tokens that are not there": (lambda c: c | {"tokenizer": CHATML_WITHOUT_TOKENS}, "<|im_start|>"),
     "an empty tokenizer": (lambda c: c | {"tokenizer": {}}, "tokenizer"),
 }
 

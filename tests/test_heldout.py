@@ -1,5 +1,6 @@
 """Evaluations ask held-out problems, which depend on the seed alone, and report the means of what was answered."""
 
+import math
 import json
 from fractions import Fraction
 from types import SimpleNamespace
@@ -72,6 +73,12 @@ class Scaled(Parity):
 
     def verify(self, problem, response):
         return self.scale(super().verify(problem, response))
+
+
+def test_an_evaluation_in_which_nothing_could_be_scored_has_no_accuracy(monkeypatch):
+    monkeypatch.setattr(Parity, "rewards", lambda self, problems, responses, finished: [None] * len(responses))
+    metrics, _ = evaluate_policy(MODEL, TOKENIZER, Parity(), SAMPLING, problems=5, seed=5)
+    assert math.isnan(metrics["eval/accuracy_sampled"]) and metrics["eval/unscored"] == 1 and "eval/reward" not in metrics
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)

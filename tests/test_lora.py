@@ -266,6 +266,18 @@ def test_adapters_are_refused_beside_another_base(change, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("inside")
+def test_the_base_of_a_run_may_move(tmp_path):
+    """--init says where it is now, and the next checkpoint remembers it."""
+    script, flags = RUNS["sft"]
+    shutil.copytree("sft", tmp_path / "base")
+    start(script, flags.replace("--init sft", f"--init {tmp_path / 'base'}") + LORA, tmp_path / "run")
+    cut_final_line(tmp_path / "run")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    start(script, f"--resume --quiet --steps 3 --init {tmp_path / 'moved'}", tmp_path / "run")
+    assert run.load_checkpoint(tmp_path / "run")["lora"]["base"] == str(tmp_path / "moved")
+
+
+@pytest.mark.usefixtures("inside")
 @pytest.mark.parametrize(("change", "mention"), [
     (lambda lora: {name: x for name, x in lora.items() if name != "base"}, "its 'base' is None, expected a str"),
     (lambda lora: lora | {"rank": "2"}, "its 'rank' is '2', expected a int"),
@@ -278,6 +290,18 @@ def test_damaged_adapters_are_refused(change, mention, tmp_path):
     with pytest.raises(run.UserError) as error:
         run.load_checkpoint(tmp_path)
     assert mention in str(error.value)
+
+
+@pytest.mark.usefixtures("inside")
+def test_adapters_are_not_their_own_base(tmp_path):
+    """Neither at once nor by way of others: a file that says so would be read without end."""
+    checkpoint = run.load_checkpoint("lora")
+    for name, base in (("itself", "itself"), ("there", "back"), ("back", "there")):
+        (tmp_path / name).mkdir()
+        torch.save(checkpoint | {"lora": checkpoint["lora"] | {"base": str(tmp_path / base)}}, tmp_path / name / "ckpt.pt")
+    for name in ("itself", "there"):
+        with pytest.raises(run.UserError, match="their own base"):
+            run.model_from(run.load_checkpoint(tmp_path / name), CPU)
 
 
 @pytest.mark.parametrize(("script", "flags", "mention"), [

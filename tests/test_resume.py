@@ -137,11 +137,11 @@ def test_a_data_file_of_other_contents_is_another_run(name, data, change, tmp_pa
     """In its old place, too, where no flag tells."""
     begin_and_stop(name, tmp_path / "run", 1)
     other = rewritten(data, OTHER[change], tmp_path)
-    assert "the data has changed" in refused(name, tmp_path / "run", f"--data {other}", capsys)
+    assert f"--data {other}: has changed" in refused(name, tmp_path / "run", f"--data {other}", capsys)
     shutil.copy(data, tmp_path / "original")
     shutil.copy(other, data)
     try:
-        assert "the data has changed" in refused(name, tmp_path / "run", "", capsys)
+        assert f"--data {data}: has changed" in refused(name, tmp_path / "run", "", capsys)
     finally:
         shutil.copy(tmp_path / "original", data)
 
@@ -150,7 +150,8 @@ def test_a_text_is_its_contents(tmp_path, capsys):
     begin_and_stop("pretrain", tmp_path / "run", 1)
     text = Path("text.txt").read_text()
     (tmp_path / "other.txt").write_text(text + "x")
-    assert "the data has changed" in refused("pretrain", tmp_path / "run", f"--text {tmp_path / 'other.txt'}", capsys)
+    other = f"--text {tmp_path / 'other.txt'}"
+    assert f"{other}: has changed since" in refused("pretrain", tmp_path / "run", other, capsys)
     (tmp_path / "same.txt").write_text("\ufeff" + text)
     resume("pretrain", tmp_path / "run", f"--text {tmp_path / 'same.txt'}")
     assert metrics(tmp_path / "run") == metrics("pretrain") and same_parameters(tmp_path / "run", "pretrain")
@@ -167,7 +168,7 @@ def test_the_models_of_a_run_may_move_but_not_change(tmp_path, capsys):
     """A teacher, and the reference that --init becomes; an --init that is not read again is no flag of a resumed run."""
     for name, flag, model, other in (("distill", "teacher", "grpo", "sft"), ("grpo-full", "init", "sft", "grpo")):
         begin_and_stop(name, tmp_path / name, 1)
-        assert "has changed since this run began" in refused(name, tmp_path / name, f"--{flag} {other}", capsys)
+        assert f"--{flag} {other}: has changed since" in refused(name, tmp_path / name, f"--{flag} {other}", capsys)
         shutil.copytree(model, tmp_path / "moved", dirs_exist_ok=True)
         resume(name, tmp_path / name, f"--{flag} {tmp_path / 'moved'}")
         assert metrics(tmp_path / name) == metrics(name) and same_parameters(tmp_path / name, name)

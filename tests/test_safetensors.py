@@ -112,6 +112,8 @@ HOSTILE = {
     "a shape of fractions": (file_of({"x": entry(shape=[1.0])}, bytes(4)), "expected a dtype"),
     "an empty tensor": (file_of({"x": entry(shape=[0, 2**62], offsets=[0, 0])}), "expected a dtype"),
     "nine dimensions": (file_of({"x": entry(shape=[1] * 9)}, bytes(4)), "expected a dtype"),
+    "a shape beyond all numbers": (file_of({"x": entry(shape=[10**400])}, bytes(4)), "expected a dtype, a shape"),
+    "offsets beyond all numbers": (file_of({"x": entry(offsets=[0, 10**400])}, bytes(4)), "and two data_offsets"),
     "bytes to spare": (file_of({"x": entry(offsets=[0, 8])}, bytes(8)), "'x' has 8 bytes; its shape and dtype take 4"),
     "a shape of exabytes": (file_of({"x": entry(shape=[2**40, 2**40])}, bytes(4)), "'x' has 4 bytes"),
     "a shape that overflows to 1": (file_of({"x": entry(shape=[2**62 + 1, 4])}, bytes(4)), "'x' has 4 bytes"),

@@ -383,6 +383,15 @@ def test_a_file_task_compares_texts_and_refuses_what_it_cannot_verify():
 # ---- Rows of a file ----
 
 
+@pytest.mark.parametrize(("response", "said"), [("So 7. Answer: 7", "So 7. Answer: 7"), ("7", "Answer: 7"), ("", "Answer: 7"),
+                                                (None, "Answer: 7"), ([{"role": "assistant"}], "Answer: 7")])
+def test_only_a_text_of_its_own_is_the_demonstration_of_a_row(response, said):
+    """A gold answer that stands under "response" is none: the verifier would not read it."""
+    prompt = next(f"Say {n}." for n in range(99) if not is_heldout(f"Say {n}."))
+    [record] = FileTask([Problem(prompt, "7", record={"response": response})]).demonstrations(9)
+    assert record == {"prompt": prompt, "response": said}
+
+
 def rows_of(count, **options):
     return FileTask([(f"Say {n}.", f"{n}") for n in range(count)], **options)
 
@@ -499,7 +508,7 @@ def test_scalars_of_numpy_are_numbers(kind):
     assert grade(Say(getattr(numpy, kind)(1)), [ASKED] * 2, [GOLD, "no"], [True, True]).rewards == [1.0, 0.0]
 
 
-NO_NUMBERS = {"text": "1", "bytes": b"1", "nan": math.nan, "inf": -math.inf, "int": 10**400, "float": 1e300,
+NO_NUMBERS = {"text": "1", "bytes": b"1", "nan": math.nan, "inf": -math.inf, "float": 1e300,
               "complex": 1j, "list": [1.0], "dict": {}, "tuple": (1.0, "fine"), "tensor": torch.ones(2)}
 
 
@@ -513,6 +522,12 @@ def test_whatever_is_no_number_is_named(value, finished):
     for part in ("task say", "'Say 7.'", "'Answer: 8'", repr(value)[:20], "a finite number"):
         assert part in text
     assert "None where the response cannot be scored" in text and len(text) < 300
+
+
+@pytest.mark.parametrize("value", [10**400, 10**5000, Fraction(10**5000)], ids=["400 digits", "5000 digits", "fraction"])
+def test_a_number_of_too_many_digits_to_show_is_refused_as_inf(value):
+    with pytest.raises(UserError, match="is inf; expected a finite number"):
+        grade(Say(value), [ASKED], [GOLD], [True])
 
 
 @pytest.mark.parametrize("given", [(1, 0), [True, False], torch.tensor([1, 0]), range(1, -1, -1), {1: "a", 0: "b"}.keys()])

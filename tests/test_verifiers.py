@@ -82,6 +82,7 @@ JUDGED = [
     ("5", "#### x = 5", False, True, "an equation is not the number alone"),
     ("5", "#### ", False, False, "nothing after the mark"),
     ("5", "", False, False, "nothing"),
+    ("5000", "It is 5,000, I think.", False, True, "a comma after the number is none of it"),
     ("5", "5 apples, 3 left", False, False, "leniently the last number counts"),
     ("3", "It is 3.", False, True, "a period after the last number"),
     ("3", "from 1.2.3", False, False, "a version is no number"),

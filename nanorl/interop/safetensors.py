@@ -54,7 +54,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def _check_entry(name: str, entry: Any, path: Path) -> None:
     """UserError unless this describes a tensor, of a dtype that we know, with as many bytes as its shape takes."""
     def whole(numbers: Any, least: int) -> bool:
-        return isinstance(numbers, list) and len(numbers) <= 8 and all(type(n) is int and n >= least for n in numbers)
+        return isinstance(numbers, list) and len(numbers) <= 8 and all(type(n) is int and least <= n < 2**63 for n in numbers)
 
     if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"} and whole(entry["shape"], 1)
             and whole(entry["data_offsets"], 0) and len(entry["data_offsets"]) == 2):

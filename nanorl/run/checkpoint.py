@@ -68,13 +68,16 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, what: Kind | None = None, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The checkpoint of a run's directory, a checkpoint file, or what a pretrained model (nanorl/interop) is as a checkpoint.
     Tensors and builtins only: no code is ever run.
 
-    UserError when there is none, when it is damaged, or when `what` is given and it holds something else.
+    UserError when there is none, when it is damaged, or when `what` is given and it holds something else. `above`: checkpoints
+    whose adapters this one is the base of, which it cannot be itself.
     """
     path = Path(path)
+    if str(path.resolve()) in above:
+        raise UserError(f"{path}: its adapters are, in the end, their own base; expected one that was there before them")
     try:
         file = path / "ckpt.pt" if path.is_dir() else path
         there, pretrained = file.exists(), is_pretrained(path)
@@ -88,7 +91,7 @@ def load_checkpoint(path: str | Path, what: Kind | None = None) -> dict[str, Any
     if what not in (None, holds):
         script = {"policy": "train_sft.py", "reward model": "train_reward.py"}[what]
         raise UserError(f"{path}: holds a {holds}; expected a {what}, as {script} makes it")
-    return checkpoint | {"path": str(path)}
+    return checkpoint | {"path": str(path), "above": (*above, str(path.resolve()))}
 
 
 def _load_sound(path: Path) -> tuple[dict[str, Any], Kind]:
@@ -112,14 +115,19 @@ def _check_sound(checkpoint: Any) -> Kind:
             if not isinstance(part.get(name), kind):
                 raise UserError(f"its {name!r} is {part.get(name)!r:.40}, expected a {kind.__name__}")
     check_finite(checkpoint["model"] | adapters)
+    shape = checkpoint["gpt"]           # checked here is what weights do not bound: a model of a billion layers, a table of angles
+    if not (shape.get("layers", 1) <= len(checkpoint["model"]) and 1 <= shape.get("context", 1) <= 2**20):
+        raise UserError(f"its {len(checkpoint['model'])} weights are of {shape.get('layers')} layers, its context is "
+                        f"{shape.get('context')}; expected several weights a layer, and a context of at most {2**20}")
     model = _shapes(checkpoint)
     wanted, found = ({name: tuple(x.shape) for name, x in weights.items()}
                      for weights in (trained_state(model), checkpoint["model"]))
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             raise UserError(f"its {name} has the shape {found.get(name)}, its configuration wants {wanted.get(name)}")
-    size = Tokenizer.from_state(checkpoint["tokenizer"]).vocab_size
-    if size != model.config.vocab_size:
+    tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
+    tokenizer.render("")                # its template may need special tokens that it lacks
+    if (size := tokenizer.vocab_size) != model.config.vocab_size:
         raise UserError(f"a tokenizer of {size} tokens beside a model of {model.config.vocab_size}")
     return "reward model" if isinstance(model, ScalarGPT) else "policy"
 
@@ -163,7 +171,7 @@ def digest(model: nn.Module) -> str:
 def adapted_from(checkpoint: dict[str, Any], device: torch.device) -> tuple[GPT, GPT]:
     """The policy of a checkpoint that holds adapters, and what they adapt: UserError where that is not what it was."""
     lora = checkpoint["lora"]
-    base = model_from(load_checkpoint(lora["base"], "policy"), device)
+    base = model_from(load_checkpoint(lora["base"], "policy", checkpoint["above"]), device)
     if base.config != GPTConfig(**checkpoint["gpt"]) or digest(base) != lora["sha256"]:
         raise UserError(f"{checkpoint['path']}: its adapters belong to other weights than those of {lora['base']}; expected "
                         "the ones that they were trained beside")

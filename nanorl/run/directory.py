@@ -175,7 +175,8 @@ class Run:
         if cfg.steps > before["steps"] and rates and rates[-1] < max(rates):
             raise UserError(f"--steps {cfg.steps}: the learning rate of the run to resume has begun to fall, to end with its "
                             f"{before['steps']} steps; train on in another run, with --init {cfg.out} and another --out")
-        if cfg.init != before["init"] and not {"sha256 of reference", "sha256 of initial_policy"} & checkpoint["state"].keys():
+        again = {"sha256 of reference", "sha256 of initial_policy"} & checkpoint["state"].keys() or "lora" in checkpoint
+        if cfg.init != before["init"] and not again:
             raise UserError(f"--init {cfg.init}: a run reads it once, when it begins; leave the flag out, or start another run")
         differ = [f"{flag_of(flag)} {getattr(cfg, flag)}" for flag in sorted(TO_ROUNDING & before.keys())
                   if getattr(cfg, flag) != before[flag]]
@@ -185,8 +186,10 @@ class Run:
     def _check_unchanged(self, name: str, sha256: str) -> None:
         """UserError where this had another content when the run began."""
         if self.state.setdefault(f"sha256 of {name}", sha256) != sha256:
-            raise UserError(f"--resume: the {name.replace('_', ' ')} has changed since this run began; expected what it began "
-                            "with, in any place")
+            flags = {"reference": "init", "initial_policy": "init", "data": "text" if hasattr(self.cfg, "text") else "data"}
+            place = getattr(self.cfg, flag := flags.get(name, name), "")
+            what = f"{flag_of(flag)} {place}:" if place else f"--resume: the {name.replace('_', ' ')}"
+            raise UserError(f"{what} has changed since this run began; expected what it began with, in any place")
 
     def metrics(self) -> list[dict[str, float | None]]:
         """The lines of metrics.jsonl so far."""

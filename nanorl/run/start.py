@@ -137,7 +137,8 @@ def policy_from(cfg: PolicyConfig, checkpoint: dict[str, Any] | None, initial: d
     if not cfg.lora_rank:
         return model_from(checkpoint or initial, device), None
     if checkpoint:
-        return adapted_from(checkpoint, device)
+        moved = {"base": cfg.init} if cfg.init else {}
+        return adapted_from(checkpoint | {"lora": checkpoint["lora"] | moved}, device)
     base = model_from(initial, device)
     policy = trainable_copy(cfg, base, "policy")
     policy.lora = {"rank": cfg.lora_rank, "alpha": cfg.lora_alpha, "base": initial["path"], "sha256": digest(base)}

@@ -229,7 +229,9 @@ def grade(task: Task, problems: list[Problem], responses: list[str], finished: l
 def _finite(reward: Any, task: Task, problem: Problem, response: str) -> float:
     try:
         number = math.nan if isinstance(reward, str | bytes) else float(reward)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except OverflowError:           # a whole number, perhaps of more digits than Python shows
+        number = reward = math.inf
+    except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not abs(number) < 1e30:      # nan, inf, and what float32 cannot hold
         raise UserError(f"task {task}: the reward of {response[:40]!r} to {problem.prompt[:60]!r} is {reward!r:.60}; expected "

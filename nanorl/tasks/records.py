@@ -123,8 +123,10 @@ class FileTask(Task):
         records = []
         for place, problem, held in zip(self.places, self.problems, self.held, strict=True):
             if not held and len(records) < count:
-                said = problem.answer if self.verify(problem, problem.answer) else self.direct(problem, None)
-                records.append(Record(prompt=problem.conversation, response=str(problem.record.get("response", said))))
+                said = problem.record.get("response")
+                if not isinstance(said, str) or said in ("", problem.answer):
+                    said = problem.answer if self.verify(problem, problem.answer) else self.direct(problem, None)
+                records.append(Record(prompt=problem.conversation, response=said))
                 records[-1].place = place
         return records
 

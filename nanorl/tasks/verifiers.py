@@ -18,7 +18,7 @@ from itertools import islice
 MAX_CHARACTERS = 256        # of a final answer; anything longer is not one
 MARK = re.compile(r"####|\bAnswer:|\\boxed(?=\s*\{)")
 # A number is signed digits, with commas between thousands or none, and with decimals; or a fraction of two whole numbers.
-DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,12}(?![\d,])|\d{1,40}(?!\d))"
+DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,12}(?!,?\d)|\d{1,40}(?!\d))"
 NUMBER = re.compile(rf"(?<![\w.,/])([-+\u2212]?)\s?[$€£¥]?\s?([-\u2212]?)"
                     rf"(?:({DIGITS})\s?/\s?({DIGITS})|({DIGITS}(?:\.\d{{1,40}})?|\.\d{{1,40}}))(?![\w/]|[.,]\d)")
 LATEX = ((re.compile(r"\\[dt]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}"), r"\1/\2"), (re.compile(r"\\text\s?\{([^{}]*)\}"), r"\1"),
