@@ -115,7 +115,7 @@ def _check_sound(checkpoint: Any) -> Kind:
             if not isinstance(part.get(name), kind):
                 raise UserError(f"its {name!r} is {part.get(name)!r:.40}, expected a {kind.__name__}")
     check_finite(checkpoint["model"] | adapters)
-    shape = checkpoint["gpt"]           # checked here is what weights do not bound: a model of a billion layers, a table of angles
+    shape = checkpoint["gpt"]           # what weights do not bound: a model of a billion layers, a table of angles
     if not (shape.get("layers", 1) <= len(checkpoint["model"]) and 1 <= shape.get("context", 1) <= 2**20):
         raise UserError(f"its {len(checkpoint['model'])} weights are of {shape.get('layers')} layers, its context is "
                         f"{shape.get('context')}; expected several weights a layer, and a context of at most {2**20}")
