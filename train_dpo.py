@@ -36,6 +36,7 @@ from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import PAIRS, pair_batch, read_pairs, render_records, response_mask, shuffled_batch, split_pairs
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
+from nanorl.kept import given_rollout, kept_pairs
 from nanorl.ops import bradley_terry, ranked_right
 from nanorl.rollout import collect, describe, learned_rewards
 from nanorl.sample import Sampling, token_log_probs
@@ -118,6 +119,7 @@ class Config(run.PolicyConfig):
     max_new_tokens: run.Count | None = None    # an answer longer than this is truncated (default: 80; code 120; stories 140)
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
     eval_problems: run.Count = 200    # held-out prompts to answer (not with --data)
+    keep_groups: run.Natural = 4    # pairs kept in rollouts.jsonl, in steps with an evaluation and the last; 0 is off
     best_of: run.Natural = 16   # answers to each of them for best-of-n before training, to compare with; 0 is off
 
     # the algorithm
@@ -176,19 +178,19 @@ def main(cfg: Config) -> None:
     print(f"{cfg.loss} on {source}, {cfg.batch} a step, on {device.type}."
           + (f" {len(heldout):,} are held out; {identical} more have equal responses and are left out." if records else ""))
 
-    def log_probs(model, tokens, prompt_lengths, lengths):
-        """log pi of N chosen responses, of the N rejected ones after them, and their lengths: four of [N]."""
+    def token_scores(model, tokens, prompt_lengths, lengths):
+        """log pi and entropy at each token of N chosen responses and of the N rejected ones after them, and which tokens of
+        [2N, T] these are: three of [2N, T-1]."""
         mask = response_mask(prompt_lengths, lengths, tokens.shape[1])
         with run.autocast(device, cfg.dtype):
-            logp, _ = token_log_probs(model, tokens, mask, temperature=cfg.temperature)
-        return *logp.sum(-1).chunk(2), *mask.sum(-1).chunk(2)
+            return *token_log_probs(model, tokens, mask, temperature=cfg.temperature), mask
 
     @torch.no_grad()
-    def with_reference(model, batch):
-        """The batch, and after it a reference's log-probs of its responses; zeros where the loss has no reference."""
+    def reference_log_probs(model, *batch):
+        """A reference's log pi of N chosen and N rejected responses, two of [N]; zeros where the loss has no reference."""
         if cfg.loss in REFERENCE_FREE:
-            return *batch, *torch.zeros(len(batch[-1]), device=device).chunk(2)
-        return *batch, *log_probs(model, *batch)[:2]
+            return torch.zeros(len(batch[-1]), device=device).chunk(2)
+        return token_scores(model, *batch)[0].sum(-1).chunk(2)
 
     def from_file(picks):
         """Pairs of the file, `micro_batch` at a time, and which they are."""
@@ -200,12 +202,15 @@ def main(cfg: Config) -> None:
     # With --refresh-reference these are the held-out pairs; the others are scored by `reference` in each step.
     reference_cache = torch.zeros(len(records), 2, device=device)
     for batch, part in from_file(heldout if cfg.refresh_reference else training + heldout):
-        reference_cache[part] = torch.stack(with_reference(initial_policy, batch)[3:], dim=1)
+        reference_cache[part] = torch.stack(reference_log_probs(initial_policy, *batch), dim=1)
 
-    def pair_loss(tokens, prompt_lengths, lengths, ref_chosen, ref_rejected, count):
+    def pair_loss(tokens, prompt_lengths, lengths, ref_chosen, ref_rejected, count, watch=None):
         """Loss and metrics of a few of `count` pairs."""
-        better, worse, *response_lengths = log_probs(policy, tokens, prompt_lengths, lengths)
-        return loss(better, worse, ref_chosen, ref_rejected, *response_lengths, torch.full_like(better, 1 / count))
+        logp, entropy, mask = token_scores(policy, tokens, prompt_lengths, lengths)
+        pairs = *logp.sum(-1).chunk(2), ref_chosen, ref_rejected, *mask.sum(-1).chunk(2)        # six of [N]
+        if watch:
+            watch(logp, entropy, mask=mask, alone=lambda k: loss(*(x[k : k + 1] for x in pairs), logp.new_ones(1))[1])
+        return loss(*pairs, torch.full_like(pairs[0], 1 / count))
 
     def evaluate_now():
         metrics, totals = {}, {}
@@ -225,8 +230,8 @@ def main(cfg: Config) -> None:
             out.log(evaluate_now())
         out.refresh("refreshed_reference", cfg.refresh_reference)
 
-        # 3. Pairs: the next of the file, or two fresh answers to each prompt, of which a judge prefers one.
-        started, count = time.perf_counter(), cfg.batch
+        # 3. Pairs [N, 2]: the next of the file, or two fresh answers to each prompt, of which a judge prefers one.
+        started, scores = time.perf_counter(), None
         if cfg.online:
             with run.autocast(device, cfg.dtype):
                 fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.batch, samples=2,
@@ -235,24 +240,27 @@ def main(cfg: Config) -> None:
                 if cfg.judge == "model":
                     scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
                     run.check_finite(scores, "a reward of the model")
-            pairs = torch.stack(judged_pairs(scores), dim=1).to(device)                     # [N, 2] better and worse rows
-            count = len(pairs)
-            parts = [part.T.flatten() for part in run.ranks.parts(pairs, cfg.micro_batch)]
-            batches = (with_reference(reference, (rollout.tokens[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]))
-                       for rows in parts)
+            pairs = torch.stack(judged_pairs(scores), dim=1).to(device)
             out.log(describe(fresh, "rollout"))
-            out.log({"rollout/ties": 1 - count / cfg.batch, "rollout/tokens": int(rollout.mask.sum()),
+            out.log({"rollout/ties": 1 - len(pairs) / cfg.batch, "rollout/tokens": int(rollout.mask.sum()),
                      "time/rollout_s": time.perf_counter() - started})
             started = time.perf_counter()
         else:
-            picks = [training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)]
-            batches = (with_reference(reference, batch) if cfg.refresh_reference else (*batch, *reference_cache[part].unbind(1))
-                       for batch, part in from_file(run.ranks.share(picks)))
+            picks = torch.tensor([training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)])
+            rollout = given_rollout(*pair_batch(prompts, chosen, rejected, picks, tokenizer.pad)).to(device)
+            pairs = torch.arange(2 * cfg.batch, device=device).view(2, -1).T
+        kept = kept_pairs(out, rollout, pairs, scores)              # to look at: a few, in a few steps
 
         # 4. Update. Both responses of a pair stay together; micro-batches add up to the step.
         totals = {}
-        for batch in batches:
-            micro_loss, metrics = pair_loss(*batch, count)
+        for part in run.ranks.parts(pairs, cfg.micro_batch):
+            rows = part.T.flatten()                                 # the chosen, then the rejected ones
+            batch = (rollout.tokens[rows, : rollout.lengths[rows].max()], rollout.prompt_lengths[rows], rollout.lengths[rows])
+            if cfg.online or cfg.refresh_reference:
+                references = reference_log_probs(reference, *batch)
+            else:
+                references = reference_cache[picks[part[:, 0].cpu()]].unbind(1)
+            micro_loss, metrics = pair_loss(*batch, *references, len(pairs), watch=functools.partial(kept.watch, 0, rows))
             micro_loss.backward()
             add_metrics(totals, metrics)
         totals = sum_over_ranks(totals)
@@ -260,6 +268,7 @@ def main(cfg: Config) -> None:
         if totals:
             grad_norm = optimizer.step(lr, grad_clip=1.0)
             totals["train/grad_norm"] = grad_norm
+        kept.write()
 
         # 5. Log.
         out.log(totals | {"train/lr": lr, "time/update_s": time.perf_counter() - started},

@@ -30,6 +30,7 @@ import torch
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
+from nanorl.kept import kept_groups
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
 from nanorl.rollout import collect, describe, right_or_reward, score_rollout
 from nanorl.sample import Sampling, token_log_probs
@@ -118,15 +119,18 @@ def main(cfg: Config) -> None:
         out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
         # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
-        started, totals = time.perf_counter(), {}
+        started, totals, kept = time.perf_counter(), {}, kept_groups(out, task, rollout, fresh.rewards)
         for groups in run.ranks.parts(torch.arange(cfg.prompts, device=device), max(1, cfg.micro_batch // cfg.group)):
             rows = (groups[:, None] * cfg.group + torch.arange(cfg.group, device=device)).flatten()
             T = int(rollout.lengths[rows].max())
             mask = rollout.mask[rows, : T - 1]
             with run.autocast(device, cfg.dtype):
                 logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], mask, temperature=cfg.temperature)
-            rewards = cfg.beta * (logp - ref_logp[rows, : T - 1]).sum(-1).view(-1, cfg.group)       # [groups, G]
+            log_ratio = logp - ref_logp[rows, : T - 1]
+            rewards = cfg.beta * log_ratio.sum(-1).view(-1, cfg.group)                              # [groups, G]
             micro_loss, metrics = loss(rewards, won[groups], torch.full((len(groups),), 1 / cfg.prompts, device=device))
+            kept.watch(0, rows, logp, entropy, mask=mask, implicit_reward=cfg.beta * log_ratio,
+                       alone=lambda k, r=rewards, w=won[groups]: loss(r[k : k + 1], w[k : k + 1], r.new_ones(1))[1])
             micro_loss.backward()
             metrics["train/entropy"] = masked_sum(entropy.detach(), mask)
             metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp[rows, : T - 1]), mask)
@@ -134,6 +138,7 @@ def main(cfg: Config) -> None:
         totals = sum_over_ranks(totals)
         lr = cfg.lr * out.schedule(warmup=0.05)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
+        kept.write()
 
         # 5. Log: sums over tokens become means over tokens, sums over groups means over the groups that have both kinds.
         compared = max(int(totals.pop("train/groups")), 1)

@@ -40,6 +40,7 @@ from nanorl.data import DATA, render_records
 from nanorl.files import read_text
 from nanorl.first_step import first_step_check, tolerance
 from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
+from nanorl.kept import kept_groups
 from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum, masked_surrogate,
                         overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
@@ -190,6 +191,7 @@ def main(cfg: Config) -> None:
             rollout, old_logp = Rollout(**entry["rollout"]).to(device), entry["old_logp"].to(device)        # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch) if reference else None
         adv, mask = advantages(cfg, rollout, entry["rewards"], old_logp, ref_logp, out.state)
+        kept = kept_groups(out, task, rollout, entry["rewards"])        # to look at: a few, in a few steps
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.
@@ -203,11 +205,12 @@ def main(cfg: Config) -> None:
             # Rows with a token to train on; with --skip, only those with an advantage: the others' gradient is 0.
             trained = mask[minibatch].any(-1) & ((adv[minibatch] != 0).any(-1) | (not cfg.skip))
             for rows, T in micro_batches(minibatch[trained], rollout, cfg.micro_batch):
-                m = mask[rows, : T - 1]
+                m, w = mask[rows, : T - 1], weights[rows, : T - 1]
                 logp, entropy = score(rollout.tokens[rows, :T], m)
                 old = logp.detach() if cfg.on_policy else old_logp[rows, : T - 1]           # so that ratios are exactly 1
-                micro_loss, metrics = loss(logp, old, adv[rows], m, weights[rows, : T - 1], entropy=entropy,
-                                           ref_logp=ref_logp[rows, : T - 1] if reference else None)
+                ref = ref_logp[rows, : T - 1] if reference else None
+                micro_loss, metrics = loss(logp, old, adv[rows], m, w, ref_logp=ref, entropy=entropy)
+                kept.watch(update, rows, logp, entropy, old=old, reference=ref, advantage=adv[rows], weight=w, mask=m)
                 micro_loss.backward()
                 metrics |= {"train/entropy": masked_sum(entropy.detach(), m), "tokens": m.sum()}
                 metrics["train/mismatch_kl"] = masked_sum(kl_k3(rollout.logp[rows, : T - 1], old), m)
@@ -217,6 +220,7 @@ def main(cfg: Config) -> None:
                 demonstration_loss += nll / cfg.updates
             grad_norm = optimizer.step(lr, grad_clip=1.0)
             add_metrics(totals, {"train/grad_norm_max": grad_norm})
+        kept.write()
 
         # 6. Log: sums over tokens become means over tokens.
         out.log(per_token(totals))

@@ -30,6 +30,7 @@ from nanorl import run
 from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
 from nanorl.gpt import ScalarGPT
 from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
+from nanorl.kept import kept_groups
 from nanorl.ops import (clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1, masked_sum,
                         token_weights, whiten)
 from nanorl.rollout import collect, describe, learned_rewards, score_rollout, state_values
@@ -92,6 +93,7 @@ class Config(run.RolloutConfig):
     task: str = ""              # whose prompts are answered (default: addition; with --reward model stories)
     prompts: run.Count = 128    # P, prompts per step
     group: run.Count = 1        # G, answers sampled per prompt
+    keep_groups: run.Natural = 8    # groups kept in rollouts.jsonl, in steps with an evaluation and the last; 0 is off
     eval_problems: run.Count | None = None    # held-out problems in an evaluation (default: 500; stories 200)
 
     # the reward
@@ -187,12 +189,14 @@ def main(cfg: Config) -> None:
             error = float((returns - old_values)[mask].var(correction=0))
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
+        kept = kept_groups(out, task, rollout, rewards.view_as(fresh.rewards).cpu(),        # to look at: a few, in a few steps
+                           {"hidden reward": fresh.rewards.flatten().tolist()} if reward_model else None)
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.
         totals = {}
         lr = cfg.lr * out.schedule(warmup=0.05)
-        for minibatch in minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches):
+        for update, minibatch in enumerate(minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)):
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")
@@ -203,11 +207,13 @@ def main(cfg: Config) -> None:
                     values = critic(rollout.tokens[rows, : T - 1], m).float()
                 old, a, w, v, R = (x[rows, : T - 1] for x in (old_logp, adv, weights, old_values, returns))
                 micro_loss, metrics = loss(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy)
+                kept.watch(update, rows, logp, entropy, old=old, advantage=a, weight=w, mask=m, value=v, returns=R)
                 micro_loss.backward()
                 metrics |= {"train/entropy": masked_sum(entropy.detach(), m), "tokens": m.sum()}
                 add_metrics(totals, metrics)
             grad_norm = optimizer.step(lr, grad_clip=1.0)
             add_metrics(totals, {"train/grad_norm_max": grad_norm})
+        kept.write()
 
         # 6. Adapt the KL coefficient, then log: sums over tokens become means over tokens.
         kl = float(masked_sum(kl_k1(old_logp, ref_logp), mask)) / len(mask)

@@ -28,6 +28,9 @@ from nanorl.run.optimizer import Optimizers, schedule
 from nanorl.tokenizer import Tokenizer
 
 
+LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")         # lines with a step
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file of a run. An unfinished last line was torn by a kill; it is ignored."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -135,7 +138,7 @@ class Run:
         self._locks = [_locked(config)] if self.cfg.resume else []      # before it is written again: some flags may differ
         self._write(config.name, json.dumps(dataclasses.asdict(self.cfg) | {"resume": False}, indent=2))
         self._locks.append(_locked(config))
-        for name in ("metrics.jsonl", "samples.jsonl") if self.cfg.resume else ():
+        for name in LOGS if self.cfg.resume else ():
             # Drop what came after the checkpoint: lines of its own step and later, and a torn last one.
             kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_lines(self.out / name) if r["step"] < self.step]
             self._write(name, "".join(kept))
@@ -150,13 +153,13 @@ class Run:
             raise UserError("--out '': expected a directory")
         out = Path(cfg.out)
         try:
-            there = [name for name in ("config.json", "ckpt.pt", "metrics.jsonl", "samples.jsonl") if (out / name).exists()]
+            there = [name for name in ("config.json", "ckpt.pt", *LOGS) if (out / name).exists()]
             nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
         except OSError as e:
             raise UserError(f"--out {out}: {e.strerror}; expected a directory") from None
         if cfg.resume:
             checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
-            lines, _ = read_lines(out / "metrics.jsonl"), read_lines(out / "samples.jsonl")     # or refused, before any work
+            lines, *_ = (read_lines(out / name) for name in LOGS)       # or refused, before any work
             if not checkpoint and len(lines) > read_config(out)["save_every"]:
                 raise UserError(f"--resume: {out / 'ckpt.pt'} is gone; expected the checkpoint of {len(lines)} steps")
             if checkpoint:
@@ -279,6 +282,11 @@ class Run:
         """Add to samples.jsonl what the model said."""
         for record in records:
             self._append("samples.jsonl", {"step": self.step, **record})
+
+    def rollouts(self, records: list[dict[str, Any]]) -> None:
+        """Add to rollouts.jsonl whole groups (nanorl/kept.py)."""
+        for record in records:
+            self._append("rollouts.jsonl", {"step": self.step, **record})
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if ranks.rank():

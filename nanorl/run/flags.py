@@ -117,6 +117,7 @@ class RolloutConfig(PolicyConfig):
     temperature: Positive = 1.0    # of the policy: sampled with it, scored with it
     micro_batch: Count = 64     # rows of up to 256 tokens in memory at a time, fewer of longer ones; 16 times as many to sample
     eval_problems: Count = 500  # held-out problems in an evaluation
+    keep_groups: Natural = 2    # groups kept in rollouts.jsonl, in steps with an evaluation and the last; 0 is off
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,7 +128,7 @@ class RolloutConfig(PolicyConfig):
 # What a resumed run may have otherwise than before. PLACES may have moved: what was read there is compared (directory.Run).
 PLACES = {"out", "init", "data", "text", "teacher", "reward_model"}
 TO_ROUNDING = {"micro_batch", "recompute", "device", "dtype", "compile", "deterministic"}      # the same results, to rounding
-MAY_DIFFER_ON_RESUME = PLACES | TO_ROUNDING | {"resume", "steps", "save_every", "quiet", "selfcheck"}
+MAY_DIFFER_ON_RESUME = PLACES | TO_ROUNDING | {"resume", "steps", "save_every", "quiet", "selfcheck", "keep_groups"}
 
 
 class _Parser(argparse.ArgumentParser):
