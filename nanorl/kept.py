@@ -12,6 +12,7 @@ included. Numbers have six significant digits; null is one that is not finite, o
       reward, parts, labels             what was paid, for what; right or wrong, worked or direct; chosen or rejected
       finished                          false: truncated
       sampled                           log-prob when it was sampled
+      before, after                     log-prob before the first optimizer step of this training step, and after the last
       passes                            one for each time that the answer was trained on in this step; none: it was left out
         update                          in which optimizer step of this training step
         logp, entropy                   by the policy that this optimizer step begins with
@@ -22,7 +23,6 @@ included. Numbers have six significant digits; null is one that is not finite, o
         held                            trained, with an advantage and a weight, but without a gradient: the bound took it
         ...                             what else a script has: reference, its log-prob; value and returns (PPO); a token's part
                                         of the implicit reward (group losses)
-      after                             log-prob after the last optimizer step of this training step
 """
 
 import math
@@ -92,6 +92,7 @@ class KeptGroups:
         self.group_of = rollout.prompt_index.tolist() if groups else []
         self.rows = [row for p in groups for row, q in enumerate(self.group_of) if q == p]
         self.rollout = Rollout(**{name: x[self.rows] for name, x in vars(rollout).items()}) if groups else None
+        self.before = self._score()
         self.watched: list[tuple[int, dict[int, int], Tensor, dict[str, Tensor]]] = []
         self.metrics: dict[int, dict[str, float | None]] = {}
 
@@ -117,17 +118,15 @@ class KeptGroups:
                                            numbers(torch.stack([x.float() for x in values.values()])), strict=True))
 
     def write(self) -> None:
-        """After the last optimizer step: score the answers once more, and add a line for each group to rollouts.jsonl."""
+        """After the last optimizer step: score the answers again, and add a line for each group to rollouts.jsonl."""
         if not self.groups:
             return
-        cfg, part, passes = self.out.cfg, self.rollout, {}
-        with autocast(part.tokens.device, cfg.dtype):
-            after = score_rollout(self.out.model, part, cfg.temperature, cfg.micro_batch).cpu()
+        after, passes = self._score(), {}
         for theirs, metrics in ranks.gathered((self._passes(), self.metrics)):
             self.metrics |= metrics
             for i, more in theirs.items():
                 passes[i] = sorted(passes.get(i, []) + more, key=lambda one: one["update"])
-        part, decode = part.to("cpu"), self.out.tokenizer.decode
+        part, decode = self.rollout.to("cpu"), self.out.tokenizer.decode
         texts = [decode(ids) for ids in part.responses()]
         for p in self.groups:
             answers = []
@@ -137,11 +136,19 @@ class KeptGroups:
                     prompt, ids = ids[: places.start + 1], ids[places.start + 1 :]
                     answers.append({"text": texts[i], **self.describe(row, texts[i]), "finished": part.finished[i].item(),
                                     "ids": ids, "tokens": [decode([id]) for id in ids],
-                                    "sampled": numbers(part.logp[i, places]), "passes": passes.get(i, []),
-                                    "after": numbers(after[i, places])})
+                                    "sampled": numbers(part.logp[i, places]), "before": numbers(self.before[i, places]),
+                                    "passes": passes.get(i, []), "after": numbers(after[i, places])})
             self.out.rollouts([{"group": p, "prompt": decode(prompt), "prompt_ids": prompt,
                                 "prompt_tokens": [decode([id]) for id in prompt], "metrics": self.metrics.get(p, {}),
                                 "answers": answers}])
+
+    def _score(self) -> Tensor | None:
+        """Log-probs of the kept rows under the policy as it is now."""
+        if not self.groups:
+            return None
+        cfg = self.out.cfg
+        with autocast(self.rollout.tokens.device, cfg.dtype):
+            return score_rollout(self.out.model, self.rollout, cfg.temperature, cfg.micro_batch).cpu()
 
     def _places(self, i: int) -> slice:
         """Where the kept answer's tokens are in a row of log-probs."""

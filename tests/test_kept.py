@@ -98,13 +98,13 @@ def test_a_modified_objective_is_shown_as_it_is(tmp_path, monkeypatch):
 
 
 def test_held_are_the_tokens_that_the_clip_has_left_without_a_gradient(tmp_path):
-    start(train_grpo, f"{FLAGS} --lr 0.05", tmp_path / "run")
+    start(train_grpo, f"{FLAGS} --lr 0.05 --prompts 8 --keep-groups 8", tmp_path / "run")
     held = 0
     for _, _, one in answers(tmp_path / "run"):
         low, high = clipped_away(row(one["ratio"]), row(one["advantage"]), 0.2, 0.2)
         assert row(one["held"]).equal(low | high)
         held += sum(one["held"])
-    assert held
+    assert held and any(one["advantage"][0] == 0 for _, _, one in answers(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", ["ppo", "lora", "rlhf"])
@@ -180,13 +180,14 @@ def test_log_probs_are_the_models_before_and_after_the_step(name):
     moved = 0.0
     for group in kept:
         for answer in group["answers"]:
-            first = next(iter(answer["passes"]), {"update": None})
-            if group["step"] == 0 and first["update"] == 0:
-                torch.testing.assert_close(torch.tensor(first["logp"]), scored("sft", group, answer), rtol=0, atol=1e-4)
+            before, after = torch.tensor(answer["before"]), torch.tensor(answer["after"])
+            for one in answer["passes"][:1]:
+                assert one["update"] or torch.allclose(torch.tensor(one["logp"]), before, rtol=0, atol=1e-4)
+            if group["step"] == 0:
+                torch.testing.assert_close(before, scored("sft", group, answer), rtol=0, atol=1e-4)
             if group["step"] == last:
-                after = scored(name, group, answer)
-                torch.testing.assert_close(torch.tensor(answer["after"]), after, rtol=0, atol=1e-4)
-                moved += float((after - torch.tensor(first["logp"])).abs().sum()) if first["update"] is not None else 0.0
+                torch.testing.assert_close(after, scored(name, group, answer), rtol=0, atol=1e-4)
+                moved += float((after - before).abs().sum())
     assert moved > 1e-3
 
 
@@ -201,7 +202,7 @@ def test_whole_groups_with_a_number_for_each_token(name):
         assert len(group["answers"]) == cfg.get("group", 2) and tokenizer.decode(group["prompt_ids"]) == group["prompt"]
         assert "".join(group["prompt_tokens"]) == group["prompt"]
         for answer in group["answers"]:
-            lists = [answer["tokens"], answer["sampled"], answer["after"]]
+            lists = [answer["tokens"], answer["sampled"], answer["before"], answer["after"]]
             lists += [x for one in answer["passes"] for x in one.values() if isinstance(x, list)]
             assert {len(x) for x in lists} == {len(answer["ids"])}
             assert answer["finished"] == (answer["ids"][-1] in tokenizer.stop_ids)

@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.slow,     # ten seconds
               pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the PATH")]
 
 TOKENS = range(6)
-KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "PageUp": 33, "PageDown": 34, "Tab": 9, " ": 32, "Enter": 13}
+KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35, "PageUp": 33, "PageDown": 34,
+        "Tab": 9, " ": 32, "Enter": 13}
 TYPED = {" ": " ", "Enter": "\r"}
 OKABE_ITO = {"#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"}
 
