@@ -321,10 +321,10 @@ def test_the_numbers_of_every_token_are_those_of_the_file(opened, tmp_path):
             one, text = a["passes"][0], numbers_shown(page)
             found = {name: float(value.replace("−", "-")) for name, value in text.items()}
             assert found.pop("change") == pytest.approx(a["after"][i] - a["before"][i], rel=1e-5, abs=1e-9)
-            assert found == {"id": a["ids"][i], "log-prob, sampled": a["sampled"][i], "before the step": a["before"][i],
-                             "log-prob in the update": one["logp"][i], "entropy": one["entropy"][i], "ratio": one["ratio"][i],
+            assert found == {"id": a["ids"][i], "logp, sampled": a["sampled"][i], "logp before": a["before"][i],
+                             "logp in update": one["logp"][i], "entropy": one["entropy"][i], "ratio": one["ratio"][i],
                              "advantage": one["advantage"][i], "weight": one["weight"][i], "dL/dlogp": one["gradient"][i],
-                             "after the step": a["after"][i]}
+                             "logp after": a["after"][i]}
             says = page.texts()["says"]
             assert f"({i + 1} of {len(a['ids'])})" in says and ("up" if one["gradient"][i] < 0 else "down") in says
 
