@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import GRPO, ONE_OF_EACH, PRETRAIN, SCRIPTS, exit_code, metrics, same_parameters, start
+from world import GRPO, ONE_OF_EACH, PRETRAIN, SCRIPTS, exit_code, files_of, metrics, rollouts, same_parameters, start
 
 import train_grpo
 import train_pretrain
@@ -318,8 +318,8 @@ def test_a_hundred_kills_lose_nothing(name, tmp_path):
     assert len([code for code in ends if code]) == 8, ends
     if not (out / "ckpt.pt").exists() or metrics(out)[-1]["step"] < run.load_checkpoint(out)["config"]["steps"]:
         finish(script, out, flags)
-    assert metrics(out) == metrics(name) and same_parameters(out, name)
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt"}
+    assert metrics(out) == metrics(name) and same_parameters(out, name) and rollouts(out) == rollouts(name)
+    assert {p.name for p in out.iterdir()} == files_of(name)
 
 
 # ---- metrics gone wrong ----

@@ -1,5 +1,6 @@
 """On two processes, a run is what it is on one: the same answers, and the same gradients, up to rounding."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import ONE_OF_EACH, ROOT, SCRIPTS, metrics, start
+from world import ONE_OF_EACH, ROOT, SCRIPTS, files_of, metrics, rollouts, start
 
 from nanorl import run
 from nanorl.run import optimizer, ranks
@@ -80,6 +81,22 @@ def assert_same_run(out, name):
         assert a[key].isfinite().all() and ((a[key] - b[key]).abs() > 3e-3).float().mean() <= 1e-3, key
 
 
+def assert_same_groups(out, name):
+    """The groups that were kept of the first step, to rounding, with all passes in order, whichever process had them."""
+    found, expected = ([json.loads(line) for line in rollouts(folder).splitlines() if b'"step": 0,' in line]
+                       for folder in (out, name))
+    assert [group["group"] for group in found] == [group["group"] for group in expected]
+    for a, b in zip((answer for group in found for answer in group["answers"]),
+                    (answer for group in expected for answer in group["answers"]), strict=True):
+        assert a["ids"] == b["ids"] and len(a["passes"]) == len(b["passes"])
+        for one, other in zip(a["passes"], b["passes"], strict=True):
+            assert one["update"] == other["update"] and one.keys() == other.keys()
+            assert one["logp"] == pytest.approx(other["logp"], abs=0.05) and one["mask"] == other["mask"]
+            assert one["update"] or one["gradient"] == pytest.approx(other["gradient"], rel=1e-2, abs=1e-6)
+    for group, other in zip(found, expected, strict=True):
+        assert group["metrics"] == pytest.approx(other["metrics"], abs=1e-3)
+
+
 @pytest.mark.slow      # two minutes
 def test_every_script_does_on_two_processes_what_it_does_on_one(tmp_path):
     """From its first step to its last: the same prompts, answers and rewards, one set of files; and the gradient of the first
@@ -87,6 +104,7 @@ def test_every_script_does_on_two_processes_what_it_does_on_one(tmp_path):
     on_two_processes(tmp_path, [(name, SCRIPTS[name][1], tmp_path / name, None) for name in ALL])
     for name in ALL:
         assert_same_run(tmp_path / name, name)
+        assert_same_groups(tmp_path / name, name)
         with pytest.MonkeyPatch.context() as patch:
             keep_gradients(tmp_path / f"{name}-alone", patch.setattr)
             script, flags = SCRIPTS[name]
@@ -96,7 +114,7 @@ def test_every_script_does_on_two_processes_what_it_does_on_one(tmp_path):
         assert largest > 0
         for a, b in zip(together, alone, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * largest)
-        assert {p.name for p in (tmp_path / name).iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt"}
+        assert {p.name for p in (tmp_path / name).iterdir()} == files_of(name)
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from world import (
     STATES,
     cut_final_line,
     exit_code,
+    files_of,
     metrics,
     same_parameters,
     seal_rewards,
@@ -57,8 +58,8 @@ pytestmark = pytest.mark.usefixtures("inside")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_run_leaves_its_four_files_and_one_line_a_step(name):
-    assert {p.name for p in Path(name).iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt"}
+def test_a_run_leaves_its_files_and_one_line_a_step(name):
+    assert {p.name for p in Path(name).iterdir()} == files_of(name)
     steps = run.load_checkpoint(name)["config"]["steps"]
     assert [line["step"] for line in metrics(name)] == list(range(steps + 1))
     assert run.load_checkpoint(name)["step"] == steps

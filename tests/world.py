@@ -77,6 +77,18 @@ def metrics(out):
             for line in run.read_lines(Path(out) / "metrics.jsonl")]
 
 
+def files_of(name):
+    """What a finished run of this name leaves in its directory."""
+    keeps = hasattr(SCRIPTS[name][0].Config, "keep_groups")
+    return {"config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt", *(["rollouts.jsonl"] if keeps else [])}
+
+
+def rollouts(out):
+    """The bytes of rollouts.jsonl, which say nothing of the clock."""
+    path = Path(out) / "rollouts.jsonl"
+    return path.read_bytes() if path.exists() else b""
+
+
 def cut_final_line(out):
     """As if the run had been killed before it wrote its final line."""
     with open(Path(out) / "metrics.jsonl", "r+b") as f:

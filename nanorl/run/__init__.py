@@ -5,7 +5,7 @@ stages before it. The only algorithm in here is the optimizer's.
     device.py       seeds, devices, precision, compiling
     optimizer.py    AdamW and Muon stepped as one, the schedule
     checkpoint.py   writing and reading ckpt.pt, and the models in it
-    directory.py    runs/<name>/{config.json, metrics.jsonl, samples.jsonl, ckpt.pt} and the loop over its steps
+    directory.py    runs/<name>/{config.json, *.jsonl, ckpt.pt} and the loop over its steps
     start.py        the prologue that scripts share, and the stages that come before a run
     ranks.py        several GPUs
 
