@@ -119,7 +119,7 @@ def main(cfg: Config) -> None:
         out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
         # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
-        started, totals, kept = time.perf_counter(), {}, kept_groups(out, task, rollout, fresh.rewards)
+        started, totals, kept = time.perf_counter(), {}, kept_groups(out, task, rollout, fresh.rewards, fresh.parts)
         for groups in run.ranks.parts(torch.arange(cfg.prompts, device=device), max(1, cfg.micro_batch // cfg.group)):
             rows = (groups[:, None] * cfg.group + torch.arange(cfg.group, device=device)).flatten()
             T = int(rollout.lengths[rows].max())

@@ -184,14 +184,15 @@ def main(cfg: Config) -> None:
             if not cfg.on_policy or cfg.kl == "k1_reward":
                 fresh_logp = score_rollout(policy, fresh.rollout, cfg.temperature, cfg.micro_batch)
             queue = out.state.setdefault("queue", [])
-            queue.append({"rollout": vars(fresh.rollout), "rewards": fresh.rewards, "old_logp": fresh_logp})
+            queue.append({"rollout": vars(fresh.rollout), "rewards": fresh.rewards, "parts": fresh.parts,
+                          "old_logp": fresh_logp})
             if len(queue) <= cfg.stale:
                 continue
             entry = queue.pop(0)
             rollout, old_logp = Rollout(**entry["rollout"]).to(device), entry["old_logp"].to(device)        # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch) if reference else None
         adv, mask = advantages(cfg, rollout, entry["rewards"], old_logp, ref_logp, out.state)
-        kept = kept_groups(out, task, rollout, entry["rewards"])        # to look at: a few, in a few steps
+        kept = kept_groups(out, task, rollout, entry["rewards"], entry["parts"])        # to look at: a few, in a few steps
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.

@@ -190,7 +190,7 @@ def main(cfg: Config) -> None:
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
         kept = kept_groups(out, task, rollout, rewards.view_as(fresh.rewards).cpu(),        # to look at: a few, in a few steps
-                           {"hidden reward": fresh.rewards.flatten().tolist()} if reward_model else None)
+                           fresh.parts | ({"hidden reward": fresh.rewards} if reward_model else {}))
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.

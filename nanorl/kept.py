@@ -9,7 +9,7 @@ included. Numbers have six significant digits; null is one that is not finite, o
     metrics                             of this group alone, where a loss compares whole answers: a pair's margin, ...
     answers
       text, ids, tokens
-      reward, parts, labels             what was paid, for what; right or wrong, worked or direct; chosen or rejected
+      reward, parts, labels             what was paid, for what; right or wrong, worked or direct; chosen or rejected; ...
       finished                          false: truncated
       sampled                           log-prob when it was sampled
       before, after                     log-prob before the first optimizer step of this training step, and after the last
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanorl.rollout import has_contrast, score_rollout
+from nanorl.rollout import has_contrast, right_or_reward, score_rollout
 from nanorl.run import Run, autocast, ranks
 from nanorl.sample import Rollout
 from nanorl.tasks import Task
@@ -43,30 +43,27 @@ def keep_now(out: Run) -> int:
     return out.cfg.keep_groups if out.step % out.cfg.eval_every == 0 or out.step == out.cfg.steps - 1 else 0
 
 
-def kept_groups(out: Run, task: Task, rollout: Rollout, rewards: Tensor, parts: dict[str, list[float]] | None = None,
-                ) -> "KeptGroups":
-    """The first groups of a rollout whose rewards [P, G] differ, then the first of the others. `parts`: named numbers of each
-    answer, [B] each."""
-    contrast, rewards = has_contrast(rewards).tolist(), rewards.flatten().tolist()
-    groups = sorted(range(len(contrast)), key=lambda p: not contrast[p])[: keep_now(out)]
+def kept_groups(out: Run, task: Task, rollout: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> "KeptGroups":
+    """The first groups of a rollout whose rewards [P, G] differ, then the first of the others. `parts`: further numbers of each
+    answer, [P, G] each."""
+    contrast = has_contrast(rewards).tolist()
+    right = right_or_reward(task, rewards).flatten().tolist() if task.right_reward is not None else None
+    columns = {name: numbers(x.flatten()) for name, x in {"reward": rewards, **parts}.items()}
 
     def describe(row: int, text: str) -> dict[str, Any]:
-        labels = [task.style(text)] if task.verifiable else []
-        if task.right_reward is not None:
-            labels.insert(0, "right" if rewards[row] >= task.right_reward else "wrong")
-        return {"reward": rewards[row], "parts": {name: values[row] for name, values in (parts or {}).items()},
-                "labels": [label for label in labels if label]}
+        labels = [{1.0: "right", 0.0: "wrong"}.get(right[row], "not scored")] if right else []
+        labels += [style] if task.verifiable and (style := task.style(text)) else []
+        return {"reward": columns["reward"][row], "parts": {name: columns[name][row] for name in parts}, "labels": labels}
 
-    return KeptGroups(out, rollout, groups, describe)
+    return KeptGroups(out, rollout, sorted(range(len(contrast)), key=lambda p: not contrast[p])[: keep_now(out)], describe)
 
 
 def kept_pairs(out: Run, rollout: Rollout, pairs: Tensor, rewards: Tensor | None) -> "KeptGroups":
     """The first pairs of a step: rows of a rollout, chosen and rejected [N, 2]. `rewards` by row, where a judge gave some."""
-    chosen = set(pairs[:, 0].tolist())
+    chosen, given = set(pairs[:, 0].tolist()), None if rewards is None else numbers(rewards.flatten())
 
     def describe(row: int, text: str) -> dict[str, Any]:
-        return {"reward": None if rewards is None else rewards.flatten()[row].item(), "parts": {},
-                "labels": ["chosen" if row in chosen else "rejected"]}
+        return {"reward": given and given[row], "parts": {}, "labels": ["chosen" if row in chosen else "rejected"]}
 
     return KeptGroups(out, rollout, rollout.prompt_index[pairs[: keep_now(out), 0]].tolist(), describe)
 

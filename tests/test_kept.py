@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ import train_grpo
 import train_ppo
 from nanorl import run
 from nanorl.family import ALGORITHMS, KL_TERMS
-from nanorl.kept import numbers
+from nanorl.kept import kept_groups, numbers
 from nanorl.ops import clipped_away, importance_ratio
-from nanorl.sample import token_log_probs
+from nanorl.sample import generate, token_log_probs
+from nanorl.tasks import make_task
 
 pytestmark = pytest.mark.usefixtures("inside")
 FAMILY = ["grpo", "grpo-full", "stale", "masked", "reinforce"]
@@ -231,6 +233,21 @@ def test_groups_with_contrast_come_first(tmp_path):
         for those in ([g["group"] for g, c in zip(groups, contrast, strict=True) if c == wanted] for wanted in (True, False)):
             assert those == sorted(those)
         assert [group for group in some if group["step"] == step] == groups[:3]
+
+
+def test_parts_of_rewards_and_answers_that_could_not_be_scored():
+    """What is not a number is null, and such an answer is neither right nor wrong."""
+    cfg = SimpleNamespace(keep_groups=9, eval_every=1, steps=9, temperature=1.0, micro_batch=9, dtype="auto")
+    out = SimpleNamespace(cfg=cfg, step=0, model=(model := run.model_from(run.load_checkpoint("sft"), torch.device("cpu"))))
+    rollout = generate(model, [[1, 2]] * 2, max_new_tokens=2, stop_ids={0}, samples_per_prompt=2)
+    rewards, part = torch.tensor([[1.0, torch.nan], [0.0, 1 / 3]]), torch.tensor([[0.5, torch.nan], [2.0, 3.0]])
+    kept = kept_groups(out, make_task("addition"), rollout, rewards, {"format": part})
+    assert kept.groups == [1, 0]
+    assert [kept.describe(row, "Answer: 3") for row in range(4)] == [
+        {"reward": 1.0, "parts": {"format": 0.5}, "labels": ["right", "direct"]},
+        {"reward": None, "parts": {"format": None}, "labels": ["not scored", "direct"]},
+        {"reward": 0.0, "parts": {"format": 2.0}, "labels": ["wrong", "direct"]},
+        {"reward": 0.333333, "parts": {"format": 3.0}, "labels": ["wrong", "direct"]}]
 
 
 def test_zero_keeps_nothing_and_changes_nothing(tmp_path):
