@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanorl.data import parse_object
 from nanorl.errors import UserError, user_errors_as_sentences
+from nanorl.files import parse_object
 from nanorl.plot import PANELS, read_metrics
 from nanorl.run import parse, read_lines
 
