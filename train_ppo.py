@@ -189,8 +189,8 @@ def main(cfg: Config) -> None:
             error = float((returns - old_values)[mask].var(correction=0))
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
-        kept = kept_groups(out, task, rollout, rewards.view_as(fresh.rewards).cpu(),        # to look at: a few, in a few steps
-                           fresh.parts | ({"hidden reward": fresh.rewards} if reward_model else {}))
+        kept = kept_groups(out, task, rollout, fresh.rewards,                               # to look at: a few, in a few steps
+                           fresh.parts | ({"learned reward": rewards} if reward_model else {}))
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.

@@ -44,8 +44,8 @@ def keep_now(out: Run) -> int:
 
 
 def kept_groups(out: Run, task: Task, rollout: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> "KeptGroups":
-    """The first groups of a rollout whose rewards [P, G] differ, then the first of the others. `parts`: further numbers of each
-    answer, [P, G] each."""
+    """The first groups of a rollout whose rewards [P, G], the task's, differ, then the first of the others. `parts`: further
+    numbers of each answer, [P, G] or [B] each."""
     contrast = has_contrast(rewards).tolist()
     right = right_or_reward(task, rewards).flatten().tolist() if task.right_reward is not None else None
     columns = {name: numbers(x.flatten()) for name, x in {"reward": rewards, **parts}.items()}

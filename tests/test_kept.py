@@ -213,6 +213,16 @@ def test_whole_groups_with_a_number_for_each_token(name):
         assert len([group for group in kept if group["step"] == step]) <= cfg["keep_groups"]
 
 
+def test_what_a_reward_model_says_is_kept_beside_the_tasks_reward():
+    """In the first step no KL is charged yet: what an answer that has ended earns at its last token is the learned reward."""
+    found = answers("rlhf")
+    assert all(answer["parts"].keys() == {"learned reward"} and answer["labels"] == [] for _, answer, _ in found)
+    ended = [(answer, one) for group, answer, one in found if group["step"] == 0 and answer["finished"]]
+    assert ended
+    for answer, one in ended:
+        assert one["returns"][-1] == pytest.approx(answer["parts"]["learned reward"], abs=1e-5) != answer["reward"]
+
+
 def test_answers_that_were_left_out_have_no_pass():
     """--groups drop and --truncated mask: nothing was computed for them, and the log-probs after the step are there."""
     kept = run.read_lines(Path("grpo-full/rollouts.jsonl"))

@@ -197,7 +197,7 @@ def test_help_shows_the_flags_in_groups(script, capsys):
     assert re.findall(r"^(\w.*):$", text[text.index("\noptions:\n") :], re.M) == titles
     assert re.findall(r"^  -\S+", text[text.index("\noptions:\n") : text.index("\ndevice and seed:\n")], re.M) == ["  -h,"]
     flags = re.findall(r"^  (--[a-z-]+)", text, re.M)
-    assert len(flags) == len(set(flags)) == len(dataclasses.fields(script.Config)) <= 47
+    assert len(flags) == len(set(flags)) == len(dataclasses.fields(script.Config)) <= 48
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
