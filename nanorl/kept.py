@@ -155,9 +155,10 @@ class KeptGroups:
         """What this process has watched of each kept answer."""
         passes = {}
         for update, found, logp, columns in self.watched:
-            columns = {"logp": logp.detach(), **columns, "gradient": logp.grad}
+            gradient = torch.zeros_like(logp) if logp.grad is None else logp.grad     # None: the loss does not depend on it
+            columns = {"logp": logp.detach(), **columns, "gradient": gradient}
             if "advantage" in columns:
-                columns["held"] = (columns["advantage"] * columns["weight"] != 0) & columns["mask"] & (logp.grad == 0)
+                columns["held"] = (columns["advantage"] * columns["weight"] != 0) & columns["mask"] & (gradient == 0)
             columns = {name: x.cpu() for name, x in columns.items()}
             for k, i in found.items():
                 lists = {name: numbers(x[k, self._places(i)]) for name, x in columns.items()}

@@ -127,6 +127,14 @@ def test_returns_and_values_are_the_critics():
         assert (set(one["value"]) == {0.0}) == (group["step"] == 0)
 
 
+def test_a_loss_that_does_not_depend_on_the_log_probs_has_a_gradient_of_0(tmp_path, monkeypatch):
+    """Such as that of the critic alone: it trains, and nothing stops it."""
+    monkeypatch.setattr(train_ppo, "objective", lambda *_, values, returns, **__: ((values - returns).square().mean(), {}))
+    start(train_ppo, SCRIPTS["ppo"][1] + " --steps 1", tmp_path / "run")
+    found = answers(tmp_path / "run")
+    assert found and all(one["gradient"] == [0.0] * len(answer["ids"]) for _, answer, one in found)
+
+
 @pytest.mark.parametrize("name", ["dpo", "refreshed", "online"])
 def test_the_gradient_and_the_margin_of_a_pair(name):
     """The reference's log-prob of a response is what its implicit reward, in the file, leaves of its own."""
