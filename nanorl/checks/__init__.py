@@ -24,6 +24,9 @@ UNCHECKED and says why. Terms such as KL and entropy are taken off where an inva
 from nanorl.checks.cases import Batch
 from nanorl.checks.exact import advantage_bias, divergence, length_bias
 from nanorl.checks.invariants import Broken
+from nanorl.checks.preferences import check_preference_objective
 from nanorl.checks.report import BrokenObjective, Report, check_objective
+from nanorl.checks.values import check_advantage
 
-__all__ = ["Batch", "Broken", "BrokenObjective", "Report", "advantage_bias", "check_objective", "divergence", "length_bias"]
+__all__ = ["Batch", "Broken", "BrokenObjective", "Report", "advantage_bias", "check_advantage", "check_objective",
+           "check_preference_objective", "divergence", "length_bias"]

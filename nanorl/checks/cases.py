@@ -138,6 +138,71 @@ def batches(draw, moves=(0.0, 0.1, 0.5, 2.0), own=False, adv_of_tokens=False):
     return OwnBatch(**vars(batch), prompt_index=prompt_index) if own else batch
 
 
+@dataclass
+class Pairs(Rows):
+    """The arguments of a preference objective: log-probs and lengths of whole responses, [N]."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_length: Tensor
+    rejected_length: Tensor
+    weights: Tensor
+
+    leaves = ("chosen", "rejected")
+
+    def call(self, f: Callable) -> tuple[Tensor, dict[str, Tensor]]:
+        return f(**vars(self))
+
+    def first(self, **changed: Tensor) -> Self:
+        """The first pair alone, with weight 1."""
+        return replace(self.rows(slice(0, 1)), weights=torch.ones(1).double(), **changed)
+
+    def exchanged(self) -> Self:
+        """The same responses, the other one chosen."""
+        return Pairs(self.rejected, self.chosen, self.ref_rejected, self.ref_chosen, self.rejected_length, self.chosen_length,
+                     self.weights)
+
+    def __str__(self) -> str:
+        return (f"log-probs {numbers(self.chosen)} chosen and {numbers(self.rejected)} rejected, of the reference "
+                f"{numbers(self.ref_chosen)} and {numbers(self.ref_rejected)}, lengths {numbers(self.chosen_length)} and "
+                f"{numbers(self.rejected_length)}")
+
+
+@st.composite
+def pairs(draw):
+    """The pairs of one optimizer step; the policy has moved away from the reference by little or much."""
+    N, g = draw(st.integers(1, 4)), draw(generators)
+    length, move = torch.randint(1, 13, (2, N), generator=g), draw(st.sampled_from([0.01, 0.3, 1.0, 3.0]))
+    logp = -randn(g, 2, N).abs() * length
+    weights = torch.rand(N, generator=g).double()
+    return Pairs(*logp, *(logp + move * randn(g, 2, N)), *length, weights / weights.sum())
+
+
+@dataclass
+class Trajectories(Rows):
+    """The arguments of an estimator of advantages: [B, T], the mask of each row one run."""
+
+    rewards: Tensor
+    values: Tensor
+    mask: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.mask.shape[1]
+
+    def __str__(self) -> str:
+        return (f"rewards {numbers(self.rewards[self.mask])} and values {numbers(self.values[self.mask])} in "
+                f"{len(self)} x {self.width} positions")
+
+
+@st.composite
+def trajectories(draw):
+    mask, g = draw(masks(("empty", "full", "run"))), draw(generators)
+    return Trajectories(randn(g, *mask.shape), randn(g, *mask.shape), mask)
+
+
 def partition(generator: torch.Generator, count: int) -> tuple[Tensor, ...]:
     """The rows 0 .. count-1 in random order, split at random places."""
     cuts = torch.rand(count - 1, generator=generator) < 0.5

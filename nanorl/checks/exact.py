@@ -25,7 +25,7 @@ def advantage_bias(advantage: Callable, G: int = 3) -> str:
 
 
 def length_bias(f: Callable, aggregate: str | None) -> str:
-    """How the expected gradient with these weights, or f's own, relates to the true one, where answers have one token or two."""
+    """How the expected gradient with these weights, or f's, relates to the true one, where answers have one token or two."""
     pi, r = leaf(torch.zeros(3, 2).double()), torch.tensor([0.0, 0.0, 1.0, 0.5]).double()
     mask = torch.tensor([[True, False], [True, False], [True, True], [True, True]])         # token 0 ends an answer
     logp, pairs, total = log_probs(pi), sequences(4, 2), 0.0
@@ -38,7 +38,8 @@ def length_bias(f: Callable, aggregate: str | None) -> str:
         loss, _ = policy_term(f)(logp[pair], old, adv, mask[pair], weights, ref_logp=old, entropy=torch.zeros_like(old))
         total = total + loss / len(pairs)
     first, second = (-torch.autograd.grad(total, pi)[0] / reward_gradient(pi, r))[[0, 2], 0]
-    return (f"{'its own weights' if aggregate is None else f'aggregate {aggregate}'}: where answers have one token or two, the expected gradient is {first:.3f} of the true one "
+    whose = "its own weights" if aggregate is None else f"aggregate {aggregate}"
+    return (f"{whose}: where answers have one token or two, the expected gradient is {first:.3f} of the true one "
             f"at the first token and {second:.3f} at the second"
             + ("" if close(first, second, 1e-6) else ": the lengths of answers change its direction"))
 

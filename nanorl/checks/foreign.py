@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanorl.checks import invariants
-from nanorl.checks.cases import Batch, OwnBatch, numbers, partition
+from nanorl.checks.cases import Batch, OwnBatch, Rows, numbers, partition
 from nanorl.checks.invariants import Broken, change_gradients, close, differentiate, expect, expect_same
 from nanorl.ops import AGGREGATES, token_weights
 
@@ -29,20 +29,24 @@ def with_accepted(f: Callable, **offered) -> dict:
     return {name: x for name, x in offered.items() if name in parameters}
 
 
+def loss_and_metrics(out: object) -> tuple[object, dict[str, Tensor]]:
+    """The loss, alone or first of a tuple, and what else there is of scalar tensors: a dict, or the rest of the tuple."""
+    loss, *more = out if isinstance(out, tuple | list) and out else (out,)
+    metrics = more[0] if more and isinstance(more[0], dict) else {f"number {n}": x for n, x in enumerate(more, 2)}
+    return loss, {name: x for name, x in metrics.items() if isinstance(x, Tensor) and x.dim() == 0}
+
+
 def adapted(f: Callable, adv_shape: str = "B1", maximise: bool = False) -> Callable:
     """An objective of nanorl's contract that ignores its weights, from f(logp, old_logp, adv, mask), which makes its own.
 
-    f also gets ref_logp, entropy and prompt_index, if its signature names them. It returns the loss, or a tuple that begins
-    with it; of the rest, what are scalar tensors are its metrics.
+    f also gets ref_logp, entropy and prompt_index, if its signature names them.
     """
     def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None, prompt_index=None):
         adv = adv.squeeze(-1) if adv_shape == "B" else adv.expand(logp.shape) if adv_shape == "BT" else adv
         prompt_index = torch.zeros(len(mask), dtype=torch.int64) if prompt_index is None else prompt_index
-        out = f(logp, old_logp, adv, mask, **with_accepted(f, weights=None, ref_logp=ref_logp, entropy=entropy,
-                                                           prompt_index=prompt_index))
-        loss, *more = out if isinstance(out, tuple | list) and out else (out,)
-        metrics = more[0] if more and isinstance(more[0], dict) else {f"number {n}": x for n, x in enumerate(more, 2)}
-        return (-loss if maximise else loss), {n: x for n, x in metrics.items() if isinstance(x, Tensor) and x.dim() == 0}
+        loss, metrics = loss_and_metrics(f(logp, old_logp, adv, mask, **with_accepted(
+            f, weights=None, ref_logp=ref_logp, entropy=entropy, prompt_index=prompt_index)))
+        return (-loss if maximise else loss), metrics
 
     return objective
 
@@ -52,7 +56,8 @@ def own_weights(f: Callable, batch: Batch) -> Tensor:
 
     Terms that do not depend on A, such as KL and entropy, drop out. The size alone: that the sign is right, `reinforce` checks.
     """
-    down, up = (differentiate(f, replace(batch.on_policy(), adv=torch.full_like(batch.adv, a)))["dL/dlogp"] for a in (-1.0, 1.0))
+    on_policy = batch.on_policy()
+    down, up = (differentiate(f, replace(on_policy, adv=torch.full_like(batch.adv, a)))["dL/dlogp"] for a in (-1.0, 1.0))
     return ((down - up) / 2).abs().masked_fill(~batch.mask, 0.0)
 
 
@@ -93,19 +98,19 @@ def empty_answers(f: Callable, batch: Batch, generator: torch.Generator) -> None
 
 # What a trainer may have to scale the loss of a micro-batch by: its share of the step's ...
 SHARES = {"": lambda batch: 1,
-          "answers": len,
+          "answers": len, "pairs": len,
           "answers with a token that counts": lambda batch: int(batch.mask.any(-1).sum()),
           "tokens that count": lambda batch: int(batch.mask.sum()),
           "prompts": lambda batch: len(batch.prompt_index[batch.mask.any(-1)].unique())}
 
 
-def micro_batches(f: Callable, batch: OwnBatch, generator: torch.Generator, share: str) -> None:
+def micro_batches(f: Callable, batch: Rows, generator: torch.Generator, share: str) -> None:
     """losses and gradients of micro-batches, each scaled by its share of the step, add up to those of the whole step"""
     count, parts = SHARES[share], partition(generator, len(batch))
     if share == "prompts":              # whose answers stay together
         prompts, index = batch.prompt_index.unique(return_inverse=True)
         parts = [torch.isin(index, some).nonzero().squeeze(-1) for some in partition(generator, len(prompts))]
-    whole, names = differentiate(f, batch), ("the loss", "dL/dlogp", "dL/dentropy")
+    whole, names = differentiate(f, batch), ("the loss", *(f"dL/d{name}" for name in batch.leaves))
     results = []
     for rows in parts:
         part = batch.rows(rows)
@@ -117,17 +122,22 @@ def micro_batches(f: Callable, batch: OwnBatch, generator: torch.Generator, shar
                                  f"{f'each scaled by its share of the {share}' if share else 'added up as they are'} ({batch})")
 
 
-def share_of(f: Callable, cases: list[OwnBatch]) -> str | None:
+def share_of(f: Callable, cases: list[Rows], shares: tuple[str, ...] = tuple(SHARES)) -> str | None:
     """The share that makes micro-batches add up in all cases, None if none does."""
     def adds_up(share: str) -> bool:
         try:
             for seed, batch in enumerate(cases):
                 micro_batches(f, batch, torch.Generator().manual_seed(seed), share)
-        except Broken:
+        except Exception:
             return False
         return True
 
-    return next(filter(adds_up, SHARES), None)
+    return next(filter(adds_up, shares), None)
+
+
+def advice(share: str) -> str:
+    """What a trainer does with the losses of micro-batches."""
+    return "micro-batches: " + (f"scale the loss of each by its share of all {share}" if share else "their losses add up")
 
 
 def aggregation(f: Callable, batch: OwnBatch, generator: torch.Generator, how: str, scale: float) -> None:
@@ -180,7 +190,8 @@ def describe_weights(f: Callable, cases: list[tuple[OwnBatch, Tensor]]) -> list[
         which = f"{scale:.4g} times {name}"
     found = set()
     for batch, weights in cases:
-        spread = [(float(w[m].min()), float(w[m].max()), int(m.sum())) for w, m in zip(weights, batch.mask, strict=True) if m.any()]
+        rows = [w[kept] for w, kept in zip(weights, batch.mask, strict=True) if kept.any()]
+        spread = [(float(w.min()), float(w.max()), len(w)) for w in rows]
         if any(high > low + 1e-9 for low, high, _ in spread):
             found.add("the token")
         elif any(abs(a[0] - b[0]) > 1e-9 for a in spread for b in spread if a[2] != b[2]):

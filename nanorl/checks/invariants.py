@@ -63,7 +63,8 @@ def expect_gradient(f: Callable, batch: Batch, expected: Tensor, rho: Tensor) ->
     found = differentiate(policy_term(f), batch)["dL/dlogp"]
     wrong = ((found - expected).abs() > 1e-9 * (1 + expected.abs())) | found.isnan()
     for b, t in wrong.nonzero().tolist():
-        raise Broken(f"a token with A = {batch.adv.expand_as(rho)[b, t]:.3g}, ratio {rho[b, t]:.3g} and weight {batch.weights[b, t]:.3g} has "
+        adv = batch.adv.expand_as(rho)[b, t]
+        raise Broken(f"a token with A = {adv:.3g}, ratio {rho[b, t]:.3g} and weight {batch.weights[b, t]:.3g} has "
                      f"dL/dlogp = {found[b, t]:.3g}, expected {expected[b, t]:.3g}")
 
 

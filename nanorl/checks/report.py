@@ -104,6 +104,18 @@ def depends_on(f: Callable, name: str) -> bool:
     return not all(torch.equal(before[what], after[what]) for what in ("the loss", "dL/dlogp", "dL/dentropy"))
 
 
+def check_all(f: Callable, contract: Callable, table: tuple[Callable, ...], cases: list, options: dict[Callable, dict],
+              skipped: dict[Callable, str]) -> Report:
+    """What a table of invariants says of f, except those that are skipped; nothing can be said if it breaks the contract."""
+    report = Report(skipped={invariant.__name__: why for invariant, why in skipped.items()})
+    for invariant in (contract, *table):
+        if contract.__name__ not in report.broken and invariant not in skipped:
+            report.record(invariant, counterexample(partial(invariant, f, **options.get(invariant, {})), cases))
+    if contract.__name__ in report.broken:
+        report.notes.append("nothing else can be checked")
+    return report
+
+
 def reasons_to_skip(clip: tuple[float, float] | None, bounded: bool, detached_weight: bool, uses_entropy: bool,
                     advantage: Callable | None) -> dict[Callable, str]:
     """The invariants that are not checked for such an objective, and why; of several reasons the last."""
@@ -122,9 +134,10 @@ def reasons_to_skip(clip: tuple[float, float] | None, bounded: bool, detached_we
 
 # What is asked of an objective of another contract, and what it means that the invariant itself does not hold.
 LENIENT = {invariants.poison: ({"values": (1.0, -3.0)},
-                               "padding is multiplied by 0, not blanked, and so nan and inf spread. It matters where the log-prob of "
-                               "padding can be -inf or nan, or its ratio can overflow"),
-           invariants.entropy_term: ({"only_its_sign": True}, "the entropy bonus weighs tokens otherwise than the rest of the loss")}
+                               "padding is multiplied by 0, not blanked, and so nan and inf spread. It matters where the "
+                               "log-prob of padding can be -inf or nan, or its ratio can overflow"),
+           invariants.entropy_term: ({"only_its_sign": True},
+                                     "the entropy bonus weighs tokens otherwise than the rest of the loss does")}
 
 
 def account_for_weights(report: Report, f: Callable, find: Callable, cases: list[OwnBatch], aggregate: str | None) -> None:
@@ -134,8 +147,8 @@ def account_for_weights(report: Report, f: Callable, find: Callable, cases: list
     weights = [(batch, foreign.own_weights(f, batch)) for batch in cases]
     report.notes += foreign.describe_weights(f, weights)
     if policy is not None:
-        how = f"scale the loss of each by its share of the step's {policy}" if policy else "their losses add up as they are"
-        report.notes.append(f"micro-batches: {how}{', apart from terms such as KL and entropy' if whole is None else ''}")
+        apart = ", apart from terms such as KL and entropy" if whole is None else ""
+        report.notes.append(foreign.advice(policy) + apart)
     for invariant, (_, why) in LENIENT.items():
         if invariant.__name__ in report.held and find(invariant) is not None:
             report.notes.append(f"{invariant.__name__}: {why}")
@@ -146,7 +159,8 @@ def account_for_weights(report: Report, f: Callable, find: Callable, cases: list
 
 def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[float, float] | None = None,
                     detached_weight: bool = False, *, ratio: str = "token", aggregate: str | None = None,
-                    aggregates: str = "given", adv_shape: str | None = None, maximise: bool = False, examples: int = 50) -> Report:
+                    aggregates: str = "given", adv_shape: str | None = None, maximise: bool = False,
+                    examples: int = 50) -> Report:
     """Check an objective with every invariant that applies to it.
 
     advantage         rewards [P, G] -> [P, G], to be checked too
