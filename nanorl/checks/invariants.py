@@ -105,7 +105,7 @@ def poison(f: Callable, batch: Batch, generator: torch.Generator, values: tuple[
                     change=f"{value} in log-probs and entropies where the mask is False ({batch})")
 
 
-def padding(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+def padding(f: Callable, batch: Batch, generator: torch.Generator, same: Callable = close) -> None:
     """extra columns of padding change nothing"""
     fills = {"logp": 1.0, "old_logp": 1.0, "ref_logp": 1.0, "entropy": 1.0, "mask": False, "weights": 0.0}
     if batch.adv.shape[1] > 1:
@@ -113,7 +113,7 @@ def padding(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     padded = replace(batch, **{name: torch.nn.functional.pad(getattr(batch, name), (0, 2), value=fill)
                                for name, fill in fills.items()})
     narrow = change_gradients(differentiate(f, padded), lambda g: g[:, :-2])
-    expect_same(narrow, differentiate(f, batch), f"padding by two columns ({batch})")
+    expect_same(narrow, differentiate(f, batch), f"padding by two columns ({batch})", same)
 
 
 def purity(f: Callable, batch: Rows, generator: torch.Generator) -> None:
@@ -141,11 +141,11 @@ def micro_batches(f: Callable, batch: Rows, generator: torch.Generator) -> None:
                 f"splitting into micro-batches of {', '.join(str(len(rows)) for rows in parts)} ({batch})")
 
 
-def permutation(f: Callable, batch: Rows, generator: torch.Generator) -> None:
+def permutation(f: Callable, batch: Rows, generator: torch.Generator, same: Callable = close) -> None:
     """the order of the answers does not matter"""
     order = torch.randperm(len(batch), generator=generator)
     expect_same(differentiate(f, batch.rows(order)), change_gradients(differentiate(f, batch), lambda g: g[order]),
-                f"taking the answers in the order {order.tolist()} ({batch})")
+                f"taking the answers in the order {order.tolist()} ({batch})", same)
 
 
 def reinforce(f: Callable, batch: Batch, generator: torch.Generator) -> None:

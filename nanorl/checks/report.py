@@ -132,25 +132,27 @@ def reasons_to_skip(clip: tuple[float, float] | None, bounded: bool, detached_we
     return {invariant: why for applies, why, skipped in reasons if applies for invariant in skipped}
 
 
-# What is asked of an objective of another contract, and what it means that the invariant itself does not hold.
+# What is asked of an objective of another contract, and what to say where the invariant itself does not hold.
 LENIENT = {invariants.poison: ({"values": (1.0, -3.0)},
                                "padding is multiplied by 0, not blanked, and so nan and inf spread. It matters where the "
                                "log-prob of padding can be -inf or nan, or its ratio can overflow"),
            invariants.entropy_term: ({"only_its_sign": True},
-                                     "the entropy bonus weighs tokens otherwise than the rest of the loss does")}
+                                     "the entropy bonus weighs tokens otherwise than the rest of the loss does"),
+           invariants.padding: ({"same": foreign.close}, ""), invariants.permutation: ({"same": foreign.close}, "")}
 
 
 def account_for_weights(report: Report, f: Callable, find: Callable, cases: list[OwnBatch], aggregate: str | None) -> None:
     """What is to be said of an objective that makes its weights itself; `find` finds counterexamples."""
-    whole, policy = (foreign.share_of(x, cases) for x in (f, policy_term(f)))
-    report.record(foreign.micro_batches, find(foreign.micro_batches, share=policy or "") if whole is None else None)
+    share = whole = foreign.share_of(f, cases)
+    if whole is None:
+        share = foreign.share_of(policy_term(f), cases)
+    report.record(foreign.micro_batches, find(foreign.micro_batches, share=share or "") if whole is None else None)
     weights = [(batch, foreign.own_weights(f, batch)) for batch in cases]
     report.notes += foreign.describe_weights(f, weights)
-    if policy is not None:
-        apart = ", apart from terms such as KL and entropy" if whole is None else ""
-        report.notes.append(foreign.advice(policy) + apart)
+    if share is not None:
+        report.notes.append(foreign.advice(share) + (", apart from terms such as KL and entropy" if whole is None else ""))
     for invariant, (_, why) in LENIENT.items():
-        if invariant.__name__ in report.held and find(invariant) is not None:
+        if why and invariant.__name__ in report.held and find(invariant) is not None:
             report.notes.append(f"{invariant.__name__}: {why}")
     if aggregate is not None:
         scale = foreign.constant_scale(weights) if aggregate == "constant" else 1.0
