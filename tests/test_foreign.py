@@ -1,5 +1,6 @@
 """Objectives that make their token weights themselves: the weights are found, and every fault of our table is still named."""
 
+import re
 import types
 from pathlib import Path
 
@@ -14,6 +15,13 @@ from nanorl.checks.__main__ import main
 from nanorl.ops import AGGREGATES, kl_k3
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without two things that take long and are tested in tests/test_checks.py: small counterexamples, and `slope`."""
+    monkeypatch.setattr("nanorl.checks.report.smaller_cases", lambda case: ())
+    monkeypatch.setattr("torch.autograd.gradcheck", lambda *args, **options: True)
 
 
 def broken(f, examples=8, **options):
@@ -191,16 +199,23 @@ TABLE = [
 @pytest.mark.parametrize("fault, named, how, setting", [
     pytest.param(fault, named, how, setting, id=fault, marks=[pytest.mark.slow] if number else [])
     for how, setting, names in TABLE for named, faults in names.items() for number, fault in enumerate(faults)])
-def test_every_fault_of_an_objective_in_our_table_is_named(fault, named, how, setting, monkeypatch):
-    """Where it makes its weights itself, too. Small counterexamples and `slope`, which take long, are not needed for that."""
-    monkeypatch.setattr("nanorl.checks.report.smaller_cases", lambda case: ())
-    monkeypatch.setattr("torch.autograd.gradcheck", lambda *args, **options: True)
+def test_every_fault_of_an_objective_in_our_table_is_named(fault, named, how, setting):
+    """Where it makes its weights itself, too."""
     told, options = setting
     found, report = broken(with_fault(FAULTS[fault], how, **options), examples=6, aggregate=how, **told)
     assert named in found or f"note     {named}: " in str(report), report
 
 
 # ---- The command ----
+
+
+def test_the_page_shows_what_its_command_prints(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs/checks.md").read_text(encoding="utf-8")
+    (tmp_path / "theirs.py").write_text(re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1])
+    monkeypatch.chdir(tmp_path)
+    main(re.search(r"^python -m nanorl.checks (theirs.*)$", page, re.M)[1].split())
+    shown = re.search(r"^```text\n(note .*?)^```", page, re.M | re.S)[1]
+    assert capsys.readouterr().out.endswith(shown)
 
 
 def test_the_command_takes_losses_of_every_kind(tmp_path, monkeypatch, capsys):

@@ -94,6 +94,25 @@ def contract(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     invariants.contract(f, batch, generator)
 
 
+def poison(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+    """masked positions affect neither loss nor metrics nor gradients, whatever finite numbers they hold"""
+    invariants.poison(f, batch, generator, values=(1.0, -3.0))
+
+
+def entropy_term(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+    """the entropy bonus raises the entropy of tokens that count and of no others: dL/dentropy is never above 0"""
+    g = differentiate(f, batch)["dL/dentropy"]
+    expect(not (g > 0).any() and not g[~batch.mask].any() and bool(g.any() or not batch.mask.any()),
+           f"dL/dentropy is {numbers(g)}, expected less than 0 where the mask is True, else 0 ({batch})")
+
+
+INSTEAD = {invariants.poison: poison, invariants.entropy_term: entropy_term}
+# What to say where the invariant itself does not hold.
+STRICTER = {invariants.poison: "padding is multiplied by 0, not blanked, and so nan and inf spread. It matters where the "
+                               "log-prob of padding can be -inf or nan, or its ratio can overflow",
+            invariants.entropy_term: "the entropy bonus weighs tokens otherwise than the rest of the loss does"}
+
+
 def empty_answers(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """an answer without a token that counts leaves the loss and its gradient finite"""
     for name, x in differentiate(f, batch).items():

@@ -228,14 +228,11 @@ def unbounded(f: Callable, batch: Batch, generator: torch.Generator) -> None:
         expect(bool(g[batch.mask & (batch.weights * batch.adv != 0)].all()), f"a token has none ({batch})")
 
 
-def entropy_term(f: Callable, batch: Batch, generator: torch.Generator, only_its_sign: bool = False) -> None:
+def entropy_term(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """the entropy bonus weighs tokens as the rest of the loss does: dL/dentropy = -c weight, c > 0"""
     g, w = differentiate(f, batch)["dL/dentropy"], batch.weights
     if not w.any():
         return
-    if only_its_sign:
-        return expect(not (g > 0).any() and not g[~batch.mask].any() and bool(g.any()),
-                      f"dL/dentropy is {numbers(g)}, expected less than 0 where the mask is True, else 0")
     c = float(-(g * w).sum() / w.square().sum())
     expect(c > 0 and close(g, -c * w),
            f"dL/dentropy is {numbers(g[batch.mask])} at weights {numbers(w[batch.mask])}, expected -c weight")

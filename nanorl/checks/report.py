@@ -132,15 +132,6 @@ def reasons_to_skip(clip: tuple[float, float] | None, bounded: bool, detached_we
     return {invariant: why for applies, why, skipped in reasons if applies for invariant in skipped}
 
 
-# What is asked of an objective of another contract, and what to say where the invariant itself does not hold.
-LENIENT = {invariants.poison: ({"values": (1.0, -3.0)},
-                               "padding is multiplied by 0, not blanked, and so nan and inf spread. It matters where the "
-                               "log-prob of padding can be -inf or nan, or its ratio can overflow"),
-           invariants.entropy_term: ({"only_its_sign": True},
-                                     "the entropy bonus weighs tokens otherwise than the rest of the loss does"),
-           invariants.padding: ({"same": foreign.close}, ""), invariants.permutation: ({"same": foreign.close}, "")}
-
-
 def account_for_weights(report: Report, f: Callable, find: Callable, cases: list[OwnBatch], aggregate: str | None) -> None:
     """What is to be said of an objective that makes its weights itself; `find` finds counterexamples."""
     share = whole = foreign.share_of(f, cases)
@@ -151,8 +142,8 @@ def account_for_weights(report: Report, f: Callable, find: Callable, cases: list
     report.notes += foreign.describe_weights(f, weights)
     if share is not None:
         report.notes.append(foreign.advice(share) + (", apart from terms such as KL and entropy" if whole is None else ""))
-    for invariant, (_, why) in LENIENT.items():
-        if why and invariant.__name__ in report.held and find(invariant) is not None:
+    for invariant, why in foreign.STRICTER.items():
+        if invariant.__name__ in report.held and find(invariant) is not None:
             report.notes.append(f"{invariant.__name__}: {why}")
     if aggregate is not None:
         scale = foreign.constant_scale(weights) if aggregate == "constant" else 1.0
@@ -193,6 +184,8 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
         subject, cases = (advantage, reward_cases) if invariant in ADVANTAGE_INVARIANTS else (f, batch_cases)
         if invariant in (invariants.flat_region, invariants.pessimism):
             options = {"clip": clip, "ratio": ratio}
+        if own and invariant in (invariants.padding, invariants.permutation):
+            options = {"same": foreign.close}
         if own and subject is f:
             invariant = foreign.with_own_weights(invariant, empty)
         return counterexample(partial(invariant, subject, **options), cases)
@@ -212,7 +205,10 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
         report.unchecked = {"flat_region", "pessimism"}
     for invariant in (*OBJECTIVE_INVARIANTS[1:], *ADVANTAGE_INVARIANTS):
         if invariant not in skip and not (own and invariant is invariants.micro_batches):
-            report.record(invariant, find(invariant, **(LENIENT[invariant][0] if own and invariant in LENIENT else {})))
+            invariant = foreign.INSTEAD.get(invariant, invariant) if own else invariant
+            report.record(invariant, find(invariant))
+    if own and "reinforce" in report.broken and not maximise:
+        report.notes.append("if it returns what is to be maximised, say maximise=True (--maximise)")
     if own:
         cases = [batch if empty else batch.rows(batch.mask.any(-1)) for batch, _ in batch_cases if batch.mask.any()]
         account_for_weights(report, f, find, cases, aggregate)
