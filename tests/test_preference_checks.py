@@ -55,6 +55,14 @@ def test_contracts_that_people_have_are_accepted(f, scaled):
     assert ("share of all pairs" in str(report)) == scaled and "weighted" in report.skipped
 
 
+@pytest.mark.parametrize("f", [lambda *logps: torch.relu(1 - margin(*logps)).mean(),
+                               lambda *logps: torch.relu(0.01 - margin(*logps)).square().sum(),
+                               lambda c, r, rc, rr: -logsigmoid(margin(c, r, rc, rr) - 0.5).mean() - 0.1 * c.mean()],
+                         ids=["a hinge", "its square", "an offset and a likelihood term"])
+def test_a_sound_loss_of_no_paper_is_not_called_broken(f):
+    assert {"reference", "shift", "balance", "swap"} <= check_preference_objective(f, examples=20).held.keys()
+
+
 # ---- Faults ----
 
 

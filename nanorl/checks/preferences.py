@@ -8,6 +8,7 @@ and what it does to a pair is dL/dchosen < 0 < dL/drejected, a push up and a pus
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -119,8 +120,10 @@ def reference(f: Callable, given: Pairs, generator: torch.Generator) -> None:
 
 
 def ignores(f: Callable, given: Pairs, generator: torch.Generator, name: str) -> None:
-    """the pushes do not depend on an argument (no invariant)"""
-    unchanged(f, given.first(), f"changing {name}", **{name: getattr(given.first(), name) + 3})
+    """the loss does not depend on an argument (no invariant: it tells whether there is a reference to check)"""
+    pair = given.first()
+    before, after = (differentiate(f, x)["the loss"] for x in (pair, replace(pair, **{name: getattr(pair, name) + 3})))
+    expect(torch.equal(before, after), f"{name} + 3 turns the loss from {before:.4g} into {after:.4g} ({pair})")
 
 
 def averages(f: Callable, given: Pairs, generator: torch.Generator) -> None:
@@ -204,7 +207,7 @@ def check_preference_objective(f: Callable, loss: str | None = None, *, examples
         return counterexample(partial(invariant, f), cases) is None
 
     uses_reference = not (holds(partial(ignores, name="ref_chosen")) and holds(partial(ignores, name="ref_rejected")))
-    share = foreign.share_of(f, [case for case, _ in cases], ("",) if takes_weights else ("", "pairs"))
+    share = foreign.share_of(f, [deepcopy(case) for case, _ in cases], ("",) if takes_weights else ("", "pairs"))
     reasons = ((not takes_weights, "it makes its weights itself", weighted),
                (not uses_reference, "the loss does not use the reference", reference),
                (loss is None, "no loss of a paper was named", closed_form),

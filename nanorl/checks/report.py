@@ -210,7 +210,7 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     if own and "reinforce" in report.broken and not maximise:
         report.notes.append("if it returns what is to be maximised, say maximise=True (--maximise)")
     if own:
-        cases = [batch if empty else batch.rows(batch.mask.any(-1)) for batch, _ in batch_cases if batch.mask.any()]
+        cases = [deepcopy(x) if empty else x.rows(x.mask.any(-1)) for x, _ in batch_cases if x.mask.any()]
         account_for_weights(report, f, find, cases, aggregate)
     if advantage is not None and not report.broken:
         report.notes.append(advantage_bias(advantage))
