@@ -243,7 +243,9 @@ def test_the_command_takes_losses_of_every_kind(tmp_path, monkeypatch, capsys):
         assert exit == code and says in printed.out + printed.err, argv
 
 
-def test_options_of_own_weights_need_them():
-    for options in ({"adv_shape": "B"}, {"maximise": True}):
-        with pytest.raises(ValueError, match="requires aggregates='own'"):
-            check_objective(train_grpo.objective, **options)
+@pytest.mark.parametrize("options, says", [
+    ({"adv_shape": "B"}, "adv_shape: requires aggregates='own'"), ({"maximise": True}, "maximise: requires aggregates='own'"),
+    ({"aggregates": "its own"}, "expected 'given' or 'own'"), ({"aggregates": "own", "adv_shape": "[B]"}, "'B1', 'B' or 'BT'")])
+def test_options_of_own_weights_are_not_ignored(options, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        check_objective(train_grpo.objective, **options)

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clip", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the ratio is clipped to 1-LOW .. 1+HIGH")
     parser.add_argument("--ratio", choices=("token", "sequence"), help="of a token (default), or of an answer")
     parser.add_argument("--detached-weight", action="store_true", help="the ratio is a weight without a gradient of its own")
-    parser.add_argument("--aggregate", choices=AGGREGATES, help="how its token weights are made; notes their bias")
+    parser.add_argument("--aggregate", choices=AGGREGATES, help="how its weights are made: notes their bias; own: checks it")
     parser.add_argument("--aggregates", choices=("given", "own"), help="own: the loss makes its token weights itself")
     parser.add_argument("--adv-shape", choices=ADV_SHAPES, help="own: adv is [B, 1] (default), [B] or [B, T]")
     parser.add_argument("--maximise", action="store_true", help="own: it returns what is to be maximised")

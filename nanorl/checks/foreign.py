@@ -18,11 +18,11 @@ from nanorl.checks.invariants import Broken, change_gradients, differentiate, ex
 from nanorl.ops import AGGREGATES, token_weights
 
 close = functools.partial(invariants.close, tol=1e-6)       # their weights may be float32, as those of int / int are
-ADV_SHAPES = {"B1": "[B, 1]", "B": "[B]", "BT": "[B, T]"}
+ADV_SHAPES = ("B1", "B", "BT")
 
 
 def with_accepted(f: Callable, **offered) -> dict:
-    """Those of the keywords that the signature of f names, all where it has none."""
+    """Those of the keywords that the signature of f names."""
     try:
         parameters = inspect.signature(f).parameters
     except ValueError:                          # written in C

@@ -173,6 +173,8 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     if detached_weight and ratio == "sequence":
         raise UserError("detached_weight with ratio='sequence': only a weight of tokens can be checked; leave one of them out")
     own = aggregates == "own"
+    if aggregates not in ("given", "own") or adv_shape not in (None, *foreign.ADV_SHAPES):
+        raise UserError(f"aggregates={aggregates!r}, adv_shape={adv_shape!r}: expected 'given' or 'own', and 'B1', 'B' or 'BT'")
     if not own and (adv_shape or maximise):
         raise UserError(f"{'adv_shape' if adv_shape else 'maximise'}: requires aggregates='own' (--aggregates own)")
     f, empty = (foreign.adapted(f, adv_shape or "B1", maximise) if own else f), True
