@@ -32,7 +32,8 @@ SMALL = {"train_pretrain": TINY + " --steps 2 --batch 2 --length 32 --preset pic
 WITHOUT = {"train_grpo": ("--task", "--data", " --data mine.jsonl"), "train_dpo": ("--online", "", " --data pairs.jsonl")}
 ELSEWHERE = {"git": "by hand", "pip": ".ci/run", "ruff": ".ci/run", "pytest": ".ci/run", "torchrun": "test_ranks.py",
              "python -m tests.mutants": "test_docs.py", "python -m benchmarks": "test_benchmarks.py",
-             "python -m experiments": "test_experiments.py, test_claims.py", "python -m nanorl.chat smollm2": "test_interop.py"}
+             "python -m experiments": "test_experiments.py, test_claims.py", "python -m nanorl.chat smollm2": "test_interop.py",
+             "python -m nanorl.checks theirs.py": "test_foreign.py"}
 
 
 def commands():
@@ -107,7 +108,8 @@ def test_the_command_runs(command, fresh, monkeypatch, tmp_path):
             module = importlib.import_module(name)
             module.main(run.parse(module.Config, flags))
         else:
-            monkeypatch.delitem(sys.modules, "train_grpo", raising=False)       # nanorl.checks imports the copy
+            for script in ("train_grpo", "train_dpo"):                          # nanorl.checks imports the copy
+                monkeypatch.delitem(sys.modules, script, raising=False)
             importlib.import_module("nanorl.checks.__main__" if name == "nanorl.checks" else name).main(flags)
     except SystemExit as exit:
         assert not exit.code

@@ -24,19 +24,22 @@ def advantage_bias(advantage: Callable, G: int = 3) -> str:
             f"are {numbers(factors)} of it (G = {G})")
 
 
-def length_bias(f: Callable, aggregate: str) -> str:
-    """How the expected gradient with these weights relates to the true one, where answers have one token or two."""
+def length_bias(f: Callable, aggregate: str | None) -> str:
+    """How the expected gradient with these weights, or f's, relates to the true one, where answers have one token or two."""
     pi, r = leaf(torch.zeros(3, 2).double()), torch.tensor([0.0, 0.0, 1.0, 0.5]).double()
     mask = torch.tensor([[True, False], [True, False], [True, True], [True, True]])         # token 0 ends an answer
     logp, pairs, total = log_probs(pi), sequences(4, 2), 0.0
     for pair in pairs:
-        weights = token_weights(mask[pair], torch.zeros(2, dtype=torch.int64), aggregate, max_new_tokens=2).double()
+        weights = mask[pair].double()
+        if aggregate is not None:
+            weights = token_weights(mask[pair], torch.zeros(2, dtype=torch.int64), aggregate, max_new_tokens=2).double()
         adv = (r[pair] - r[pair].flip(0))[:, None]                                          # each relative to the other
         old = logp[pair].detach()
         loss, _ = policy_term(f)(logp[pair], old, adv, mask[pair], weights, ref_logp=old, entropy=torch.zeros_like(old))
         total = total + loss / len(pairs)
     first, second = (-torch.autograd.grad(total, pi)[0] / reward_gradient(pi, r))[[0, 2], 0]
-    return (f"aggregate {aggregate}: where answers have one token or two, the expected gradient is {first:.3f} of the true one "
+    whose = "its own weights" if aggregate is None else f"aggregate {aggregate}"
+    return (f"{whose}: where answers have one token or two, the expected gradient is {first:.3f} of the true one "
             f"at the first token and {second:.3f} at the second"
             + ("" if close(first, second, 1e-6) else ": the lengths of answers change its direction"))
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nanorl.checks.cases import Batch, partition
+from nanorl.checks.cases import Batch, Rows, numbers, partition
 from nanorl.ops import importance_ratio, selective_log_softmax, sequence_ratio
 from nanorl.tabular import leaf, randn
 
@@ -26,17 +26,12 @@ def expect(holds: bool, sentence: str) -> None:
         raise Broken(sentence)
 
 
-def call(f: Callable, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics), from the call that train_grpo.py makes."""
-    return f(batch.logp, batch.old_logp, batch.adv, batch.mask, batch.weights, ref_logp=batch.ref_logp, entropy=batch.entropy)
-
-
-def differentiate(f: Callable, batch: Batch) -> dict[str, Tensor]:
-    """All that comes of a batch, by the names that reports use: the loss, its gradients [B, T] and the metrics."""
-    logp, entropy = leaf(batch.logp), leaf(batch.entropy)
-    loss, metrics = call(f, replace(batch, logp=logp, entropy=entropy))
-    grad_logp, grad_entropy = torch.autograd.grad(loss, (logp, entropy), materialize_grads=True)
-    return {"the loss": loss.detach(), "dL/dlogp": grad_logp, "dL/dentropy": grad_entropy,
+def differentiate(f: Callable, batch: Rows) -> dict[str, Tensor]:
+    """All that comes of a batch, by the names that reports use: the loss, its gradients and the metrics."""
+    leaves = {name: leaf(getattr(batch, name)) for name in batch.leaves}
+    loss, metrics = replace(batch, **leaves).call(f)
+    gradients = torch.autograd.grad(loss, tuple(leaves.values()), materialize_grads=True)
+    return {"the loss": loss.detach(), **{f"dL/d{name}": g for name, g in zip(leaves, gradients, strict=True)},
             **{f"the metric {name}": value for name, value in metrics.items()}}
 
 
@@ -57,17 +52,6 @@ def close(a: Tensor, b: Tensor, tol: float = 1e-9) -> bool:
     return torch.allclose(a, b, rtol=tol, atol=tol, equal_nan=True)
 
 
-def numbers(x: Tensor) -> str:
-    """The first six numbers of a tensor."""
-    return ", ".join(f"{v:.3g}" for v in x.flatten().tolist()[:6]) + (", ..." if x.numel() > 6 else "")
-
-
-def describe(batch: Batch) -> str:
-    (B, T), count = batch.mask.shape, int(batch.mask.sum())
-    return (f"{B} answer{'s' * (B > 1)} with {T} position{'s' * (T > 1)}, of which {count} count{'s' * (count == 1)}, "
-            f"A = {numbers(batch.adv)}")
-
-
 def expect_same(found: dict[str, Tensor], expected: dict[str, Tensor], change: str, same: Callable = close) -> None:
     """Loss, gradients and metrics are as expected after a change to the batch, which `change` names."""
     for name, before in expected.items():
@@ -79,7 +63,8 @@ def expect_gradient(f: Callable, batch: Batch, expected: Tensor, rho: Tensor) ->
     found = differentiate(policy_term(f), batch)["dL/dlogp"]
     wrong = ((found - expected).abs() > 1e-9 * (1 + expected.abs())) | found.isnan()
     for b, t in wrong.nonzero().tolist():
-        raise Broken(f"a token with A = {batch.adv[b, 0]:.3g}, ratio {rho[b, t]:.3g} and weight {batch.weights[b, t]:.3g} has "
+        adv = batch.adv.expand_as(rho)[b, t]
+        raise Broken(f"a token with A = {adv:.3g}, ratio {rho[b, t]:.3g} and weight {batch.weights[b, t]:.3g} has "
                      f"dL/dlogp = {found[b, t]:.3g}, expected {expected[b, t]:.3g}")
 
 
@@ -92,51 +77,56 @@ def ratios(batch: Batch, ratio: str) -> Tensor:
 # ---- The invariants of an objective ----
 
 
-def contract(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+def contract(f: Callable, batch: Rows, generator: torch.Generator) -> None:
     """it returns a pair (loss, metrics): a scalar that depends on logp, and a dict of detached scalars"""
-    out = call(f, replace(batch, logp=leaf(batch.logp)))
+    out = replace(batch, **{name: leaf(getattr(batch, name)) for name in batch.leaves}).call(f)
     expect(isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict),
            f"it returned a {type(out).__name__}, expected a pair (loss, metrics)")
     loss, metrics = out
     expect(isinstance(loss, Tensor) and loss.shape == (),
            f"the loss is a {type(loss).__name__} of shape {[*getattr(loss, 'shape', [])]}, expected a scalar tensor")
-    expect(loss.requires_grad, "the loss has no gradient: something detaches it from logp")
+    expect(loss.requires_grad, f"the loss has no gradient: something detaches it from {batch.leaves[0]}")
     expect(loss.dtype == torch.float64, f"the loss is {loss.dtype} although all arguments are float64: something converts")
     for name, value in metrics.items():
         expect(isinstance(value, Tensor) and value.shape == () and not value.requires_grad,
                f"the metric {name!r} is not a detached scalar tensor")
 
 
-def poison(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
+
+
+def poison(f: Callable, batch: Batch, generator: torch.Generator, values: tuple[float, ...] = NOT_FINITE) -> None:
     """masked positions affect neither loss nor metrics nor gradients, even if they hold nan or inf"""
     expected = change_gradients(differentiate(f, batch), lambda g: g.masked_fill(~batch.mask, 0.0))
-    for value in (torch.nan, torch.inf, -torch.inf):
+    for value in values:
         dirty = replace(batch, **{name: getattr(batch, name).masked_fill(~batch.mask, value)
                                   for name in ("logp", "old_logp", "ref_logp", "entropy")})
         expect_same(differentiate(f, dirty), expected, same=torch.equal,
-                    change=f"{value} in log-probs and entropies where the mask is False ({describe(batch)})")
+                    change=f"{value} in log-probs and entropies where the mask is False ({batch})")
 
 
-def padding(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+def padding(f: Callable, batch: Batch, generator: torch.Generator, same: Callable = close) -> None:
     """extra columns of padding change nothing"""
     fills = {"logp": 1.0, "old_logp": 1.0, "ref_logp": 1.0, "entropy": 1.0, "mask": False, "weights": 0.0}
+    if batch.adv.shape[1] > 1:
+        fills["adv"] = 1.0
     padded = replace(batch, **{name: torch.nn.functional.pad(getattr(batch, name), (0, 2), value=fill)
                                for name, fill in fills.items()})
     narrow = change_gradients(differentiate(f, padded), lambda g: g[:, :-2])
-    expect_same(narrow, differentiate(f, batch), f"padding by two columns ({describe(batch)})")
+    expect_same(narrow, differentiate(f, batch), f"padding by two columns ({batch})", same)
 
 
-def purity(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+def purity(f: Callable, batch: Rows, generator: torch.Generator) -> None:
     """it does not write into its arguments, and gives the same loss when called again"""
-    inputs = Batch(**{name: leaf(x) if name in ("logp", "entropy") else x.clone() for name, x in vars(batch).items()})
+    inputs = replace(batch, **{name: leaf(x) if name in batch.leaves else x.clone() for name, x in vars(batch).items()})
     versions = {name: x._version for name, x in vars(inputs).items()}
-    first, second = (call(f, inputs)[0].detach() for _ in range(2))
+    first, second = (inputs.call(f)[0].detach() for _ in range(2))
     for name, x in vars(inputs).items():
         expect(x._version == versions[name] and torch.equal(x, getattr(batch, name)), f"it writes into {name}")
     expect(torch.equal(first, second), f"the same batch has the loss {first:.6g} and then {second:.6g}")
 
 
-def micro_batches(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+def micro_batches(f: Callable, batch: Rows, generator: torch.Generator) -> None:
     """losses, gradients and metrics of any micro-batches add up to those of the whole step"""
     def merged(name: str, values: list[Tensor]) -> Tensor:
         if name.startswith("dL/"):
@@ -144,18 +134,18 @@ def micro_batches(f: Callable, batch: Batch, generator: torch.Generator) -> None
         values = torch.stack(values)
         return values.max() if name.endswith("_max") else values.min() if name.endswith("_min") else values.sum()
 
-    parts = partition(generator, len(batch.mask))
+    parts = partition(generator, len(batch))
     results, whole = [differentiate(f, batch.rows(rows)) for rows in parts], differentiate(f, batch)
     together = {name: merged(name, [result[name] for result in results]) for name in whole}
     expect_same(together, change_gradients(whole, lambda g: g[torch.cat(parts)]),
-                f"splitting into micro-batches of {', '.join(str(len(rows)) for rows in parts)} ({describe(batch)})")
+                f"splitting into micro-batches of {', '.join(str(len(rows)) for rows in parts)} ({batch})")
 
 
-def permutation(f: Callable, batch: Batch, generator: torch.Generator) -> None:
+def permutation(f: Callable, batch: Rows, generator: torch.Generator, same: Callable = close) -> None:
     """the order of the answers does not matter"""
-    order = torch.randperm(len(batch.mask), generator=generator)
+    order = torch.randperm(len(batch), generator=generator)
     expect_same(differentiate(f, batch.rows(order)), change_gradients(differentiate(f, batch), lambda g: g[order]),
-                f"taking the answers in the order {order.tolist()} ({describe(batch)})")
+                f"taking the answers in the order {order.tolist()} ({batch})", same)
 
 
 def reinforce(f: Callable, batch: Batch, generator: torch.Generator) -> None:
@@ -172,11 +162,11 @@ def direction(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     if scale == 0:
         return
     logp = selective_log_softmax(z, ids)
-    loss, _ = call(policy_term(f), replace(batch, logp=logp, old_logp=logp.detach(), ref_logp=logp.detach()))
+    loss, _ = replace(batch, logp=logp, old_logp=logp.detach(), ref_logp=logp.detach()).call(policy_term(f))
     (g,) = torch.autograd.grad(loss, z)
     before, after = ((batch.weights * batch.adv * selective_log_softmax(x, ids)).sum() for x in (z, z - 1e-3 / scale * g))
     expect(after > before, f"a small step down the loss changes sum weight A logp by {float((after - before).detach()):.3g}, "
-                           f"expected a rise ({describe(batch)})")
+                           f"expected a rise ({batch})")
 
 
 def no_advantage(f: Callable, batch: Batch, generator: torch.Generator) -> None:
@@ -186,16 +176,16 @@ def no_advantage(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     # A KL term is 0 for every policy that is its own reference. Where it has a gradient there, as k1 has, the loss does not
     # change when both move: its slope along a random way of the policy is the opposite of that along the reference's.
     way, h = randn(generator, *g.shape), 1e-4
-    up, down = (call(f, replace(batch, ref_logp=batch.ref_logp + step * way))[0] for step in (h, -h))
+    up, down = (replace(batch, ref_logp=batch.ref_logp + step * way).call(f)[0] for step in (h, -h))
     expect(not g.any() or ((g * way).sum() + (up - down) / (2 * h)).abs() < 1e-4 * (g * way).sum().abs(),
-           f"with A = 0 everywhere dL/dlogp is {numbers(g[g != 0])} ({describe(batch)})")
+           f"with A = 0 everywhere dL/dlogp is {numbers(g[g != 0])} ({batch})")
 
 
 def slope(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """the gradient is the slope of the loss (finite differences in float64)"""
-    smooth = torch.autograd.gradcheck(lambda logp: call(policy_term(f), replace(batch, logp=logp))[0], leaf(batch.logp),
+    smooth = torch.autograd.gradcheck(lambda logp: replace(batch, logp=logp).call(policy_term(f))[0], leaf(batch.logp),
                                       eps=1e-7, atol=1e-4, rtol=1e-3, raise_exception=False)
-    expect(smooth, f"dL/dlogp is not the slope of the loss ({describe(batch)}); if the ratio is a weight without a gradient, "
+    expect(smooth, f"dL/dlogp is not the slope of the loss ({batch}); if the ratio is a weight without a gradient, "
                    "say detached_weight=True (--detached-weight)")
 
 
@@ -206,7 +196,7 @@ def weighted_score(f: Callable, batch: Batch, generator: torch.Generator) -> Non
     loss, grad_logp = found["the loss"], found["dL/dlogp"]
     first_order = (grad_logp * batch.logp).sum()
     expect(close(loss, first_order, 1e-7), f"the loss is {loss:.3g}, but sum dL/dlogp logp is {first_order:.3g}: a gradient "
-                                           f"flows through more than the log-probs ({describe(batch)})")
+                                           f"flows through more than the log-probs ({batch})")
     used = batch.mask & (batch.weights * batch.adv != 0)
     c = (-grad_logp / (batch.weights * batch.adv))[used]
     expect(not ((c < 0) | (c > rho[used] * (1 + 1e-9))).any(),
@@ -228,14 +218,14 @@ def pessimism(f: Callable, batch: Batch, generator: torch.Generator, clip: tuple
     unclipped = -(batch.weights * ratios(batch, ratio) * batch.adv).sum()
     loss = differentiate(policy_term(f), batch.at_reference())["the loss"]
     expect(not loss < unclipped - 1e-9 * (1 + unclipped.abs()),
-           f"the loss is {loss:.3g} and without clipping it would be {unclipped:.3g} ({describe(batch)})")
+           f"the loss is {loss:.3g} and without clipping it would be {unclipped:.3g} ({batch})")
 
 
 def unbounded(f: Callable, batch: Batch, generator: torch.Generator) -> None:
     """every token that counts has a gradient, whatever its ratio (no invariant: it tells whether there is a clip to check)"""
     for log_ratio in (-5.0, 5.0):
         g = differentiate(policy_term(f), replace(batch.at_reference(), old_logp=batch.logp - log_ratio))["dL/dlogp"]
-        expect(bool(g[batch.mask & (batch.weights * batch.adv != 0)].all()), f"a token has none ({describe(batch)})")
+        expect(bool(g[batch.mask & (batch.weights * batch.adv != 0)].all()), f"a token has none ({batch})")
 
 
 def entropy_term(f: Callable, batch: Batch, generator: torch.Generator) -> None:

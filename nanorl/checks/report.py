@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanorl.checks import invariants
-from nanorl.checks.cases import Batch, batches, rewards, smaller_cases
+from nanorl.checks import foreign, invariants
+from nanorl.checks.cases import Batch, OwnBatch, Rows, batches, rewards, smaller_cases
 from nanorl.checks.exact import advantage_bias, divergence, length_bias
-from nanorl.checks.invariants import ADVANTAGE_INVARIANTS, OBJECTIVE_INVARIANTS, Broken, differentiate
+from nanorl.checks.invariants import ADVANTAGE_INVARIANTS, OBJECTIVE_INVARIANTS, Broken, differentiate, policy_term
 from nanorl.errors import UserError
 from nanorl.tabular import randn
 
@@ -25,16 +25,31 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)   # invariant -> why, most often that it does not apply
     unchecked: set[str] = field(default_factory=set)        # those of the skipped that may apply, but could not be checked
     notes: list[str] = field(default_factory=list)          # what the algorithm is free to choose, measured
+    says: dict[str, str] = field(default_factory=dict)      # invariant -> what it says, whatever became of it
+
+    def record(self, invariant: Callable, found: str | None) -> None:
+        """That an invariant holds, or what breaks it."""
+        name = invariant.__name__
+        self.says[name] = invariant.__doc__
+        if found is None:
+            self.held[name] = invariant.__doc__
+        else:
+            self.broken[name] = found
+
+    def conclude(self) -> "Report":
+        """Itself, if nothing is broken; else BrokenObjective is raised."""
+        if self.broken:
+            raise BrokenObjective(self)
+        return self
 
     def __str__(self) -> str:
-        says = {f.__name__: f.__doc__ for f in (*OBJECTIVE_INVARIANTS, *ADVANTAGE_INVARIANTS, divergence)}
         counts = {"broken": len(self.broken), "could not be checked": len(self.unchecked),
                   "do not apply": len(self.skipped) - len(self.unchecked)}
         return "\n".join([*(f"holds    {name}: {what}" for name, what in self.held.items()),
                           *(f"{'UNCHECKED' if name in self.unchecked else 'skipped '} {name}: {why}"
                             for name, why in self.skipped.items()),
                           *(f"note     {note}" for note in self.notes),
-                          *(f"BROKEN   {name}: {says[name]}\n         {what}" for name, what in self.broken.items()),
+                          *(f"BROKEN   {name}: {self.says[name]}\n         {what}" for name, what in self.broken.items()),
                           ", ".join([f"{len(self.held)} hold", *(f"{n} {what}" for what, n in counts.items() if n)])])
 
 
@@ -46,7 +61,7 @@ class BrokenObjective(AssertionError):
         self.report = report
 
 
-def random_cases(strategy: st.SearchStrategy, examples: int) -> list[tuple[Batch | Tensor, int]]:
+def random_cases(strategy: st.SearchStrategy, examples: int) -> list[tuple[Rows | Tensor, int]]:
     """This many cases, each with a seed; the same at every call."""
     found = []
 
@@ -59,7 +74,7 @@ def random_cases(strategy: st.SearchStrategy, examples: int) -> list[tuple[Batch
     return found
 
 
-def counterexample(invariant: Callable, cases: list[tuple[Batch | Tensor, int]]) -> str | None:
+def counterexample(invariant: Callable, cases: list[tuple[Rows | Tensor, int]]) -> str | None:
     """None if the invariant holds in all cases, else what breaks it in the smallest case found."""
     def breaks(case, seed: int) -> str | None:
         try:
@@ -89,6 +104,18 @@ def depends_on(f: Callable, name: str) -> bool:
     return not all(torch.equal(before[what], after[what]) for what in ("the loss", "dL/dlogp", "dL/dentropy"))
 
 
+def check_all(f: Callable, contract: Callable, table: tuple[Callable, ...], cases: list, options: dict[Callable, dict],
+              skipped: dict[Callable, str]) -> Report:
+    """What a table of invariants says of f, except those that are skipped; nothing can be said if it breaks the contract."""
+    report = Report(skipped={invariant.__name__: why for invariant, why in skipped.items()})
+    for invariant in (contract, *table):
+        if contract.__name__ not in report.broken and invariant not in skipped:
+            report.record(invariant, counterexample(partial(invariant, f, **options.get(invariant, {})), cases))
+    if contract.__name__ in report.broken:
+        report.notes.append("nothing else can be checked")
+    return report
+
+
 def reasons_to_skip(clip: tuple[float, float] | None, bounded: bool, detached_weight: bool, uses_entropy: bool,
                     advantage: Callable | None) -> dict[Callable, str]:
     """The invariants that are not checked for such an objective, and why; of several reasons the last."""
@@ -105,8 +132,27 @@ def reasons_to_skip(clip: tuple[float, float] | None, bounded: bool, detached_we
     return {invariant: why for applies, why, skipped in reasons if applies for invariant in skipped}
 
 
+def account_for_weights(report: Report, f: Callable, find: Callable, cases: list[OwnBatch], aggregate: str | None) -> None:
+    """What is to be said of an objective that makes its weights itself; `find` finds counterexamples."""
+    share = whole = foreign.share_of(f, cases)
+    if whole is None:
+        share = foreign.share_of(policy_term(f), cases)
+    report.record(foreign.micro_batches, find(foreign.micro_batches, share=share or "") if whole is None else None)
+    weights = [(batch, foreign.own_weights(f, batch)) for batch in cases]
+    report.notes += foreign.describe_weights(f, weights)
+    if share is not None:
+        report.notes.append(foreign.advice(share) + (", apart from terms such as KL and entropy" if whole is None else ""))
+    for invariant, why in foreign.STRICTER.items():
+        if invariant.__name__ in report.held and find(invariant) is not None:
+            report.notes.append(f"{invariant.__name__}: {why}")
+    if aggregate is not None:
+        scale = foreign.constant_scale(weights) if aggregate == "constant" else 1.0
+        report.record(foreign.aggregation, find(foreign.aggregation, how=aggregate, scale=scale))
+
+
 def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[float, float] | None = None,
                     detached_weight: bool = False, *, ratio: str = "token", aggregate: str | None = None,
+                    aggregates: str = "given", adv_shape: str | None = None, maximise: bool = False,
                     examples: int = 50) -> Report:
     """Check an objective with every invariant that applies to it.
 
@@ -115,6 +161,10 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     detached_weight   True if the ratio is a weight without a gradient of its own
     ratio             what is clipped: "token" or, if each answer has one ratio, "sequence"
     aggregate         how its token weights are made (ops.token_weights); the report notes how they change the expected gradient
+    aggregates        "own" if f(logp, old_logp, adv, mask) makes its token weights itself; that they are those of `aggregate`
+                      is then checked. It also gets ref_logp, entropy and prompt_index [B], if its signature names them
+    adv_shape         own: "B1" if adv is [B, 1] (the default), "B" or "BT" if it is [B] or [B, T]
+    maximise          own: True if f returns what is to be maximised
     examples          random cases for each invariant
 
     Returns the report if nothing is broken, its `unchecked` empty if all that applies holds; raises BrokenObjective, an
@@ -122,39 +172,55 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     """
     if detached_weight and ratio == "sequence":
         raise UserError("detached_weight with ratio='sequence': only a weight of tokens can be checked; leave one of them out")
-    report, batch_cases = Report(), random_cases(batches(), examples)
+    own = aggregates == "own"
+    if aggregates not in ("given", "own") or adv_shape not in (None, *foreign.ADV_SHAPES):
+        raise UserError(f"aggregates={aggregates!r}, adv_shape={adv_shape!r}: expected 'given' or 'own', and 'B1', 'B' or 'BT'")
+    if not own and (adv_shape or maximise):
+        raise UserError(f"{'adv_shape' if adv_shape else 'maximise'}: requires aggregates='own' (--aggregates own)")
+    f, empty = (foreign.adapted(f, adv_shape or "B1", maximise) if own else f), True
+    report = Report()
+    batch_cases = random_cases(batches(own=own, adv_of_tokens=adv_shape == "BT" and ratio == "token"), examples)
     reward_cases = [] if advantage is None else random_cases(rewards(min_group=2), examples)
 
-    def check(invariant: Callable) -> None:
+    def find(invariant: Callable, **options) -> str | None:
         subject, cases = (advantage, reward_cases) if invariant in ADVANTAGE_INVARIANTS else (f, batch_cases)
-        options = {"clip": clip, "ratio": ratio} if invariant in (invariants.flat_region, invariants.pessimism) else {}
-        found = counterexample(partial(invariant, subject, **options), cases)
-        if found is None:
-            report.held[invariant.__name__] = invariant.__doc__
-        else:
-            report.broken[invariant.__name__] = found
+        if invariant in (invariants.flat_region, invariants.pessimism):
+            options = {"clip": clip, "ratio": ratio}
+        if own and invariant in (invariants.padding, invariants.permutation):
+            options = {"same": foreign.close}
+        if own and subject is f:
+            invariant = foreign.with_own_weights(invariant, empty)
+        return counterexample(partial(invariant, subject, **options), cases)
 
-    check(invariants.contract)
+    report.record(*((foreign.contract, counterexample(partial(foreign.contract, f), batch_cases)) if own
+                    else (invariants.contract, find(invariants.contract))))
     if report.broken:
         report.notes.append("nothing else can be checked")
         raise BrokenObjective(report)
-    bounded = clip is None and counterexample(partial(invariants.unbounded, f), batch_cases) is not None
+    if own:
+        report.record(foreign.empty_answers, counterexample(partial(foreign.empty_answers, f), batch_cases))
+        empty = not report.broken
+    bounded = clip is None and find(invariants.unbounded) is not None
     skip = reasons_to_skip(clip, bounded, detached_weight, depends_on(f, "entropy"), advantage)
     report.skipped = {invariant.__name__: why for invariant, why in skip.items()}
     if (bounded and not detached_weight) or (detached_weight and clip is not None):
         report.unchecked = {"flat_region", "pessimism"}
     for invariant in (*OBJECTIVE_INVARIANTS[1:], *ADVANTAGE_INVARIANTS):
-        if invariant not in skip:
-            check(invariant)
+        if invariant not in skip and not (own and invariant is invariants.micro_batches):
+            invariant = foreign.INSTEAD.get(invariant, invariant) if own else invariant
+            report.record(invariant, find(invariant))
+    if own and "reinforce" in report.broken and not maximise:
+        report.notes.append("if it returns what is to be maximised, say maximise=True (--maximise)")
+    if own:
+        cases = [deepcopy(x) if empty else x.rows(x.mask.any(-1)) for x, _ in batch_cases if x.mask.any()]
+        account_for_weights(report, f, find, cases, aggregate)
     if advantage is not None and not report.broken:
         report.notes.append(advantage_bias(advantage))
-    if aggregate is not None and not report.broken:
-        report.notes.append(length_bias(f, aggregate))
+    if (own or aggregate is not None) and not report.broken:
+        report.notes.append(length_bias(f, None if own else aggregate))
     if depends_on(f, "ref_logp"):
         try:
-            report.notes.append(divergence(f))
+            report.notes.append(divergence(foreign.each_answer(f) if own else f))
         except Broken as e:
-            report.broken[divergence.__name__] = str(e)
-    if report.broken:
-        raise BrokenObjective(report)
-    return report
+            report.record(divergence, str(e))
+    return report.conclude()
