@@ -30,7 +30,6 @@ TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="ut
 
 MISMATCH = 1e-4         # k3, nats per token: bfloat16 has 1e-5, top-p .9 4e-4, a wrong temperature 2e-3 (experiments/kl.py)
 OFF_ONE = 1.28          # e^.25, the ratio that the first-step check still puts down to bfloat16
-FEW = 3                 # steps that a finding about shares needs: some hundred answers
 NO_CONTRAST = 0.8       # share of groups: four in five are sampled for nothing
 CERTAIN = math.log(2)   # nats per answer: fewer than e^.7 = 2 answers are left to a prompt
 COPIED = 2.0            # nats per answer: all of 8 samples from 7 answers are the same once in 800,000 groups
@@ -67,7 +66,7 @@ def ratios_are_not_one(log: Log) -> str | None:
 def no_gradient(log: Log) -> str | None:
     norms = log.values("train/grad_norm_max") or log.values("train/grad_norm")
     nothing_to_learn = log.no_contrast() == (1, 1) or not any(log.values("train/active") or [1])
-    if len(norms) >= FEW and not any(norms) and not nothing_to_learn:
+    if len(norms) >= TREND and not any(norms) and not nothing_to_learn:
         return f"The gradient is exactly 0 in all of {len(norms)} steps, although there was something to learn."
 
 
@@ -101,7 +100,7 @@ def learning_rate_too_large(log: Log) -> str | None:
 def too_hard(log: Log) -> str | None:
     (_, share), rates, reward = log.no_contrast() or (0.0, 0.0), log.pass_rates(), log.trend("rollout/reward")
     improved = not rates and reward and reward.rises()          # perhaps up to the highest reward there is
-    if log.steps() < FEW or share < NO_CONTRAST or log.solved() or improved:
+    if share < NO_CONTRAST or log.solved() or improved:
         return None
     found = f"In the last third of the steps, {share:.0%} of the groups had no contrast"
     if rates and 0.001 < (p := rates[1]) < 0.2:
@@ -112,7 +111,7 @@ def too_hard(log: Log) -> str | None:
 
 def too_easy(log: Log) -> str | None:
     (rate, _), (share, _) = log.pass_rates() or (0.0, 0.0), log.no_contrast() or (0.0, 0.0)
-    if log.steps() >= FEW and share >= NO_CONTRAST and rate > 0.5:
+    if share >= NO_CONTRAST and rate > 0.5:
         return f"From the start, {rate:.0%} of the answers were right, and {share:.0%} of the groups had no contrast."
 
 
@@ -134,8 +133,8 @@ def only_the_format_is_learned(log: Log) -> str | None:
     if risen and flat and (not accuracy or accuracy.rises_less_than(RISE)):
         return f"Of the parts of the reward, {risen} rose, and {flat} did not{f'; {accuracy}' if accuracy else ''}."
     if worked and reward and not parts and worked.rises(2 * RISE) and not reward.rises():
-        return (f"The share of answers that are worked out rose from {worked.first:.2f} to {worked.last:.2f}, but the reward went "
-                f"from {reward.first:.3f} to {reward.last:.3f}.")
+        return (f"The share of answers that are worked out rose from {worked.first:.2f} to {worked.last:.2f}, but the reward "
+                f"went from {reward.first:.3f} to {reward.last:.3f}.")
 
 
 def held_out_does_not_follow(log: Log) -> str | None:
@@ -165,7 +164,7 @@ def entropy_collapse(log: Log) -> str | None:
 
 def one_answer_per_group(log: Log) -> str | None:
     distinct, rates = log.end("rollout/distinct"), log.pass_rates()
-    if log.steps() >= FEW and 0 < distinct <= DISTINCT and not log.solved():
+    if log.no_contrast() and 0 < distinct <= DISTINCT and not log.solved():
         right = f", and {rates[1]:.0%} of the answers are right" if rates else ""
         return f"In the last third of the steps, a group has {distinct:.2f} different answers{right}."
 
@@ -203,9 +202,9 @@ def the_bound_binds(log: Log) -> str | None:
 def stale_data(log: Log) -> str | None:
     stale, high = log.flag("stale"), log.end("train/ratio_max")
     found = f"A rollout is {stale:.0f} steps old when it is trained on"
-    if stale and log.steps() >= FEW and log.flags.get("ratio") == "none":
+    if stale and log.flags.get("ratio") == "none":
         return f"{found}, and no ratio corrects for that."
-    if stale and log.steps() >= FEW and (log.bounded() >= SOME or high >= WEIGHT):
+    if stale and (log.bounded() >= SOME or high >= WEIGHT):
         return f"{found}; ratios are up to {high:.3g}, and the bound holds back {log.bounded():.0%} of the tokens."
 
 
@@ -321,9 +320,9 @@ def seeds_differ_more(logs: list[Log]) -> str | None:
 
 
 def diagnose(log: Log) -> list[tuple[str, str, str]]:
-    """(level, name, sentence) of all that is found in a run, the worst first."""
+    """(level, name, sentence) of all that is found in a run, the worst first. For warnings, a few steps are too early."""
     return [(level, function.__name__.replace("_", "-"), sentence) for level, functions in FINDINGS.items()
-            for function in functions if (sentence := function(log))]
+            for function in functions if (level != "warning" or log.steps() >= TREND) and (sentence := function(log))]
 
 
 def worst_sentence(run: str) -> str:
@@ -352,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         for each in found:
             print(describe(*each))
         if log.steps() < TREND:
-            print(f"Too early to tell more: a trend needs {TREND} steps.\n")
+            print(f"Too early to tell{' more' if found else ''}: a trend needs {TREND} steps.\n")
         elif not found:
             print("Nothing found.\n")
     if sentence := seeds_differ_more(list(logs.values())):

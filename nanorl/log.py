@@ -118,7 +118,7 @@ class Log:
 
     def steps(self) -> int:
         """How many were trained."""
-        return sum(any(name.startswith("train/") for name in line) for line in self.lines)
+        return sum(any(name.startswith(("train/", "rollout/")) for name in line) for line in self.lines)
 
     def one_update(self) -> bool:
         """One update on each rollout, a fresh one."""
@@ -134,7 +134,10 @@ class Log:
         return bool(rates and rates[1] >= SOLVED)
 
     def no_contrast(self) -> tuple[float, float] | None:
-        """The share of groups that teach nothing in the first and the last third, with those that were resampled."""
+        """The share of groups that teach nothing in the first and the last third, with those that were resampled; None where
+        answers are not compared within their group."""
+        if self.flags.get("advantage") in ("reward", "running_mean", "positive") or {"critic", "teacher"} & self.flags.keys():
+            return None
         seen, thrown, kept = self.ends("rollout/no_contrast"), self.ends("rollout/resampled"), self.flag("prompts")
         if seen and thrown and kept:
             return tuple((more + share * kept) / (more + kept) for share, more in zip(seen, thrown, strict=True))
