@@ -83,7 +83,7 @@ def copied_answers(log: Log) -> str | None:
 
 def learning_rate_too_large(log: Log) -> str | None:
     (name, sign), trend, accuracy = log.goal(), log.progress(), log.accuracy()
-    stories, entropy = log.values("eval/story_loss"), log.trend("train/entropy")
+    stories, entropy = log.values("eval/story_loss"), log.values("train/entropy")       # one step may be enough to ruin it
     if accuracy and accuracy.before - accuracy.after > max(SURE * accuracy.error, RISE):
         found = f"Held-out accuracy fell from {accuracy.before:.3f} to {accuracy.after:.3f}"
     elif trend and trend.z <= -SURE:
@@ -92,8 +92,8 @@ def learning_rate_too_large(log: Log) -> str | None:
         return None
     if len(stories) > 1 and stories[-1] - stories[0] > FORGOTTEN:
         return f"{found}, and the loss on held-out stories rose from {stories[0]:.2f} to {stories[-1]:.2f} nats per token."
-    if entropy and entropy.rises() and entropy.last > 2 * entropy.first:
-        return f"{found}, and the entropy rose from {entropy.first:.2g} to {entropy.last:.2g} nats per token."
+    if entropy and log.end("train/entropy") > 2 * entropy[0]:
+        return f"{found}, and the entropy rose from {entropy[0]:.2g} to {log.end('train/entropy'):.2g} nats per token."
     return f"{found}." if sign < 0 else None
 
 
