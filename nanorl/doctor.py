@@ -83,11 +83,13 @@ def copied_answers(log: Log) -> str | None:
 
 def learning_rate_too_large(log: Log) -> str | None:
     (name, sign), trend, accuracy = log.goal(), log.progress(), log.accuracy()
-    stories, entropy = log.values("eval/story_loss"), log.values("train/entropy")       # one step may be enough to ruin it
+    stories, entropy, rewards = map(log.values, ("eval/story_loss", "train/entropy", "rollout/reward"))
     if accuracy and accuracy.before - accuracy.after > max(SURE * accuracy.error, RISE):
         found = f"Held-out accuracy fell from {accuracy.before:.3f} to {accuracy.after:.3f}"
     elif trend and trend.z <= -SURE:
         found = f"{name} went from {trend.first:.3g} to {trend.last:.3g}, which is worse by {-trend.z:.1f} standard errors"
+    elif rewards and log.end("rollout/reward") < rewards[0] / 2:        # the first step may be enough to ruin a policy
+        found = f"The reward went from {rewards[0]:.3f} in the first step to {log.end('rollout/reward'):.3f} at the end"
     else:
         return None
     if len(stories) > 1 and stories[-1] - stories[0] > FORGOTTEN:
@@ -176,10 +178,11 @@ def answers_are_cut(log: Log) -> str | None:
 
 
 def length_drift(log: Log) -> str | None:
-    right = bool(log.values("rollout/length_correct"))
-    length = log.trend("rollout/length_correct" if right else "rollout/length")
-    if length and length.first > 0 and abs(length.z) >= SURE and not 1 / DRIFT < length.last / length.first < DRIFT:
-        return f"On average, {'right ' * right}answers went from {length.first:.1f} to {length.last:.1f} tokens."
+    name, kind = ("length_correct", "right answers") if log.values("rollout/length_correct") else ("length", "answers")
+    lengths, end = log.values(f"rollout/{name}"), log.end(f"rollout/{name}")
+    start = fmean(lengths[:3]) if lengths else 0.0              # it may drift within a few steps, and is hardly noisy
+    if start > 0 and end > 0 and not 1 / DRIFT < end / start < DRIFT:
+        return f"On average, {kind} went from {start:.1f} tokens in the first steps to {end:.1f} at the end."
 
 
 def kl_runs_away(log: Log) -> str | None:
@@ -211,7 +214,7 @@ def stale_data(log: Log) -> str | None:
 def critic_explains_nothing(log: Log) -> str | None:
     share = log.end("train/explained_variance")
     if len(log.values("train/explained_variance")) >= TREND and share < EXPLAINED and not log.solved():
-        return f"In the last third of the steps, the critic explains {share:.0%} of the variance of the returns."
+        return f"At the end, the critic explains {round(share, 2) + 0.0:.0%} of the variance of the returns."
 
 
 def stuck(log: Log) -> bool:
@@ -252,7 +255,9 @@ def one_update(log: Log) -> str | None:
 
 def loss_is_zero(log: Log) -> str | None:
     losses = [abs(x) for x in log.values("train/loss")]
-    if log.values("rollout/reward") and losses and max(losses) < 1e-6 and any(log.values("train/grad_norm")):
+    if not log.values("rollout/reward"):
+        return None
+    if losses and max(losses) < 1e-6 and any(log.values("train/grad_norm")):
         return f"The loss is never further from 0 than {max(losses):.1g}, and there are gradients."
     if log.one_update() and (log.flags.get("advantage"), log.flags.get("aggregate")) == ("zscore", "sequence_mean"):
         return "No loss is logged: its value is 0 in every step, because the advantages of a group sum to 0."
