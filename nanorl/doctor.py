@@ -33,7 +33,7 @@ OFF_ONE = 1.28          # e^.25, the ratio that the first-step check still puts 
 NO_CONTRAST = 0.8       # share of groups: four in five are sampled for nothing
 CERTAIN = math.log(2)   # nats per answer: fewer than e^.7 = 2 answers are left to a prompt
 COPIED = 2.0            # nats per answer: all of 8 samples from 7 answers are the same once in 800,000 groups
-DISTINCT = 1.1          # answers per group: nine groups in ten have one
+DISTINCT = 1.2          # answers per group: four groups in five have one
 CUT = 0.1               # share of answers: most groups of 8 have one that is cut, 1 - .9^8 = .57
 DRIFT = 1.5             # ratio of lengths
 RISE = 0.1              # of a reward or an accuracy: less is rarely what a run is for
@@ -102,7 +102,7 @@ def learning_rate_too_large(log: Log) -> str | None:
 def too_hard(log: Log) -> str | None:
     (_, share), rates, reward = log.no_contrast() or (0.0, 0.0), log.pass_rates(), log.trend("rollout/reward")
     improved = not rates and reward and reward.rises()          # perhaps up to the highest reward there is
-    if share < NO_CONTRAST or log.solved() or improved:
+    if share < NO_CONTRAST or improved or (rates and rates[1] > 0.5):
         return None
     found = f"In the last third of the steps, {share:.0%} of the groups had no contrast"
     if rates and 0.001 < (p := rates[1]) < 0.2:

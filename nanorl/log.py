@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from nanorl.errors import UserError
@@ -39,7 +40,7 @@ def thirds(values: list[float]) -> tuple[list[float], list[float], list[float]]:
 
 
 class Trend(NamedTuple):
-    """Two means, and their difference in units of its standard error, which is that of the spread within either."""
+    """Two means, and their difference in units of its standard error, which is that of the noise within either."""
 
     first: float
     last: float
@@ -49,9 +50,14 @@ class Trend(NamedTuple):
         return self.z >= SURE and self.last - self.first >= by
 
 
+def noise(values: list[float]) -> float:
+    """The variance of what is not trend: half the mean square of the jumps from one value to the next (von Neumann 1941)."""
+    return fmean((b - a) ** 2 for a, b in pairwise(values)) / 2
+
+
 def compare(before: list[float], after: list[float]) -> Trend:
     change = fmean(after) - fmean(before)
-    error = math.sqrt(variance(before) / len(before) + variance(after) / len(after))
+    error = math.sqrt(noise(before) / len(before) + noise(after) / len(after))
     return Trend(fmean(before), fmean(after), change / error if error else math.copysign(math.inf, change) if change else 0.0)
 
 
