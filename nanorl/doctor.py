@@ -43,6 +43,7 @@ MOST, SOME = 0.5, 0.2   # shares of tokens
 WEIGHT = 10.0           # ratio: one token then counts as much as ten fresh ones
 UNMOVED = 1e-4          # of the weights' length: default runs of GRPO move by 5e-3
 FORGOTTEN = 0.5         # nats per token of text: default runs of GRPO stay within .05
+RUINED = 0.1            # of the first step's reward: no noise takes nine tenths of it
 EXPLAINED = 0.1         # share of the returns' variance
 OVERFIT = 0.02          # of a held-out loss: more than one evaluation differs from the next once it is flat
 
@@ -96,13 +97,14 @@ def learning_rate_too_large(log: Log) -> str | None:
         return f"{found}, and the loss on held-out stories rose from {stories[0]:.2f} to {stories[-1]:.2f} nats per token."
     if entropy and log.end("train/entropy") > 2 * entropy[0]:
         return f"{found}, and the entropy rose from {entropy[0]:.2g} to {log.end('train/entropy'):.2g} nats per token."
-    return f"{found}." if sign < 0 else None
+    ruined = rewards and rewards[0] >= RISE and log.end("rollout/reward") < RUINED * rewards[0]
+    return f"{found}." if sign < 0 or ruined else None
 
 
 def too_hard(log: Log) -> str | None:
     (_, share), rates, reward = log.no_contrast() or (0.0, 0.0), log.pass_rates(), log.trend("rollout/reward")
     improved = not rates and reward and reward.rises()          # perhaps up to the highest reward there is
-    if share < NO_CONTRAST or improved or (rates and rates[1] > 0.5):
+    if share < NO_CONTRAST or improved or (rates and rates[1] > 0.5) or learning_rate_too_large(log):
         return None
     found = f"In the last third of the steps, {share:.0%} of the groups had no contrast"
     if rates and 0.001 < (p := rates[1]) < 0.2:

@@ -192,6 +192,13 @@ def write(folder, log):
     return str(folder)
 
 
+def test_a_policy_that_the_first_step_ruined_was_not_given_too_hard_a_task():
+    lines = [{"step": i, "rollout/reward": 0.6 * (i == 0), "rollout/no_contrast": float(i > 0), "train/entropy": 0.2}
+             for i in range(20)]
+    assert names(Log(lines, {})) == ["learning-rate-too-large"]
+    assert names(Log([line | {"rollout/reward": 0.0} for line in lines], {})) == ["too-hard"]
+
+
 def test_the_report_has_the_worst_first_and_each_finding_with_its_advice(tmp_path, capsys):
     run = write(tmp_path / "run", healthy(train__mismatch_kl=(0.01, 0.01), rollout__truncated=(0.5, 0.5)))
     doctor.main([run])
