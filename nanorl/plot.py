@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from nanorl.errors import UserError, printable, user_errors_as_sentences
-from nanorl.run import parse, read_lines
+from nanorl.log import read_metrics
+from nanorl.run import parse
 from nanorl.scaling import Fit, fit
 
 PANELS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))    # {title: {metric: label}}
@@ -28,13 +29,6 @@ class Config:
     seeds: bool = False      # the runs differ only in their seed: curves of one metric share a colour and a label
     fit: bool = False        # draw only reward against tokens, and the sigmoid that fits it
     out: str = ""            # the PNG to write (default: curves.png, or fit.png, in the directory of the first run)
-
-
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; expected the directory of a run")
-    return read_lines(path)
 
 
 def pyplot():

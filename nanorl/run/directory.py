@@ -63,7 +63,7 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
     A UserError is the user's. A number that is nan or inf (FloatingPointError), a full disk (OSError) and Ctrl-C outside of the
     steps end the run: nothing that is not finite is ever saved, and the last good checkpoint stays. Anything else, such as a
     ValueError in an objective of your own, keeps its traceback. A finished run, which has both its last checkpoint and the
-    line of step cfg.steps, has nothing to resume.
+    line of step cfg.steps, has nothing to resume. Where the doctor finds that a run went wrong, its last line says so.
     """
     @user_errors_as_sentences
     @functools.wraps(main)
@@ -82,6 +82,9 @@ def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
             if checkpoint.exists():
                 saved = f"the last good checkpoint, {checkpoint}, has the first {load_checkpoint(checkpoint)['step']}"
             exit_with(f"{cfg.out}, after {len(read_lines(metrics))} of {cfg.steps} steps: {what}; {saved}", code)
+        from nanorl.doctor import worst_sentence            # here, because it reads runs with the help of this room
+        if ranks.rank() == 0 and (sentence := worst_sentence(cfg.out)):
+            print(sentence)
     return wrapper
 
 
