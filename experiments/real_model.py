@@ -140,18 +140,23 @@ def table(results: dict) -> str:
 
 
 def draw(results: dict) -> None:
-    """The reward of each step, averaged over five, a line for each seed; dashed, what prompting gets, by lenient reading."""
-    figure, axes = panels(len(PROMPTS), width=4.5)
-    for axis, (family, title) in zip(axes, (("sums", "two-digit sums in words"), ("gsm8k", "GSM8K, two steps at most")),
-                                     strict=True):
-        named = [name for name in RUNS if name.startswith(family)]
-        for name, colour in zip(named, PALETTE, strict=False):
+    """The reward of sampled answers, averaged over five steps, a line for each seed; its end: lenient accuracy, greedy, and
+    dashed, that of the best prompt."""
+    titles = {"sums": "two-digit sums in words", "gsm8k": "GSM8K, two steps at most"}
+    families = [family for family in titles if any(results["runs"][name] for name in RUNS if name.startswith(family))]
+    figure, axes = panels(len(families), width=5)
+    for axis, family in zip(axes, families, strict=True):
+        for name, colour in zip((name for name in RUNS if name.startswith(family)), PALETTE, strict=False):
             for seed, run in enumerate(results["runs"][name]):
-                smooth = [sum(run["reward"][max(0, i - 4): i + 1]) / min(i + 1, 5) for i in range(len(run["reward"]))]
-                axis.plot(smooth, color=colour, linewidth=1.2, label=None if seed or not smooth else RUNS[name][0])
-        axis.set(title=title, xlabel="step of GRPO", ylim=(0, None))
+                rewards = [run["reward"][max(0, i - 4) : i + 1] for i in range(len(run["reward"]))]
+                axis.plot([sum(part) / len(part) for part in rewards], color=colour, linewidth=1.2,
+                          label=None if seed else RUNS[name][0])
+                axis.plot(len(rewards), run["after"]["lenient"], "o", color=colour, markersize=5)
+        best = max(found["lenient"] for found in results["before"][family].values())
+        axis.axhline(best, color="grey", linestyle="--", linewidth=1, label="the best prompt, greedy")
+        axis.set(title=titles[family], xlabel="step of GRPO", ylabel="right answers: sampled, and greedy at the end",
+                 ylim=(0, None))
         axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("sampled answers that are right and in the format")
     save(figure, FIGURE)
 
 
