@@ -38,7 +38,9 @@ RUNS = {"sums-all": ("all weights", f"{SUMS} --lr 2e-5"),
         "gsm8k-sft": ("SFT, all weights", f"{SFT} {GSM8K} --steps 60 --lr 2e-5")}
 # Prompting, before anything is trained: the task, and the longest answer. The first of each is what is trained on.
 PROMPTS = {"sums": {"2 examples": ("two_digit_sums", 32), "4 examples": ("two_digit_sums_four_shot", 32),
-                    "zero-shot": ("two_digit_sums_zero_shot", 96)},
+                    "4 examples, told how to end": ("two_digit_sums_four_shot_told", 32),
+                    "zero-shot": ("two_digit_sums_zero_shot", 96),
+                    "zero-shot, told how to end": ("two_digit_sums_zero_shot_told", 96)},
            "gsm8k": {"2 examples": ("gsm8k_easy", 128), "zero-shot": ("gsm8k_easy_zero_shot", 256)}}
 RESULTS, FIGURE = ROOT / "experiments/results/real_model.json", ROOT / "docs/figures/real_model.png"
 

@@ -13,7 +13,6 @@ import train_distill
 from experiments import distill, family, preferences, real_model, real_tasks, real_text
 from experiments.runs import directory, train
 from nanorl import run
-from nanorl.tasks import Problem
 
 
 @pytest.fixture
@@ -211,9 +210,9 @@ def test_sums_in_words_ask_no_example_and_hold_out_a_tenth():
     task = real_tasks.two_digit_sums()
     examples = {content for role, content in task.problems[0].before if role == "user"}
     assert len(examples) == 2 and not examples & {problem.prompt for problem in task.problems}
-    assert Problem("What is thirty-seven plus ten?", "47", task.problems[0].before) in task.problems
+    assert ("What is thirty-seven plus ten?", "47") in [(problem.prompt, problem.answer) for problem in task.problems]
     assert 0.08 < len(task.rows("heldout")) / len(task.problems) < 0.12
-    assert real_tasks.sums(4).held[:3000] == task.held[:3000]       # the prompt alone decides, whatever comes before it
+    assert real_tasks.two_digit_sums_four_shot_told().held == task.held         # the question alone decides
 
 
 def test_a_real_model_is_compared_with_the_best_prompt(tmp_path, monkeypatch, capsys):
