@@ -25,7 +25,7 @@ from nanorl.run import read_lines
 
 SEEDS = (0, 1, 2)
 TASKS = "experiments/real_tasks.py"
-GRPO = ("train_grpo.py --init smollm2 --dtype bfloat16 --no-selfcheck --prompts 8 --group 8 --skip --eval-problems 16 "
+GRPO = ("train_grpo.py --init smollm2 --dtype bfloat16 --prompts 8 --group 8 --skip --eval-problems 16 "
         "--eval-every 1000 --save-every 1000 --quiet")
 SFT = "train_sft.py --init smollm2 --dtype bfloat16 --batch 16 --eval-problems 16 --eval-every 1000 --save-every 1000 --quiet"
 SUMS = f"{GRPO} --task {TASKS}:two_digit_sums --max-new-tokens 32 --steps 30"
