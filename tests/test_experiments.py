@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import train_distill
-from experiments import distill, family, preferences, real_text
+from experiments import distill, family, preferences, real_model, real_tasks, real_text
 from experiments.runs import directory, train
 from nanorl import run
 
@@ -201,3 +201,34 @@ def test_the_table_of_students_has_the_start_and_every_way(tmp_path):
 def test_every_way_is_one_that_the_script_takes(way):
     cfg = run.parse(train_distill.Config, [part for name, value in way.items() for part in (f"--{name}", str(value))])
     assert {name: getattr(cfg, name) for name in way} == way
+
+
+# ---- A real model ----
+
+
+def test_sums_in_words_ask_no_example_and_hold_out_a_tenth():
+    task = real_tasks.two_digit_sums()
+    examples = {content for role, content in task.problems[0].before if role == "user"}
+    assert len(examples) == 2 and not examples & {problem.prompt for problem in task.problems}
+    assert ("What is thirty-seven plus ten?", "47") in [(problem.prompt, problem.answer) for problem in task.problems]
+    assert 0.08 < len(task.rows("heldout")) / len(task.problems) < 0.12
+    assert real_tasks.two_digit_sums_four_shot_told().held == task.held         # the question alone decides
+
+
+def test_a_real_model_is_compared_with_the_best_prompt(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    found = {"sums-before-2-examples": 0.3, "sums-before-4-examples": 0.4, "sums-all-0": 0.5, "sums-all-1": 0.6}
+    for name, lenient in found.items():
+        (tmp_path / name / "run").mkdir(parents=True)
+        row = {"value": lenient / 2, "lenient": lenient, "tokens": 18.0}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps({"rows": [row]}))
+        (tmp_path / name / "training.json").write_text('{"minutes": 9.0, "cpu_minutes": 5.0, "gigabytes": 6.0}')
+        for kind, line in (("metrics", {"step": 0, "rollout/reward": 0.2, "rollout/tokens": 1000}), ("samples", {"step": 0})):
+            (tmp_path / name / f"run/{kind}.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr(real_model, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(real_model, "FIGURE", tmp_path / "figure.png")
+    monkeypatch.setattr("sys.argv", ["real_model", "--draw", "--out", str(tmp_path)])
+    real_model.main()
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "0.550 (-0.085 to 1.185) | 3.2, 6.5 | 1,000 | 5.0 (5.0 to 5.0)" in last
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
