@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nanorl.errors import UserError, refuse
-from nanorl.files import Record, first_question, read_records
+from nanorl.files import Prompt, Record, first_question, read_records
 from nanorl.tasks import Task, is_heldout
 from nanorl.tokenizer import Tokenizer
 
@@ -96,13 +96,24 @@ def which_fit(rendered: list[list[list[int]]], places: list[str], source: str, c
     return kept
 
 
+def render_prompts(tokenizer: Tokenizer, prompts: list[Prompt], places: list[str], source: str) -> list[list[int]]:
+    """Token ids of the prompts; UserError names the first that this tokenizer or its chat template cannot write."""
+    rendered = []
+    for prompt, place in zip(prompts, places, strict=True):
+        try:
+            rendered.append(tokenizer.render(prompt))
+        except UserError as e:
+            raise UserError(f"{source}, {place}: {e}") from None
+    return rendered
+
+
 def render_records(records: list[dict], tokenizer: Tokenizer, context: int, source: str, *keys: str, reserve: int = 0,
                    skip_long: bool = False) -> tuple[list, ...]:
     """The records that fit the model's context (`which_fit`), and token ids of their prompts and of their responses, the values
     of `keys`."""
-    prompts = [tokenizer.render(record["prompt"]) for record in records]
-    rendered = [prompts, *([tokenizer.render_response(record[key]) for record in records] for key in keys)]
     places = [getattr(record, "place", f"record {number}") for number, record in enumerate(records, start=1)]
+    prompts = render_prompts(tokenizer, [record["prompt"] for record in records], places, source)
+    rendered = [prompts, *([tokenizer.render_response(record[key]) for record in records] for key in keys)]
     kept = which_fit(rendered, places, source, context, reserve, skip_long)
     return *([part[i] for i in kept] for part in (records, *rendered)),
 

@@ -217,7 +217,7 @@ class Tokenizer:
         turns, ids = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, [self.bos]
         for turn in turns:
             if turn["role"] == "system":
-                raise UserError("a system message; expected none: the models that nanorl trained know none")
+                raise UserError("a system message; expected none: the models that nanorl trained know none, pretrained ones do")
             ids += [self.user] if turn["role"] == "user" else [self.assistant]
             ids += self.encode(turn["content"]) if turn["role"] == "user" else self.render_response(turn["content"])
         return [*ids, self.assistant]

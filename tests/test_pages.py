@@ -33,6 +33,8 @@ WITHOUT = {"train_grpo": ("--task", "--data", " --data mine.jsonl"), "train_dpo"
 ELSEWHERE = {"git": "by hand", "pip": ".ci/run", "ruff": ".ci/run", "pytest": ".ci/run", "torchrun": "test_ranks.py",
              "python -m tests.mutants": "test_docs.py", "python -m benchmarks": "test_benchmarks.py",
              "python -m experiments": "test_experiments.py, test_claims.py", "python -m nanorl.chat smollm2": "test_interop.py",
+             "python train_grpo.py --init smollm2": "experiments/real_model.py",
+             "python -m nanorl.evaluate smollm2": "experiments/real_model.py",
              "python -m nanorl.checks theirs.py": "test_foreign.py"}
 
 

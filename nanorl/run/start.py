@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanorl.data import which_fit
+from nanorl.data import render_prompts, which_fit
 from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.lora import adapt
@@ -185,7 +185,9 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     start = Start(device, checkpoint, tokenizer, policy, base if reference else None,
                   load_frozen(reward_model, "reward model", tokenizer, device) if reward_model else None)
     if task:
-        prompts = [tokenizer.render(problem.conversation) for problem in task.examples()]
+        asked = [problem.conversation for problem in task.examples()]
+        places = task.places if isinstance(task, FileTask) else ["problem"] * len(asked)
+        prompts = render_prompts(tokenizer, asked, places, str(task))
         if isinstance(task, FileTask):
             context = min(model.config.context for model in (start.policy, start.reward_model) if model)
             task.keep(which_fit([prompts], task.places, task.name, context, cfg.max_new_tokens, cfg.skip_long))

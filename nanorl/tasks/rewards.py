@@ -20,20 +20,24 @@ class RewardFunction:
     """
 
     def __init__(self, function: Callable[[str, str, dict], Any], name: str):
-        self.function, self.name, self.raised = function, name, 0
+        self.function, self.name, self.raised, self.scored = function, name, 0, False
 
     def __call__(self, problems: list[Problem], responses: list[str], finished: list[bool]) -> list[Any]:
         before = self.raised
         rewards = list(map(self.score, problems, responses))
         if responses and self.raised - before == len(responses):
             raise UserError(f"--reward {self.name}: raised an exception on all {len(responses)} responses, first the one above")
+        if responses and not self.scored and all(reward is None for reward in rewards):
+            print(f"warning: --reward {self.name}: None for all of {len(responses)} responses: nothing to learn from them",
+                  file=sys.stderr)
+        self.scored = self.scored or any(reward is not None for reward in rewards)
         return rewards
 
     def score(self, problem: Problem, response: str) -> Any:
         record = problem.record or {"prompt": problem.prompt, "answer": problem.answer}
         try:
             return self.function(problem.prompt, response, dict(record))
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             self.raised += 1
             if self.raised == 1:
                 line = traceback.extract_tb(e.__traceback__)[-1].lineno
