@@ -141,7 +141,7 @@ class Run:
         self._locks = [_locked(config)] if self.cfg.resume else []      # before it is written again: some flags may differ
         self._write(config.name, json.dumps(dataclasses.asdict(self.cfg) | {"resume": False}, indent=2))
         self._locks.append(_locked(config))
-        for name in LOGS if self.cfg.resume else ():
+        for name in [name for name in LOGS if self.cfg.resume and (self.out / name).exists()]:
             # Drop what came after the checkpoint: lines of its own step and later, and a torn last one.
             kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_lines(self.out / name) if r["step"] < self.step]
             self._write(name, "".join(kept))
