@@ -34,3 +34,11 @@ def world(tmp_path_factory, worker_id):
 def inside(world, monkeypatch):
     """In that directory."""
     monkeypatch.chdir(world)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from browser import CHROMIUM, Browser
+    browser = Browser(CHROMIUM, tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()

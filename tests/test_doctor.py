@@ -236,10 +236,10 @@ def test_a_script_ends_with_the_worst_sentence_if_a_run_went_wrong(inside, tmp_p
 
 def test_weights_that_hardly_moved_are_seen_in_the_checkpoints(inside, tmp_path):
     """The run that starts from sft, and sft itself; without one of the two it is not known."""
-    moved, share = read_log(Path("grpo")).weights_moved()
+    moved, share = read_log(Path("grpo")).weights_moved
     assert 1e-5 < moved < 0.1 and 0.5 < share <= 1
-    assert Log([], {"init": "sft"}, Path("sft")).weights_moved() == (0, 0)
-    assert Log([], {"init": "nowhere"}, Path("sft")).weights_moved() is None is Log([], {"init": "sft"}, None).weights_moved()
+    assert Log([], {"init": "sft"}, Path("sft")).weights_moved == (0, 0)
+    assert Log([], {"init": "nowhere"}, Path("sft")).weights_moved is None is Log([], {"init": "sft"}, None).weights_moved
 
 
 def ends(value, **flags):

@@ -1,6 +1,6 @@
 """python -m nanorl.view: the page shows the numbers of the files, and no text of a model becomes markup or script.
 
-What the page computes runs in node, where there is one; the page itself in a real browser, as in test_playground.py.
+What the page computes runs in node, where there is one; the page itself in a real browser (browser.py).
 """
 
 import base64
@@ -13,7 +13,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from test_playground import CHROMIUM, Browser
+from browser import needs_browser
 
 from nanorl import view
 from nanorl.plot import PANELS
@@ -21,7 +21,6 @@ from nanorl.run import read_lines
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="needs node on the PATH")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the PATH")
 
 HOSTILE = ["<img src=x onerror=hacked()>", "</script><script>hacked()</script>", "<!--<script>", "]]>", "&lt;b&gt;", "{{data}}",
            "javascript:hacked()", "\u202e\u2066 sdrawkcab", "a\u2028b\u2029c", "\ud800 alone \udfff", "\0\x1b[31m", "a\nb\tc",
@@ -258,13 +257,6 @@ def test_small_things():
 
 
 # ---- the page, in a browser ----
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(CHROMIUM, tmp_path_factory.mktemp("chromium"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture
