@@ -15,7 +15,8 @@ from pathlib import Path
 import train_grpo
 from experiments.runs import ROOT, cell, directory, train_all
 from nanorl import run
-from nanorl.plot import PALETTE, pyplot, read_metrics
+from nanorl.log import read_metrics
+from nanorl.plot import PALETTE, pyplot
 
 COMMON = "--minibatches 4 --lr 1e-4 --steps 20 --eval-every 1 --eval-problems 250"
 # Label: the flags. Rows of one block are the same algorithm where all ratios are 1 (and no group is left out).

@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 from experiments.runs import ROOT
-from nanorl.plot import pyplot, read_metrics
+from nanorl.log import read_metrics
+from nanorl.plot import pyplot
 from nanorl.run import read_lines
 
 THEMES = {"light": {"ink": "#1F2328", "faint": "#8C959F", "right": "#1A7F37", "wrong": "#CF222E", "reward": "#0072B2",

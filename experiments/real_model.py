@@ -19,7 +19,8 @@ from pathlib import Path
 
 from experiments.findings import mean_and_interval, panels, save
 from experiments.runs import ROOT
-from nanorl.plot import PALETTE, read_metrics
+from nanorl.log import read_metrics
+from nanorl.plot import PALETTE
 from nanorl.run import read_lines
 
 SEEDS = (0, 1, 2)

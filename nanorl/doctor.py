@@ -29,7 +29,7 @@ TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="ut
 # ---------------------------------------------------------------------------------------------------------------------
 
 MISMATCH = 1e-4         # k3, nats per token: bfloat16 has 1e-5, top-p .9 4e-4, a wrong temperature 2e-3 (experiments/kl.py)
-OFF_ONE = 1.28          # e^.25, the ratio that the first-step check still puts down to bfloat16
+OFF_ONE = 1.28          # e^.25: with one update per rollout ratios are exactly 1, and no rounding brings them here
 NO_CONTRAST = 0.8       # share of groups: four in five are sampled for nothing
 CERTAIN = math.log(2)   # nats per answer: fewer than e^.7 = 2 answers are left to a prompt
 COPIED = 2.0            # nats per answer: all of 8 samples from 7 answers are the same once in 800,000 groups
@@ -230,7 +230,7 @@ def learning_rate_too_small(log: Log) -> str | None:
     if not stuck(log):
         return None
     found, entropy = f"At --lr {log.flag('lr'):g}, {log.goal()[0]} does not improve, and ", log.trend("train/entropy")
-    if moved := log.weights_moved():
+    if moved := log.weights_moved:
         if moved[0] < UNMOVED:
             return f"{found}the weights have moved by {moved[0]:.1g} of their length ({moved[1]:.0%} of them have changed)."
     elif entropy and abs(entropy.z) < SURE:

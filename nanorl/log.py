@@ -1,5 +1,6 @@
 """The log of a run, read back: its metrics as numbers, and what can be said of them in spite of their noise."""
 
+import functools
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -181,6 +182,7 @@ class Log:
         """The share of tokens that the bound holds back at the end."""
         return sum(self.end(f"train/{name}") for name in ("clipped_low", "clipped_high", "capped", "masked"))
 
+    @functools.cached_property
     def weights_moved(self) -> tuple[float, float] | None:
         """How far the weights have moved from --init, in units of their length, and the share of them that changed; None where
         one of the two checkpoints is not at hand, or not of the same model."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nanorl.errors import UserError, user_errors_as_sentences
-from nanorl.files import parse_object
-from nanorl.plot import PANELS, read_metrics
+from nanorl.log import read_log
+from nanorl.plot import PANELS
 from nanorl.run import parse, read_lines
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -39,15 +39,14 @@ def _has(record: Any, fields: dict[str, type]) -> bool:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What the page shows of a run: its flags, its metrics as columns, and its groups."""
-    lines, config, path = read_metrics(folder), folder / "config.json", folder / "rollouts.jsonl"
+    log, path = read_log(folder), folder / "rollouts.jsonl"
     groups = read_lines(path)
     for number, group in enumerate(groups, start=1):
         if not (_has(group, GROUP) and all(_has(answer, ANSWER) for answer in group["answers"])):
             raise UserError(f"{path}, line {number}: not a group as this version keeps it; expected what a run has written")
-    names = sorted({name for line in lines for name in line} - {"step"})
-    flags = parse_object(config.read_bytes(), str(config), "the flags of a run") if config.exists() else {}
-    return {"name": str(folder), "config": flags, "steps": [line["step"] for line in lines],
-            "metrics": {name: [line.get(name) for line in lines] for name in names}, "groups": groups}
+    names = sorted({name for line in log.lines for name in line} - {"step"})
+    return {"name": str(folder), "config": log.flags, "steps": [line["step"] for line in log.lines],
+            "metrics": {name: [line.get(name) for line in log.lines] for name in names}, "groups": groups}
 
 
 def page(runs: list[Path]) -> str:
