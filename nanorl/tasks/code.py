@@ -120,7 +120,7 @@ class UnitTests:
     arguments. They are read, not run: the sandbox gets the program and the arguments, and what comes back is compared here.
     """
 
-    kind, last = "lines `assert NAME(literals) == literal`, all of one function", None
+    kind, last, runs_programs = "lines `assert NAME(literals) == literal`, all of one function", None, True
 
     def strict(self, response: str) -> str:
         """The program."""

@@ -60,9 +60,10 @@ class FileTask(Task):
         if self.reward:
             return []
         for place, problem in zip(self.places, self.problems, strict=True):
-            if answers.setdefault((problem.before, problem.prompt), self.gold(problem)) != self.gold(problem):
+            gold = self.gold(problem)
+            if answers.setdefault((problem.before, problem.prompt), gold) != gold:
                 found["an earlier row has this prompt and another answer; no response is right by both, so keep one"] += [place]
-            if "\n" in problem.answer.strip() and self.gold(problem) == " ".join(problem.answer.split()):
+            if "\n" in problem.answer.strip() and gold == " ".join(problem.answer.split()):
                 found["a response is right only if it says all of these lines; keep only the final answer"] += [place]
         return [f"{self.where(places)}: {what}" for what, places in found.items()]
 
@@ -89,7 +90,7 @@ class FileTask(Task):
         return self.problems
 
     def start_verifier(self):
-        if self.verifier is VERIFIERS["code"]:
+        if self.verifier.runs_programs:
             shared_sandbox()
 
     def gold(self, problem: Problem) -> str | None:
@@ -103,7 +104,7 @@ class FileTask(Task):
         return float(self.verifier.right([self.gold(problem)], [response])[0])
 
     def rewards(self, problems, responses, finished):
-        if self.verifier is VERIFIERS["code"]:          # many programs at a time
+        if self.verifier.runs_programs:          # many programs at a time
             return list(map(float, self.verifier.right([self.gold(problem) for problem in problems], responses)))
         return super().rewards(problems, responses, finished)
 
@@ -132,7 +133,7 @@ class FileTask(Task):
 
     def graded_examples(self):
         """None of tests: they are not the program that passes them."""
-        return iter(()) if self.verifier is VERIFIERS["code"] else super().graded_examples()
+        return iter(()) if self.verifier.runs_programs else super().graded_examples()
 
     def adversarial(self, problem):
         gold = self.gold(problem)

@@ -101,6 +101,8 @@ def last_choice(text: str) -> str | None:
 class Verifier:
     """How a response is compared with the answer of a record."""
 
+    runs_programs = False                   # in the sandbox, many at a time
+
     kind: str                               # what it reads, for errors
     read: Callable[[str], str | None]       # a final answer
     last: Callable[[str], str | None] | None = None         # the last answer of this kind in a response, where there is a way
