@@ -9,8 +9,8 @@ to one prompt. The relatives differ in the *implicit reward* r, and in what they
     --loss    r(x, y)                     f(m)
     dpo       beta log(pi/ref)            -log sigma(m)                                 Rafailov et al. 2023, eq. 7
     cdpo      beta log(pi/ref)            -(1-e) log sigma(m) - e log sigma(-m)         Mitchell 2023; e is --label-noise
-    ipo       log(pi/ref) / |y|           (m - 1/(2 beta))^2                            Azar et al. 2023, eq. 17, there of sums
-    slic      log pi                      max(0, delta - m); --nll-coef 0.1             Zhao et al. 2023, there of SFT's target
+    ipo       log(pi/ref) / |y|           (m - 1/(2 beta))^2                            Azar et al. 2023, eq. 17, which has sums
+    slic      log pi                      max(0, delta - m); --nll-coef 0.1             Zhao et al. 2023; c on SFT's target
     simpo     beta log(pi) / |y|          -log sigma(m - gamma)                         Meng et al. 2024, eq. 6
 
 log pi is of the whole response and |y| its length in tokens, the stop token included. --nll-coef c adds -c log pi(w)/|w| to
@@ -120,7 +120,7 @@ class Config(run.PolicyConfig):
     temperature: run.Positive = 1.0    # of the policy: sampled with it, scored with it
     eval_problems: run.Count = 200    # held-out prompts to answer (not with --data)
     keep_groups: run.Natural = 4    # pairs kept in rollouts.jsonl, in steps with an evaluation and the last; 0 is off
-    best_of: run.Natural = 16   # answers to each of them for best-of-n before training, to compare with; 0 is off
+    best_of: run.Natural = 16   # answers per held-out prompt for best-of-n before training, to compare with; 0 is off
 
     # the algorithm
     loss: Literal[*LOSSES] = "dpo"    # a row of the table above
@@ -249,7 +249,7 @@ def main(cfg: Config) -> None:
             picks = torch.tensor([training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)])
             rollout = given_rollout(*pair_batch(prompts, chosen, rejected, picks, tokenizer.pad)).to(device)
             pairs = torch.arange(2 * cfg.batch, device=device).view(2, -1).T
-        kept = kept_pairs(out, rollout, pairs, scores)              # to look at: a few, in a few steps
+        kept = kept_pairs(out, rollout, pairs, scores)              # for nanorl.view: a few, in a few steps
 
         # 4. Update. Both responses of a pair stay together; micro-batches add up to the step.
         totals = {}

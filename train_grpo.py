@@ -55,7 +55,8 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
 
         L = -sum_bt w_bt [ S(rho, A) - kl_coef KL(pi || ref) + entropy_coef H ]
 
-    logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1], or [B, T] and finite; mask [B, T]; weights [B, T] of the tokens,
+    logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1], or [B, T] and finite (main then cuts it
+    to the rows' width, as it does `old_logp`); mask [B, T]; weights [B, T] of the tokens,
     made once for the whole optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min
     are extremes.
     """
@@ -80,7 +81,7 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
         surrogate = adv * (logp if ratio == "none" else importance_ratio(new, old))
     if kl_coef:
         ref_logp = ref_logp.masked_fill(~mask, 0.0)
-        metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp), mask)      # logged with k3, whichever the loss has
+        metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp), mask)      # always logged as k3
         if kl_in != "reward":
             weight = importance_ratio(logp, old_logp) if kl_in == "weighted" else 1.0
             surrogate = surrogate - kl_coef * weight * KL[kl](logp, ref_logp)
@@ -96,8 +97,8 @@ def advantages(cfg, rollout, rewards, old_logp, ref_logp, state):
     reward, R = r + overlong penalty - kl_coef sum_t k1. An answer whose tokens are left out still counts in its group's mean,
     unless it could not be scored (nan). `state` holds the running mean.
 
-    Where all answers of a group have the same R, what compares within it (center, leave_one_out, both z-scores) is exactly 0:
-    --groups all trains on them in vain, drop masks them here, and resample has replaced them already, in `collect`.
+    Where all answers of a group have the same R, what compares within it (center, leave_one_out, both z-scores) is exactly 0.
+    --groups all still counts their tokens in the weights; drop masks groups of equal `rewards` here, `collect` resamples.
     """
     mask, valid = rollout.mask, ~rewards.isnan()
     kept = valid
@@ -146,8 +147,8 @@ def main(cfg: Config) -> None:
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, data=[task.examples(), records], reference=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
-    # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout`, the evaluations and the
-    # tolerance of the first-step check use it. If it changed, each entry of --stale's queue would have to keep its own.
+    # One temperature for the whole run: sampling, evaluations, `score`, both calls of `score_rollout`, KeptGroups._score and
+    # the tolerance of the first-step check use it. If it changed, each entry of --stale's queue would have to keep its own.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     kl = family.KL_TERMS[cfg.kl or "k3"]
     loss = functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
@@ -180,7 +181,7 @@ def main(cfg: Config) -> None:
         # 4. Compare: how much better is each answer than the rest of its group? --stale n: on the rollout of n steps ago.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
-            fresh_logp = fresh.rollout.logp         # where it matters, scored again: the sampler may round differently
+            fresh_logp = fresh.rollout.logp         # replaced below where the sampler's rounding would matter
             if not cfg.on_policy or cfg.kl == "k1_reward":
                 fresh_logp = score_rollout(policy, fresh.rollout, cfg.temperature, cfg.micro_batch)
             queue = out.state.setdefault("queue", [])
@@ -192,7 +193,7 @@ def main(cfg: Config) -> None:
             rollout, old_logp = Rollout(**entry["rollout"]).to(device), entry["old_logp"].to(device)        # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch) if reference else None
         adv, mask = advantages(cfg, rollout, entry["rewards"], old_logp, ref_logp, out.state)
-        kept = kept_groups(out, task, rollout, entry["rewards"], entry["parts"])        # to look at: a few, in a few steps
+        kept = kept_groups(out, task, rollout, entry["rewards"], entry["parts"])        # for nanorl.view: a few, in a few steps
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.

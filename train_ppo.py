@@ -2,8 +2,8 @@
 
     J = sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]      loss = -J
 
-VL is the clipped value loss. The critic V estimates the return from a state, and A_t, by generalised advantage estimation,
-how much better a token did than that.
+VL is the clipped value loss. The critic V estimates the return from a state; A_t, by generalised advantage estimation, is
+how much better a token did than expected.
 Reward arrives per token: r_t = -kl_coef k1(pi || ref), and at the last token the score of the whole answer. So the KL
 penalty is part of what is maximised, E[score] - kl_coef KL(pi || ref), and not a term of the loss.
 
@@ -147,10 +147,11 @@ def main(cfg: Config) -> None:
                   reward_model=reward_model)
     if "critic" in out.state:
         critic.load_state_dict(out.state["critic"], strict=False)
+    # The state holds the critic's weights themselves, not a copy: what is saved later is the critic as it is then.
     out.state |= {"critic": run.trained_state(critic), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference, critic.trunk if cfg.critic == "separate" else None)
-    # One temperature for the whole run: sampling, `token_log_probs`, both calls of `score_rollout` and the evaluations use it.
+    # One temperature for the whole run: sampling, evaluations, `token_log_probs`, `score_rollout` and KeptGroups._score use it.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, clip_low=cfg.clip_low, clip_high=cfg.clip_high, value_clip=cfg.value_clip,
                              value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)
@@ -189,7 +190,7 @@ def main(cfg: Config) -> None:
             error = float((returns - old_values)[mask].var(correction=0))
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
-        kept = kept_groups(out, task, rollout, fresh.rewards,                               # to look at: a few, in a few steps
+        kept = kept_groups(out, task, rollout, fresh.rewards,                          # for nanorl.view: a few groups
                            fresh.parts | ({"learned reward": rewards} if reward_model else {}))
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their

@@ -142,7 +142,8 @@ def response_mask(prompt_lengths: Tensor, lengths: Tensor, width: int) -> Tensor
     """True where a target of `shift` is a response token, its stop token included.       [B], [B] -> [B, width - 1]
 
     tokens[b, prompt_lengths[b] : lengths[b]] are the response; the mask comes from lengths, never from token ids. The stop
-    token is in `lengths` because `Tokenizer.render_response` and `generate` end with it; the first-step check notices if not.
+    token is in `lengths` because `Tokenizer.render_response` and `generate` end with it; where `generate` did not, GRPO's
+    first-step check notices.
     """
     target = torch.arange(1, width, device=lengths.device)
     return (prompt_lengths[:, None] <= target) & (target < lengths[:, None])

@@ -33,7 +33,7 @@ AXES = Row._fields[:5]
 ALGORITHMS = {
     #                advantage        ratio       bound       aggregate        groups
     "reinforce": Row("reward",        "none",     "none",     "sequence_sum",  "all",
-                     "Williams 1992; --advantage running_mean takes a running mean of the reward off", {}),
+                     "Williams 1992; --advantage running_mean subtracts a running mean of the reward", {}),
     "rloo":      Row("leave_one_out", "none",     "none",     "sequence_sum",  "all",
                      "Ahmadian et al. 2024; their KL in the reward: --kl-coef 0.03", {"kl": "k1_reward"}),
     "grpo":      Row("zscore",        "token",    "clip",     "sequence_mean", "all",
@@ -61,7 +61,7 @@ ALGORITHMS = {
 BANDS = {"none": (None, None), "clip": (0.2, 0.2), "truncate": (None, 4.0), "mask": (7 / 8, 7.0)}
 
 # How an answer is compared, rewards [P, G] -> [P, G], `valid` as in ops. Three do not compare it with its group: reward;
-# running_mean, whose mean of earlier rewards has been taken off before; positive, which trains on answers of positive reward.
+# running_mean, whose mean `less_running_mean` has already subtracted; positive, which trains on answers of positive reward.
 ADVANTAGES = {"reward": lambda rewards, valid=None: rewards, "running_mean": lambda rewards, valid=None: rewards,
               "center": center, "leave_one_out": leave_one_out, "zscore": zscore, "zscore_batch": zscore_batch,
               "positive": lambda rewards, valid=None: torch.ones_like(rewards)}
@@ -69,7 +69,7 @@ ADVANTAGES = {"reward": lambda rewards, valid=None: rewards, "running_mean": lam
 
 class KLTerm(NamedTuple):
     estimator: Literal["k1", "k2", "k3"]
-    place: Literal["loss", "weighted", "reward"]    # in the loss, there weighted by the ratio, or in the reward
+    place: Literal["loss", "weighted", "reward"]    # a term of the loss, such a term times the ratio, or part of the reward
     follows: str    # the divergence whose gradient the term's expected gradient is
 
 
@@ -182,8 +182,8 @@ def announce(cfg: FamilyConfig, task: str, device: torch.device) -> None:
 
 
 def less_running_mean(rewards: Tensor, valid: Tensor, state: dict[str, Any], decay: float = 0.9) -> Tensor:
-    """Rewards minus a running mean of the valid ones of earlier steps, kept in `state`: no answer has a part in what it is
-    compared with.       [P, G] -> [P, G]"""
+    """Rewards minus a running mean of the valid ones of earlier steps, kept in `state`: no answer is part of its own
+    baseline.       [P, G] -> [P, G]"""
     total, weight = state.get("running_mean", (0.0, 0.0))
     if valid.any():
         state["running_mean"] = (decay * total + (1 - decay) * float(rewards[valid].mean()), decay * weight + (1 - decay))

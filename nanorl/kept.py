@@ -2,7 +2,7 @@
 `python -m nanorl.view` shows them. Kept are steps that begin with an evaluation, and the last.
 
 A line is a group, a prompt with its answers. Its lists have one entry for each token of the prompt or of the answer, stop token
-included. Numbers have six significant digits; null is one that is not finite, or that there is not.
+included. Numbers have six significant digits; null stands for one that is not finite or does not exist.
 
     step, group                         the group is counted within the rollout
     prompt, prompt_ids, prompt_tokens   its text, and each token's id and text
@@ -20,7 +20,7 @@ included. Numbers have six significant digits; null is one that is not finite, o
         advantage, weight, mask
         gradient                        dL/dlogp, retained from the backward pass of the run. Where it is negative, descent
                                         raises the log-prob. What an entropy bonus adds does not come through logp.
-        held                            trained, with an advantage and a weight, but without a gradient: the bound took it
+        held                            an advantage and a weight, but no gradient: the bound took it. A KL term hides this
         ...                             what else a script has: reference, its log-prob; value and returns (PPO); a token's part
                                         of the implicit reward (group losses)
 """

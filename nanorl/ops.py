@@ -239,7 +239,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float,
     after, goes_on = (F.pad(x[:, 1:], (0, 1)) for x in (values, mask))
     after = torch.where(goes_on, after, bootstrap[:, None])                                # V_{t+1}
     advantages, count = (rewards + gamma * after - values).masked_fill(~mask, 0.0), 1
-    while count < values.shape[1]:      # `count` deltas from t on, and as many after those, make twice as many
+    while count < values.shape[1]:      # each entry sums `count` deltas from t on; adding the next `count` doubles that
         advantages = advantages + (gamma * lam) ** count * F.pad(advantages[:, count:], (0, count))
         count *= 2
     advantages = advantages.masked_fill(~mask, 0.0)
@@ -326,7 +326,7 @@ def truncated_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, cap: float)
         J = sg( min(rho, cap) ) A log pi
 
     logp, old_logp [B, T] nats; adv [B, T] or [B, 1] -> [B, T]. Nothing flows through the weight, so that every token
-    keeps a gradient, min(rho, cap) A times its score, however far the policy has moved. J's value measures nothing.
+    keeps a gradient, min(rho, cap) A times its score, however far the policy has moved. Only J's gradient means anything.
     """
     assert not adv.requires_grad, "advantages are constants: detach them"
     return importance_ratio(logp.detach(), old_logp).clamp(max=cap) * adv * _at_least_float32(logp)
@@ -522,7 +522,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def rows_of_logits(vocab_size: int) -> int:
-    """How many rows of logits to hold at a time: 1024, or where the vocabulary is large 8 million logits, but at least 128."""
+    """How many rows of logits to hold at a time: as many as make 8 million logits, but at least 128 and at most 1024."""
     return min(1024, max(128, 2**23 // vocab_size))
 
 

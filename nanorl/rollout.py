@@ -50,7 +50,7 @@ def lenient_values(experience: Experience) -> Tensor | None:
     return None if None in values else torch.tensor(values).view(P, G)
 
 
-ATTEMPTS = 20       # draws of `prompts` problems until as many groups have contrast
+ATTEMPTS = 20       # with `resample`: how often to draw `prompts` problems before giving up
 
 
 class NoContrast(UserError):
@@ -91,7 +91,7 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
 
 def collect(policy: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *, prompts: int, samples: int, seed: int,
             resample: bool = False, state: dict[str, Any] | None = None) -> Experience:
-    """One step of experience on freshly drawn training problems. A run's `state` counts those of a file.
+    """One step of experience on freshly drawn training problems. `state` counts those drawn: a file goes on where it stopped.
 
     With `resample`, groups without contrast are replaced by new draws until all `prompts` have it (DAPO's dynamic
     sampling, Yu et al. 2025, section 3.2).
@@ -179,8 +179,8 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
 
 
 def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[str, float]:
-    """What the samples are like: reward and its parts, length, and the styles of answering apart. A mean over no answers is
-    omitted; an answer that could not be scored has no part in those of rewards.
+    """What the samples are like: reward and its parts, length, and reward by style of answering. A mean over no answers is
+    omitted; answers that could not be scored are left out of the means of rewards.
 
     For a task without a verifier, the reward is the hidden one, and its features come with it.
     """

@@ -50,7 +50,7 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
 def sampling_logits(logits: Tensor, temperature: float | Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits of the distribution that is really sampled: temperature, then top-k, then top-p.       [B, V] -> [B, V]
 
-    The largest is 0: taken off before the division, it cannot overflow at a temperature near 0.
+    The maximum is subtracted before the division, so that a temperature near 0 cannot make it overflow.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return top_p_filter(top_k_filter((logits - logits.amax(-1, keepdim=True)) / temperature, top_k), top_p)
@@ -135,8 +135,8 @@ class Slots:
         self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
         self.logp, self.u = (torch.zeros(rows, columns, device=device) for _ in range(2))       # u draws the token that is here
         self.ids, self.place, self.last = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(3))
-        self.alive = torch.zeros(slots, dtype=torch.bool, device=device)        # has neither stopped nor come to its last place
-        self.goes_on = torch.ones(config.vocab_size, dtype=torch.bool, device=device)           # False of stop tokens
+        self.alive = torch.zeros(slots, dtype=torch.bool, device=device)        # has neither stopped nor filled its last place
+        self.goes_on = torch.ones(config.vocab_size, dtype=torch.bool, device=device)           # False for stop tokens
         self.temperature = torch.ones((), dtype=torch.promote_types(dtype, torch.float32), device=device)
 
     def fill(self, free: Tensor, model: GPT, prompts: Tensor, lengths: Tensor, place: Tensor, last: Tensor) -> None:
@@ -145,7 +145,7 @@ class Slots:
         The last token of a prompt is not read yet: it is the first to be fed. All arguments are on the model's device.
         """
         times, columns = len(free) // len(prompts), prompts.shape[1] - 1
-        size = max(1, READ_AT_ONCE // (max(columns, 1) * model.config.mlp_width))          # so many prompts at a time
+        size = max(1, READ_AT_ONCE // (max(columns, 1) * model.config.mlp_width))          # prompts to read at a time
         for part, n, slots in zip(prompts.split(size), lengths.split(size), free.split(size * times), strict=True):
             read = KVCache(model.config, len(part), columns, prompts.device, self.cache.mask.dtype)
             if columns:
@@ -181,13 +181,13 @@ class Slots:
         self.ids, self.place, self.last, self.alive = (x[slots] for x in (self.ids, self.place, self.last, self.alive))
 
 
-# To ask the device whether rows have finished, the host must wait for it: not after every token where that is expensive.
+# Asking the device whether rows have finished makes the host wait: where that is expensive, not after every token.
 CHECK_EVERY = {"cuda": 8}
 
 READ_AT_ONCE = 2**24    # activations of an MLP while prompts are read
 GROWTH = 64             # columns after the prompts that the cache of eager decoding begins with, and grows by as they fill up
 
-KEPT, KEPT_BYTES = 4, 2**31     # of each model at most so many shapes (a rollout's, an evaluation's, two more) and bytes
+KEPT, KEPT_BYTES = 4, 2**31     # how many compiled shapes (a rollout's, an evaluation's, two more) and bytes to keep per model
 
 
 class _Compiled:
@@ -198,7 +198,7 @@ class _Compiled:
         self.cast: GPT | None = None
 
     def slots(self, config: GPTConfig, *shape) -> tuple[Callable, Slots]:
-        """The step compiled for slots of this shape, and the slots. Of those last used, only few are kept."""
+        """The step compiled for slots of this shape, and the slots. Only the most recently used shapes are kept."""
         if shape in self.steps:
             self.steps[shape] = self.steps.pop(shape)
         else:
@@ -256,10 +256,10 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
 
     `max_new_tokens` is one limit for all prompts, or a list with one for each. temperature 0 is greedy (and logp 0: a
     point mass); top_k = 0 and top_p = 1 are off. Each prompt is read once for all its samples. Randomness is one uniform
-    per (seed, row, position): but for rounding, a row does not depend on the other rows; they are counted from `first_row`.
+    per (seed, row, position): up to rounding, a row does not depend on the others. Row numbers start at `first_row`.
 
-    `slots` bounds the memory: so many rows are sampled at a time, but at least all of one prompt, and the others wait for
-    slots to become free. When none wait, eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as
+    `slots` bounds the memory: at most this many rows are sampled at a time, but at least all of one prompt; the others wait
+    for slots to become free. When none wait, eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as
     CUDA graphs need it. FloatingPointError when a logit was nan or +inf.
     """
     P, G = len(prompts), samples_per_prompt
