@@ -5,8 +5,9 @@
     python -m experiments.real_model --draw             only results, table and figure, from what is there
 
 A gain can be format alone. So an evaluation says both, on 500 held-out problems, answered greedily: *strict*, the right number
-in the format that is asked for, and *lenient*, the right number as the last one of an answer. The baseline is the best of five
-prompts, with examples and without. The runs need the packages of smollm2 (docs/real-models.md).
+in the format that is asked for, and *lenient*, the right number as the last one of an answer. The baseline is the best prompt
+without examples and with them. The runs need the packages of smollm2 (docs/real-models.md), those on GSM8K its files
+(real_tasks.py).
 """
 
 import argparse
@@ -27,15 +28,23 @@ SEEDS = (0, 1, 2)
 TASKS = "experiments/real_tasks.py"
 GRPO = ("train_grpo.py --init smollm2 --dtype bfloat16 --prompts 8 --group 8 --skip --eval-problems 16 "
         "--eval-every 1000 --save-every 1000 --quiet")
+SFT = ("train_sft.py --init smollm2 --dtype bfloat16 --batch 16 --micro-batch 4 "
+       "--eval-problems 16 --eval-every 1000 --save-every 1000 --quiet")
 SUMS = f"{GRPO} --task {TASKS}:two_digit_sums --max-new-tokens 32 --steps 30"
+GSM8K = f"--task {TASKS}:gsm8k_easy --max-new-tokens 128"
+GSM8K_GRPO = f"{GRPO} {GSM8K} --prompts 16 --temperature 0.7 --steps 30"
 # Name: what is trained, and the command. Each is run with each seed.
 RUNS = {"sums-all": ("all weights", f"{SUMS} --lr 2e-5"),
-        "sums-lora": ("LoRA 16", f"{SUMS} --lr 3e-4 --lora-rank 16")}
+        "sums-lora": ("LoRA 16", f"{SUMS} --lr 3e-4 --lora-rank 16"),
+        "gsm8k-all": ("all weights", f"{GSM8K_GRPO} --lr 2e-5"),
+        "gsm8k-lora": ("LoRA 16", f"{GSM8K_GRPO} --lr 3e-4 --lora-rank 16"),
+        "gsm8k-sft": ("SFT, all weights", f"{SFT} {GSM8K} --steps 60 --lr 2e-5")}
 # Prompting, before anything is trained: the task, and the longest answer. The first of each is what is trained on.
 PROMPTS = {"sums": {"2 examples": ("two_digit_sums", 32), "4 examples": ("two_digit_sums_four_shot", 32),
                     "4 examples, told how to end": ("two_digit_sums_four_shot_told", 32),
                     "zero-shot": ("two_digit_sums_zero_shot", 96),
-                    "zero-shot, told how to end": ("two_digit_sums_zero_shot_told", 96)}}
+                    "zero-shot, told how to end": ("two_digit_sums_zero_shot_told", 96)},
+           "gsm8k": {"2 examples": ("gsm8k_easy", 128), "zero-shot": ("gsm8k_easy_zero_shot", 256)}}
 RESULTS, FIGURE = ROOT / "experiments/results/real_model.json", ROOT / "docs/figures/real_model.png"
 
 
@@ -103,7 +112,7 @@ def collect(out: Path) -> dict:
                 {"seed": seed, "after": after, **json.loads((folder / "training.json").read_text()),
                  "tokens": sum(line.get("rollout/tokens", 0) for line in lines),
                  "reward": [line["rollout/reward"] for line in lines if "rollout/reward" in line],
-                 "samples": samples})
+                 "samples": samples if not name.startswith("gsm8k") else [s | {"prompt": ""} for s in samples]})
     return results
 
 
@@ -138,8 +147,9 @@ def table(results: dict) -> str:
 def draw(results: dict) -> None:
     """The reward of sampled answers, averaged over five steps, a line for each seed; its end: lenient accuracy, greedy, and
     dashed, that of the best prompt."""
-    titles = {"sums": "two-digit sums in words"}
-    families = [family for family in titles if any(results["runs"][name] for name in RUNS if name.startswith(family))]
+    titles = {"sums": "two-digit sums in words", "gsm8k": "GSM8K, two steps at most"}
+    families = [family for family in titles if any(run["reward"] for name in RUNS if name.startswith(family)
+                                                   for run in results["runs"][name])]
     figure, axes = panels(len(families), width=5)
     for axis, family in zip(axes, families, strict=True):
         for name, colour in zip((name for name in RUNS if name.startswith(family)), PALETTE, strict=False):

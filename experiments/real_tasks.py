@@ -1,15 +1,25 @@
-"""The task of real_model.py: sums asked in words, with examples before them and without.
+"""The tasks of real_model.py: sums asked in words, and the easier problems of GSM8K.
 
-    python train_grpo.py --init smollm2 --task experiments/real_tasks.py:two_digit_sums --max-new-tokens 32
+    python train_grpo.py --init smollm2 --task experiments/real_tasks.py:two_digit_sums ...
+
+GSM8K (Cobbe et al. 2021) is not part of this repository: the environment variable GSM8K names a folder with its train.jsonl
+and test.jsonl.
 """
 
-from nanorl.tasks import FileTask, Problem
+import os
+
+from nanorl.errors import UserError
+from nanorl.tasks import FileTask, Problem, Records
 
 ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
         "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 SUMS = ((27, 64), (58, 31), (45, 89), (16, 72))         # the examples that come before a question; never asked themselves
 TOLD = ' End with "Answer: " and the number.'
+WORKED = (("Tom has 5 boxes with 6 pens each. He gives away 8 pens. How many pens does he have left?",
+           "Tom has 5 * 6 = 30 pens.\nHe has 30 - 8 = 22 pens left.\n#### 22"),
+          ("A shirt costs $15 and a hat costs twice as much. What do both cost together?",
+           "The hat costs 15 * 2 = $30.\nTogether they cost 15 + 30 = $45.\n#### 45"))
 
 
 def spelled(n: int) -> str:
@@ -48,3 +58,22 @@ def two_digit_sums_four_shot_told() -> FileTask:
 
 def two_digit_sums_zero_shot_told() -> FileTask:
     return sums(0, TOLD)
+
+
+def gsm8k(shots: int, steps: int = 2) -> Records:
+    """The problems that GSM8K's own solutions answer in at most two steps, which they mark with <<. Held out are those of its
+    test file, and one in ten of its training file, by its hash."""
+    if not (folder := os.environ.get("GSM8K")):
+        raise UserError("GSM8K: expected this environment variable to name a folder with GSM8K's train.jsonl and test.jsonl")
+    task = Records(f"{folder}/train.jsonl", shots=WORKED[:shots], verifier="number", heldout=f"{folder}/test.jsonl")
+    task.held = [held or problem.is_heldout for held, problem in zip(task.held, task.problems, strict=True)]
+    task.keep([i for i, problem in enumerate(task.problems) if problem.record["answer"].count("<<") <= steps])
+    return task
+
+
+def gsm8k_easy() -> Records:
+    return gsm8k(shots=2)
+
+
+def gsm8k_easy_zero_shot() -> Records:
+    return gsm8k(shots=0)
