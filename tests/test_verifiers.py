@@ -84,6 +84,8 @@ JUDGED = [
     ("5", "", False, False, "nothing"),
     ("5000", "It is 5,000, I think.", False, True, "a comma after the number is none of it"),
     ("5", "5 apples, 3 left", False, False, "leniently the last number counts"),
+    ("5", "She has 10 - 5", False, True, "a minus between two numbers is no sign"),
+    ("-5", "It fell to -5", False, True, "a minus at the number is"),
     ("3", "It is 3.", False, True, "a period after the last number"),
     ("3", "from 1.2.3", False, False, "a version is no number"),
     ("3", "room B3", False, False, "part of a word"),

@@ -21,6 +21,7 @@ MARK = re.compile(r"####|\bAnswer:|\\boxed(?=\s*\{)")
 DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,12}(?!,?\d)|\d{1,40}(?!\d))"
 NUMBER = re.compile(rf"(?<![\w.,/])([-+\u2212]?)\s?[$€£¥]?\s?([-\u2212]?)"
                     rf"(?:({DIGITS})\s?/\s?({DIGITS})|({DIGITS}(?:\.\d{{1,40}})?|\.\d{{1,40}}))(?![\w/]|[.,]\d)")
+SUBTRACTED = re.compile(r"(?<=[\d)])\s[-\u2212](?=\s)")       # a minus between two terms is no sign
 LATEX = ((re.compile(r"\\[dt]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}"), r"\1/\2"), (re.compile(r"\\text\s?\{([^{}]*)\}"), r"\1"),
          (re.compile(r"\\[,;!() ]|\\(?=[$%])|\*\*"), ""))
 CHOICE = re.compile(r"\(?([A-Za-z])(?:\)?[.:]?|[).:] .*)")
@@ -81,7 +82,7 @@ def last_number(text: str) -> str | None:
     """The last number in a text, as `read_number` reads it."""
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
-    values = [value for number in NUMBER.finditer(text) if (value := _value(number))]
+    values = [value for number in NUMBER.finditer(SUBTRACTED.sub(" ", text)) if (value := _value(number))]
     return values[-1] if values else None
 
 
