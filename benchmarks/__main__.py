@@ -3,6 +3,7 @@
     python -m benchmarks                        all groups but checks, on this machine's CPU: some minutes
     python -m benchmarks --device cuda          on a GPU: first the checks, then the rest, in eight minutes at most
     python -m benchmarks --only generate grpo   some of them
+    python -m benchmarks --peers                beside transformers and TRL (benchmarks/peers.py): twelve minutes, nothing else
     python -m benchmarks --smoke                every line once, tiny: a minute, and the numbers mean nothing
     python -m benchmarks --out FILE.json        kept, with the machine, the versions and the date
 
@@ -49,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import plain
+from benchmarks import peers, plain
 from benchmarks.checks import Finding, run_checks
 from benchmarks.measure import Stopwatch, ceilings, inside, machine, median_ratio, peak_memory, race
 from nanorl import run
@@ -74,6 +75,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
     seconds: run.Positive | None = None    # for the candidates at each work, after a round to warm up (default: 6; cuda 1)
     compile: bool = True        # also what torch.compile makes of it
+    peers: bool = False         # beside transformers and TRL instead, on the CPU in float32; needs both
     smoke: bool = False         # tiny sizes and one round: does it run?
     out: str = ""               # JSON file for the results (default: none; cuda benchmarks/results/cuda.json)
     memory_of: str = ""         # (for its own use) print the memory of one candidate of `atoms`, or of all scripts at a preset
@@ -84,7 +86,8 @@ def settled(cfg: Config, device: torch.device) -> Config:
     cuda, groups = device.type == "cuda", get_args(Group)
     return replace(cfg, only=cfg.only or (groups if cuda else tuple(g for g in groups if g != "checks")),
                    seconds=cfg.seconds or (1.0 if cuda else 6.0),
-                   out=cfg.out or (str(ROOT / "benchmarks/results/cuda.json") if cuda and not cfg.smoke else ""))
+                   out=cfg.out or (str(ROOT / f"benchmarks/results/{'peers' if cfg.peers else 'cuda'}.json")
+                                   if (cuda or cfg.peers) and not cfg.smoke else ""))
 
 
 @dataclass
@@ -377,7 +380,7 @@ def atom_shapes(smoke: bool) -> list[tuple[str, int, int, int]]:
 def memory_in_a_process(cfg: Config, key: str, limit: float | None = None) -> Any:
     """What --memory-of prints, in a process of its own; for an atom, one whose allocator gives back what is freed."""
     command = [sys.executable, "-m", "benchmarks", "--memory-of", key, "--device", cfg.device] + ["--smoke"] * cfg.smoke
-    gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536"} if key.startswith("atoms") else {}
+    gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536"} if key.startswith(("atoms", "peers")) else {}
     result = subprocess.run(command, env=os.environ | gives_back, capture_output=True, text=True, timeout=limit)
     if result.returncode:
         raise RuntimeError(result.stderr)
@@ -385,8 +388,11 @@ def memory_in_a_process(cfg: Config, key: str, limit: float | None = None) -> An
 
 
 def print_memory(cfg: Config, device: torch.device) -> None:
-    """What --memory-of asks for: "atoms/INDEX/WHO" or "memory/PRESET"."""
+    """What --memory-of asks for: "atoms/INDEX/WHO", "memory/PRESET" or "peers/WHO"."""
     kind, which, *who = cfg.memory_of.split("/")
+    if kind == "peers":
+        print(json.dumps(peers.memory_of_steps(which, cfg.smoke)))
+        return
     if kind == "memory":
         print(json.dumps(memory_of_scripts(which, device, cfg.smoke)))
         return
@@ -454,6 +460,18 @@ def memory(bench: Benchmark) -> None:
                 bench.add(Row("memory", f"{script}, {preset}", "nanorl", memory=found))
 
 
+def beside_peers(bench: Benchmark) -> None:
+    """The other library is the first candidate at each work: the ratio says how many times as long it takes."""
+    for work, tokens, rounds in peers.race_all(bench.cfg.smoke, bench.cfg.seconds, bench.cfg.compile):
+        first = next(iter(rounds))
+        for who, times in rounds.items():
+            seconds = statistics.median(times)
+            bench.add(Row("peers", work, who, seconds, tokens / seconds,
+                          None if who == first else median_ratio(rounds[first], times)))
+    for who in rounds:
+        bench.add(Row("peers", f"{work}: memory", who, memory=memory_in_a_process(bench.cfg, f"peers/{who}")))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole chain
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,7 +505,7 @@ def learn(bench: Benchmark) -> None:
 @run.user_errors_as_sentences
 def main(cfg: Config) -> None:
     begun = time.perf_counter()
-    device = run.find_device(cfg.device)
+    device = run.find_device("cpu" if cfg.peers else cfg.device)
     cfg = settled(cfg, device)
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
         raise run.UserError(f"--out {cfg.out}: expected a file in a directory that exists")
@@ -499,8 +517,9 @@ def main(cfg: Config) -> None:
     if "checks" in cfg.only:
         checks(bench)
     failed = [finding.what for finding in bench.findings if not finding.ok]
-    groups = {"pretrain": pretrain, "generate": sampling, "grpo": grpo, "atoms": atoms, "memory": memory, "learn": learn}
-    timed = [name for name in cfg.only if name != "checks"]
+    groups = {"pretrain": pretrain, "generate": sampling, "grpo": grpo, "atoms": atoms, "memory": memory, "learn": learn,
+              "peers": beside_peers}
+    timed = ["peers"] if cfg.peers else [name for name in cfg.only if name != "checks"]
     if timed:
         bench.ceiling = ceilings(device, 0.0 if cfg.smoke else 2.0)
         print(", ".join(f"{name} {value:.3g}" for name, value in bench.ceiling.items()) + "\n", flush=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanorl.checks import BrokenObjective, advantage_bias, check_objective, length_bias
+from nanorl.checks import BrokenObjective, advantage_bias, check_objective, divergence, length_bias
 from nanorl.checks.__main__ import main
 from nanorl.checks.invariants import ADVANTAGE_INVARIANTS, OBJECTIVE_INVARIANTS
 from nanorl.family import ADVANTAGES, ALGORITHMS
-from nanorl.ops import center, clipped_surrogate, kl_k1, kl_k2, kl_k3, leave_one_out, masked_sum, zscore
+from nanorl.ops import center, clipped_surrogate, kl_k1, kl_k2, kl_k3, leave_one_out, masked_sum, sequence_ratio, zscore
 from train_grpo import Config, objective
 
 pytestmark = pytest.mark.math
@@ -256,9 +256,28 @@ def test_a_detached_weight_is_not_checked_with_a_clip():
     assert "every token its gradient" in report.skipped["flat_region"] and "weighted_score" in report.held
 
 
-def test_what_the_invariants_do_not_cover_is_refused():
-    with pytest.raises(ValueError, match="ratio='sequence'"):
-        check_objective(sound, detached_weight=True, ratio="sequence")
+def weight_of_answers(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None):
+    """VESPO's: w^2 e^(3 - 3 w), of the product w of an answer's ratios; it may be larger than the ratio."""
+    logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
+    w = (logp - old_logp).sum(-1, keepdim=True).exp().detach()
+    return -(weights * w.square() * (3 - 3 * w).exp() * adv * logp).sum(), {}
+
+
+def test_a_detached_weight_of_answers_is_one_number_for_each():
+    assert "weighted_score" in quick(weight_of_answers, detached_weight=True, ratio="sequence").held
+    for f, ratio in ((weight_of_answers, "token"), (loss_of(Config(algo="cispo")), "sequence")):
+        with pytest.raises(BrokenObjective) as error:
+            quick(f, detached_weight=True, ratio=ratio)
+        assert error.value.report.broken.keys() == {"weighted_score"}
+
+
+def test_a_kl_term_may_follow_a_sum_of_divergences():
+    """k3 weighted by the ratio of the whole answer, its mean over tokens: half of each where answers have two tokens."""
+    def f(logp, old_logp, adv, mask, weights, *, ref_logp, entropy=None):
+        return (weights * sequence_ratio(logp, old_logp, mask) * kl_k3(logp, ref_logp)).sum(), {}
+
+    assert divergence(f) == ("KL term: its expected gradient is 0.5 times that of KL(ref || pi), each prefix held fixed plus "
+                             "0.5 times that of KL(pi || ref) of whole answers")
 
 
 def test_the_counterexample_is_small_and_in_words():
@@ -356,8 +375,7 @@ def test_the_command_reports_and_exits_with_1_when_something_is_broken(sign, cod
     ("mine.py:objective --advantage mine.py:objective", "missing a required argument: 'old_logp'; expected advantage(rewards)"),
     ("mine.v2.py:objective", "two dots"), ("random.py:objective", "another module called random; rename the file"),
     ("exits.py:objective", "exits.py exits when imported"),
-    ("mine.py:objective --examples 0", "--examples 0: must be at least 1"),
-    ("mine.py:objective --detached-weight --ratio sequence", "detached_weight with ratio='sequence'")])
+    ("mine.py:objective --examples 0", "--examples 0: must be at least 1")])
 def test_the_command_says_in_a_sentence_what_it_cannot_check(argv, says, folder, capsys):
     for name in ("mine.py", "mine.txt", "mine.v2.py", "random.py"):
         Path(name).write_text(OBJECTIVE.format(sign="-"))

@@ -55,6 +55,18 @@ def test_contracts_that_people_have_are_accepted(f, scaled):
     assert ("share of all pairs" in str(report)) == scaled and "weighted" in report.skipped
 
 
+def each_by_itself(sign):
+    """BCO's loss without its shift, or with a sign that is wrong for the rejected response."""
+    return lambda c, r, rc, rr: (-logsigmoid(0.3 * (c - rc)) - logsigmoid(-sign * 0.3 * (r - rr))).mean()
+
+
+def test_a_loss_without_a_margin_is_checked_response_by_response():
+    report = check_preference_objective(each_by_itself(1), absolute=True, examples=8)
+    assert {"balance", "shift", "swap"} <= report.skipped.keys() and {"upwards", "reference", "lengths"} <= report.held.keys()
+    assert broken(check_preference_objective, each_by_itself(-1), absolute=True)[0] == {"upwards"}
+    assert {"balance", "shift"} <= broken(check_preference_objective, each_by_itself(1))[0]
+
+
 @pytest.mark.parametrize("f", [lambda *logps: torch.relu(1 - margin(*logps)).mean(),
                                lambda *logps: torch.relu(0.01 - margin(*logps)).square().sum(),
                                lambda c, r, rc, rr: -logsigmoid(margin(c, r, rc, rr) - 0.5).mean() - 0.1 * c.mean()],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,13 +58,15 @@ def keep_gradients(out, patch=setattr):
     patch(optimizer, "_sum_gradients", keep)
 
 
-def on_two_processes(tmp_path, jobs):
-    """Jobs are (name of a script's run, flags, out, the step after which it is stopped)."""
+def on_two_processes(tmp_path, jobs, agents=(["--standalone", "--nproc-per-node", "2"],)):
+    """Jobs are (name of a script's run, flags, out, the step after which it is stopped); an agent is what torchrun is told."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT), jobs=[(name, flags, str(out), last) for name, flags, out, last in jobs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
+    started = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *flags, str(driver)], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for flags in agents]
+    for agent in started:
+        errors = agent.communicate(timeout=600)[1]
+        assert agent.returncode == 0, errors[-3000:]
 
 
 def assert_same_run(out, name):
@@ -115,6 +118,19 @@ def test_every_script_does_on_two_processes_what_it_does_on_one(tmp_path):
         for a, b in zip(together, alone, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * largest)
         assert {p.name for p in (tmp_path / name).iterdir()} == files_of(name)
+
+
+@pytest.mark.slow
+def test_two_machines_are_two_processes(tmp_path):
+    """Two agents of torchrun that meet at an address, as on two machines, with one process each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = f"localhost:{free.getsockname()[1]}"
+    agents = [["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "run",
+               "--rdzv-endpoint", meet] for rank in range(2)]
+    on_two_processes(tmp_path, [("grpo-full", SCRIPTS["grpo-full"][1], tmp_path / "grpo-full", None)], agents)
+    assert_same_run(tmp_path / "grpo-full", "grpo-full")
+    assert {p.name for p in (tmp_path / "grpo-full").iterdir()} == files_of("grpo-full")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from nanorl.ops import AGGREGATES
 # What each kind of function is checked with, and the flags that belong to it.
 KINDS = {"objective": (check_objective, ("advantage", "clip", "ratio", "detached_weight", "aggregate", "aggregates",
                                          "adv_shape", "maximise")),
-         "preference": (check_preference_objective, ("loss", "beta", "label_noise", "delta", "gamma", "nll_coef")),
+         "preference": (check_preference_objective, ("loss", "beta", "label_noise", "delta", "gamma", "nll_coef", "absolute")),
          "gae": (check_advantage, ())}
 
 
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--aggregates", choices=("given", "own"), help="own: the loss makes its token weights itself")
     parser.add_argument("--adv-shape", choices=ADV_SHAPES, help="own: adv is [B, 1] (default), [B] or [B, T]")
     parser.add_argument("--maximise", action="store_true", help="own: it returns what is to be maximised")
+    parser.add_argument("--absolute", action="store_true", help="preference: it judges each response by itself: no margin")
     parser.add_argument("--loss", choices=NUMBERS, help="preference: it is meant to be that of the paper, with ...")
     for number in ("beta", "label-noise", "delta", "gamma", "nll-coef"):
         parser.add_argument(f"--{number}", type=float, help="... a number in it")

@@ -45,7 +45,7 @@ def length_bias(f: Callable, aggregate: str | None) -> str:
 
 
 def divergence(f: Callable) -> str:
-    """the gradient of the KL term is that of a KL divergence (by enumeration)"""
+    """the gradient of the KL term is that of a KL divergence, or of a sum of several (by enumeration)"""
     g = torch.Generator().manual_seed(0)
     pi, ref = leaf(randn(g, 4, 3)), randn(g, 4, 3)                                           # two tokens out of three
     logp, ref_logp = log_probs(pi), log_probs(ref)
@@ -56,10 +56,11 @@ def divergence(f: Callable) -> str:
     candidates = {"KL(pi || ref), each prefix held fixed": fixed_prefix_kl(pi, pi, ref),
                   "KL(ref || pi), each prefix held fixed": fixed_prefix_kl(pi, ref, pi),
                   "KL(pi || ref) of whole answers": sequence_kl(pi, ref)}
-    for name, value in candidates.items():
-        exact = torch.autograd.grad(value, pi)[0]
-        c = float((found * exact).sum() / exact.square().sum())
-        if c > 0 and close(found / found.norm(), c * exact / found.norm(), 1e-6):
-            return f"KL term: its expected gradient is {c:.4g} times that of {name}"
-    raise Broken("the expected gradient of the term with ref_logp is that of no KL divergence: it does not pull the policy "
-                 "towards the reference")
+    exact = torch.stack([torch.autograd.grad(value, pi)[0].flatten() for value in candidates.values()])
+    shares = torch.linalg.lstsq(exact.T, found.flatten()[:, None]).solution.flatten()
+    rest = (found.flatten() - shares @ exact).norm()
+    if (shares > -1e-9).all() and (shares > 1e-9).any() and rest < 1e-6 * found.norm():
+        terms = [f"{c:.4g} times that of {name}" for c, name in zip(shares, candidates, strict=True) if c > 1e-9]
+        return f"KL term: its expected gradient is {' plus '.join(terms)}"
+    raise Broken("the expected gradient of the term with ref_logp is that of no KL divergence, nor of a sum of several: it "
+                 "does not pull the policy towards the reference")

@@ -86,9 +86,11 @@ def weighted(f: Callable, given: Pairs, generator: torch.Generator) -> None:
     expect(close(less, 0.25 * whole), f"a pair with weight 1 costs {whole:.4g}, and with weight 0.25 {less:.4g}")
 
 
-def upwards(f: Callable, given: Pairs, generator: torch.Generator) -> None:
+def upwards(f: Callable, given: Pairs, generator: torch.Generator, absolute: bool = False) -> None:
     """at a tie and below, the chosen response is pushed up and the rejected one down"""
     tie = given.first(rejected=given.chosen[:1], ref_rejected=given.ref_chosen[:1], rejected_length=given.chosen_length[:1])
+    if absolute:        # a loss may have a target for each response: at the start of training it is not yet reached
+        tie = replace(tie, ref_chosen=tie.chosen, ref_rejected=tie.rejected)
     for pair, where in ((tie, "at a tie"), (replace(tie, chosen=tie.chosen - 40 * tie.chosen_length), "far below a tie")):
         up, down = pushes(f, pair)
         expect(bool(up < 0 < down), f"{where} dL/dchosen is {numbers(up)} and dL/drejected {numbers(down)} ({pair})")
@@ -186,12 +188,14 @@ INVARIANTS = (invariants.purity, foreign.micro_batches, invariants.permutation, 
               lengths, swap, closed_form, optimum)
 
 
-def check_preference_objective(f: Callable, loss: str | None = None, *, examples: int = 50, **paper: float) -> Report:
+def check_preference_objective(f: Callable, loss: str | None = None, *, absolute: bool = False, examples: int = 50,
+                               **paper: float) -> Report:
     """Check a loss f(chosen, rejected, ref_chosen, ref_rejected) of pairs of responses, log-probs [N] each.
 
     It also gets chosen_length, rejected_length and weights, [N], if its signature names them. It returns one loss, or [N].
 
     loss        "dpo", "cdpo", "ipo", "slic" or "simpo", if it is meant to be that of the paper (the table of train_dpo.py)
+    absolute    True if the loss is no function of a margin, but judges each response by itself, as KTO's, BCO's and NCA's do
     paper       the numbers in it: beta, label_noise, delta, gamma; and nll_coef, if there is such a term
     examples    random cases for each invariant
 
@@ -207,13 +211,16 @@ def check_preference_objective(f: Callable, loss: str | None = None, *, examples
         return counterexample(partial(invariant, f), cases) is None
 
     uses_reference = not (holds(partial(ignores, name="ref_chosen")) and holds(partial(ignores, name="ref_rejected")))
-    share = foreign.share_of(f, [deepcopy(case) for case, _ in cases], ("",) if takes_weights else ("", "pairs"))
+    shares = ("",) if takes_weights else ("", "pairs")
+    share = foreign.share_of(f, [deepcopy(case) for case, _ in cases], shares)
     reasons = ((not takes_weights, "it makes its weights itself", weighted),
                (not uses_reference, "the loss does not use the reference", reference),
                (loss is None, "no loss of a paper was named", closed_form),
+               *((absolute, "it judges each response by itself", x) for x in (balance, shift, swap)),
                (not symmetric or "nll_coef" in paper, "only for dpo, cdpo and ipo, without nll_coef", optimum))
     report = check_all(f, contract, INVARIANTS, cases,
-                       {foreign.micro_batches: {"share": share or ""}, closed_form: paper | {"loss": loss},
+                       {foreign.micro_batches: {"share": shares[-1] if share is None else share},
+                        upwards: {"absolute": absolute}, closed_form: paper | {"loss": loss},
                         optimum: paper | {"loss": loss}, swap: {"uses_reference": uses_reference, "symmetric": symmetric}},
                        {invariant: why for applies, why, invariant in reasons if applies})
     if not report.broken:

@@ -159,7 +159,7 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     advantage         rewards [P, G] -> [P, G], to be checked too
     clip              (low, high) if the ratio is clipped to 1 - low .. 1 + high
     detached_weight   True if the ratio is a weight without a gradient of its own
-    ratio             what is clipped: "token" or, if each answer has one ratio, "sequence"
+    ratio             what is clipped or detached: "token" or, if each answer has one ratio or weight, "sequence"
     aggregate         how its token weights are made (ops.token_weights); the report notes how they change the expected gradient
     aggregates        "own" if f(logp, old_logp, adv, mask) makes its token weights itself; that they are those of `aggregate`
                       is then checked. It also gets ref_logp, entropy and prompt_index [B], if its signature names them
@@ -170,8 +170,6 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     Returns the report if nothing is broken, its `unchecked` empty if all that applies holds; raises BrokenObjective, an
     AssertionError with the report, if something is.
     """
-    if detached_weight and ratio == "sequence":
-        raise UserError("detached_weight with ratio='sequence': only a weight of tokens can be checked; leave one of them out")
     own = aggregates == "own"
     if aggregates not in ("given", "own") or adv_shape not in (None, *foreign.ADV_SHAPES):
         raise UserError(f"aggregates={aggregates!r}, adv_shape={adv_shape!r}: expected 'given' or 'own', and 'B1', 'B' or 'BT'")
@@ -186,6 +184,8 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
         subject, cases = (advantage, reward_cases) if invariant in ADVANTAGE_INVARIANTS else (f, batch_cases)
         if invariant in (invariants.flat_region, invariants.pessimism):
             options = {"clip": clip, "ratio": ratio}
+        if invariant is invariants.weighted_score:
+            options = {"ratio": ratio}
         if own and invariant in (invariants.padding, invariants.permutation):
             options = {"same": foreign.close}
         if own and subject is f:

@@ -8,11 +8,11 @@ from nanorl.run.checkpoint import check_finite
 
 
 def _sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over all processes, as one tensor. A process that had no rows adds zeros."""
+    """Over all processes, one tensor at a time: of all together, a copy would be as large as the model. A process that had no
+    rows adds zeros."""
     if ranks.count() > 1:
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-        for p, grad in zip(parameters, ranks.summed(flat).split([p.numel() for p in parameters]), strict=True):
-            p.grad = grad.view_as(p)
+        for p in parameters:
+            p.grad = ranks.summed(torch.zeros_like(p) if p.grad is None else p.grad)
 
 
 class Optimizers:
