@@ -65,7 +65,7 @@ from train_pretrain import objective as pretrain_objective
 
 ROOT = Path(__file__).resolve().parent.parent
 Group = Literal["checks", "pretrain", "generate", "grpo", "atoms", "memory", "learn"]
-MINUTES_ON_A_GPU = 8
+MINUTES_ON_A_GPU, MINUTES_BESIDE_PEERS = 8, 12
 INSIDE = "  inside: "     # what the profiler saw in the row above
 
 
@@ -469,7 +469,8 @@ def beside_peers(bench: Benchmark) -> None:
             bench.add(Row("peers", work, who, seconds, tokens / seconds,
                           None if who == first else median_ratio(rounds[first], times)))
     for who in rounds:
-        bench.add(Row("peers", f"{work}: memory", who, memory=memory_in_a_process(bench.cfg, f"peers/{who}")))
+        memory = memory_in_a_process(bench.cfg, f"peers/{who}", bench.left())
+        bench.add(Row("peers", "memory of a GRPO step, 2 x 8 answers", who, memory=memory))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,11 +510,14 @@ def main(cfg: Config) -> None:
     cfg = settled(cfg, device)
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
         raise run.UserError(f"--out {cfg.out}: expected a file in a directory that exists")
+    if cfg.peers:
+        peers.check_installed()
     if cfg.memory_of:
         print_memory(cfg, device)
         return
     print(", ".join(f"{name} {value}" for name, value in machine(device).items()), flush=True)
-    bench = Benchmark(cfg, device, {}, [], end=begun + 60 * MINUTES_ON_A_GPU if device.type == "cuda" else math.inf)
+    minutes = MINUTES_BESIDE_PEERS if cfg.peers else MINUTES_ON_A_GPU if device.type == "cuda" else math.inf
+    bench = Benchmark(cfg, device, {}, [], end=begun + 60 * minutes)
     if "checks" in cfg.only:
         checks(bench)
     failed = [finding.what for finding in bench.findings if not finding.ok]

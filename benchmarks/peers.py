@@ -26,7 +26,7 @@ from nanorl import run
 from nanorl.batches import micro_batches, minibatches
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.ops import token_weights, zscore
-from nanorl.plot import pyplot
+from nanorl.plot import pyplot, save
 from nanorl.sample import generate, token_log_probs
 from train_grpo import objective
 
@@ -120,7 +120,7 @@ def trl_steps(work: Work, steps: int, after: Callable[[], object]) -> list[float
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     V, seconds, reward = work.config.vocab_size, [], random.Random(0)
@@ -138,16 +138,19 @@ def trl_steps(work: Work, steps: int, after: Callable[[], object]) -> list[float
             after()
 
     with tempfile.TemporaryDirectory() as folder:
-        GRPOTrainer(llama_of(work.config), lambda completions, **others: [reward.random() for _ in completions],
-                    GRPOConfig(folder, max_steps=steps, **trainer_settings(work)),
-                    Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts"),     # not to be computed
-                    processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>"),
-                    callbacks=[Clock()]).train()
+        trainer = GRPOTrainer(
+            llama_of(work.config), lambda completions, **others: [reward.random() for _ in completions],
+            GRPOConfig(folder, max_steps=steps, **trainer_settings(work)),
+            Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts"),     # not to be computed
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>"),
+            callbacks=[Clock()])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return seconds
 
 
-def raced_steps(work: Work, rounds: int) -> dict[str, list[float]]:
-    """Seconds of both in turn, after a step of each that does not count."""
+def raced_steps(work: Work, steps: int) -> dict[str, list[float]]:
+    """Seconds of so many steps of both, in turn."""
     step, ours = our_step(work), []
 
     def timed() -> None:
@@ -155,13 +158,17 @@ def raced_steps(work: Work, rounds: int) -> dict[str, list[float]]:
         step()
         ours.append(time.perf_counter() - begun)
 
-    theirs = trl_steps(work, rounds + 1, timed)
-    return {"TRL": theirs[1:], "nanorl": ours[1:]}
+    return {"TRL": trl_steps(work, steps, timed), "nanorl": ours}
 
 
 def memory_of_steps(who: str, smoke: bool) -> int | None:
-    """Bytes of the last model and its first two steps; the second has the optimizer's moments from its beginning."""
-    work = works(smoke)[-1]
+    """Bytes of the last model and its first two steps, of which the second begins with the optimizer's moments.
+
+    Two prompts are enough: what is in memory at a time are the rows of a micro-batch.
+    """
+    import trl.trainer.grpo_trainer  # noqa: F401       libraries do not count
+
+    work = works(smoke)[-1]._replace(prompts=2)
 
     def two_steps() -> None:
         step = our_step(work)
@@ -171,16 +178,20 @@ def memory_of_steps(who: str, smoke: bool) -> int | None:
     return peak_memory(two_steps if who == "nanorl" else lambda: trl_steps(work, 2, lambda: None), torch.device("cpu"))
 
 
-def race_all(smoke: bool, seconds: float, compile: bool) -> Iterator[tuple[str, int, dict[str, list[float]]]]:
-    """Each piece of work, its answer tokens, and the seconds of each candidate in every round."""
+def check_installed() -> None:
     if not find_spec("trl"):
         raise run.UserError("--peers: needs transformers and TRL, which are not installed; pip install nanorl[peers]")
+
+
+def race_all(smoke: bool, seconds: float, compile: bool) -> Iterator[tuple[str, int, dict[str, list[float]]]]:
+    """Each piece of work, its answer tokens, and the seconds of each candidate in every round."""
     print(f"float32, transformers {version('transformers')}, TRL {version('trl')}")
     for work in works(smoke):
         large = work.config.width > 128
         if work.rows:
             print(f"TRL: {trainer_settings(work)}")
             times = raced_steps(work, 2 if large or smoke else 7)
+            times = times if large else {who: steps[1:] for who, steps in times.items()}       # the first is to warm up
         else:
             times = race(generation(work, compile and large), torch.device("cpu"), 0.0 if smoke else seconds)
         yield str(work), work.prompts * work.group * work.new, times
@@ -190,14 +201,15 @@ def draw(results: Path = RESULTS, path: Path = FIGURE) -> None:
     """How many times as fast as the other library, for each piece of work."""
     rows = [row for row in json.loads(results.read_text(encoding="utf-8"))["rows"] if row["ratio"]]
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1), layout="constrained")
     names = [row["work"] + (" (compiled)" if "compiled" in row["who"] else "") for row in rows]
     bars = axes.barh(names, [row["ratio"] for row in rows])
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlabel("time of transformers (generate) or TRL (GRPO step) / time of nanorl")
-    figure.savefig(path, dpi=120)
+    axes.margins(x=0.1)
+    axes.set_xlabel("how many times as long the other library takes")
+    save(figure, path)
 
 
 if __name__ == "__main__":

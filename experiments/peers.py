@@ -104,7 +104,7 @@ def accumulation(loss_type: str, **options) -> str | None:
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 GRPO = [*((loss, level, {}) for loss in (*CLIPPED, "sapo") for level in ("token", "sequence")),
         *(("cispo", level, options) for options in ({}, {"epsilon_high": 5.0}) for level in ("token", "sequence")),
-        ("vespo", "token", {}), ("grpo", "token", {"entropy_coef": 0.01}), ("dapo", "token", {"entropy_coef": 0.01})]
+        ("vespo", "token", {}), ("dapo", "token", {"entropy_coef": 0.01}), ("grpo", "token", {"entropy_coef": 0.01})]
 # "absolute": a loss of each response by itself, without a margin.
 DPO = {"sigmoid": {"loss": "dpo", "beta": 0.1}, "ipo": {"loss": "ipo", "beta": 0.1}, "sigmoid_norm": {}, "hinge": {},
        "robust": {}, "exo_pair": {}, "discopop": {}, "aot": {},
@@ -117,7 +117,7 @@ MATTERS = {
         "partly: that 5.0 is recommended",
         "Always, if `epsilon_high` is left out: it is then 0.2, and for this loss it is the cap of the ratio itself. Nearly "
         "every ratio is above it, so that the weight is 0.2 for all tokens: policy gradient without importance sampling, a "
-        "fifth as large as a KL or an entropy term expects. Set `epsilon_high=5.0`."),
+        "fifth as large as a KL or an entropy term expects (c is relative to it). Set `epsilon_high=5.0`."),
     ("bnpo", "accumulation"): (
         "yes", "With `gradient_accumulation_steps` above 1 and answers of different lengths: a token counts more where those "
                "beside it are short. `dapo` counts the tokens of the whole step."),
@@ -134,8 +134,9 @@ MATTERS = {
         "no", "With several micro-batches: it is a mean over the tokens of each, not over pairs, so that a token counts more "
               "where those beside it are few; the other DPO losses are means over pairs."),
     ("aot", "micro_batches"): (
-        "no", "It sorts the margins of a micro-batch, and so depends on its size: with `per_device_train_batch_size=1` it is "
-              "`sigmoid`, and accumulating gradients does not bring the sorting back."),
+        "in part: that larger batches help",
+        "It sorts the margins of a micro-batch, and so depends on its size: with `per_device_train_batch_size=1` it is "
+        "`sigmoid`, and accumulating gradients does not bring the sorting back."),
 }
 MATTERS["entropy_coef", "accumulation"] = MATTERS["entropy_coef", "micro_batches"]
 MATTERS["aot_unpaired", "micro_batches"] = MATTERS["aot", "micro_batches"]
@@ -184,7 +185,8 @@ them, have the gradient of one batch.
 PAIRS = """
 With the ratio of a sequence, the KL term mixes two divergences, in equal parts where answers have two tokens; where they have
 n, that of whole answers has a share of 1 / n. TRL's documentation says that the term is unbiased only with the ratio of tokens.
-VESPO's weight is one number for an answer, and may be larger than its ratio.
+VESPO's weight is one number for an answer, and may be larger than its ratio. CISPO's is one, too, with the ratio of a
+sequence; less is then checked of it, and that it is 0.2 / 64 without `epsilon_high` shows in the fourth column alone.
 
 ## DPO
 

@@ -16,7 +16,7 @@ from world import ROOT
 
 import benchmarks.__main__ as command
 import nanorl.gpt
-from benchmarks import checks, memory, plain
+from benchmarks import checks, memory, peers, plain
 from benchmarks.__main__ import INSIDE, Benchmark, Config, Row, forward_flops, model_of, plain_of, settled
 from benchmarks.measure import Stopwatch, inside, median_ratio, race
 from nanorl.gpt import GPT
@@ -227,6 +227,54 @@ def test_the_whole_benchmark_runs(tmp_path):
         measured = "memory" if row["group"] == "memory" else "share" if row["work"].startswith(INSIDE) else "seconds"
         assert row[measured] >= 0 and (measured != "seconds" or row[measured] > 0)
         assert row["ratio"] is None or row["ratio"] > 0
+
+
+# ---- Beside transformers and TRL ----
+
+
+def test_without_trl_there_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit:
+        command.main(Config(peers=True, out="unused.json"))
+    assert exit.value.code == 2 and "--peers: needs transformers and TRL" in capsys.readouterr().err
+
+
+def test_micro_batches_are_full_of_whole_groups():
+    """TRL's batches are; so both have as many rows in memory."""
+    for work in peers.works(smoke=False):
+        assert work.rows == 0 or (work.prompts * work.group % work.rows == 0 and work.rows % work.group == 0), work
+
+
+def test_our_step_beside_peers_trains_on_every_token(monkeypatch):
+    seen = []
+
+    def seeing(*args):
+        seen.append((args[3].sum().item(), args[4].sum().item()))
+        return objective(*args)
+
+    monkeypatch.setattr(peers, "objective", seeing)
+    work = peers.works(smoke=True)[-1]
+    peers.our_step(work)()
+    tokens, weights = map(sum, zip(*seen, strict=True))
+    assert len(seen) == 2 and tokens == work.prompts * work.group * work.new and weights == pytest.approx(1)
+
+
+def test_the_figure_is_drawn_from_the_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"work": "tiny", "who": who, "ratio": ratio} for who, ratio in (("TRL", None), ("nanorl", 2.0))]
+    (tmp_path / "peers.json").write_text(json.dumps({"rows": rows}))
+    peers.draw(tmp_path / "peers.json", tmp_path / "peers.png")
+    assert (tmp_path / "peers.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_race_beside_peers_runs(tmp_path):
+    pytest.importorskip("trl")
+    out = tmp_path / "peers.json"
+    command.main(Config(peers=True, smoke=True, compile=False, out=str(out)))
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["who"] for row in rows] == ["transformers", "nanorl", "TRL", "nanorl", "TRL", "nanorl"]
+    assert all(row["seconds"] > 0 for row in rows[:4]) and all(row["memory"] > 0 for row in rows[4:])
 
 
 # ---- The memory of real models ----

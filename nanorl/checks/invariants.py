@@ -55,7 +55,9 @@ def close(a: Tensor, b: Tensor, tol: float = 1e-9) -> bool:
 def expect_same(found: dict[str, Tensor], expected: dict[str, Tensor], change: str, same: Callable = close) -> None:
     """Loss, gradients and metrics are as expected after a change to the batch, which `change` names."""
     for name, before in expected.items():
-        expect(same(found[name], before), f"{change} turns {name} from {numbers(before)} into {numbers(found[name])}")
+        was, now = numbers(before), numbers(found[name])
+        expect(same(found[name], before), f"{change} turns {name} from {was} into {now}"
+               + (f", which differs by {(found[name] - before).abs().max():.1g}" if now == was else ""))
 
 
 def expect_gradient(f: Callable, batch: Batch, expected: Tensor, rho: Tensor) -> None:
