@@ -24,7 +24,7 @@ def gradient(loss_type, ratios, lengths, parts=1, coef=0.0):
         GRPOTrainer._compute_loss(t, None, inputs).backward()
     return logp.grad[:, 0].tolist(), [] if h.grad is None else h.grad[:, 0].tolist()
 
-print("cispo, ratios 0.5, 1, 2:", gradient("cispo", [0.5, 1.0, 2.0], [1, 1, 1])[0], "expected -0.167, -0.333, -0.667")
+print("cispo, default epsilon_high, ratios .5, 1, 2:", gradient("cispo", [0.5, 1, 2], [1, 1, 1])[0], "unlike -1/6, -1/3, -2/3")
 for n in (1, 2):
     print(f"answers of 1 and 3 tokens as {n} micro-batches: bnpo", gradient("bnpo", [1.0, 1.0], [1, 3], n)[0],
           "entropy", gradient("dapo", [1.0, 1.0], [1, 3], n, 0.1)[1])

@@ -108,6 +108,15 @@ def test_what_a_loss_of_its_own_weights_can_break(f, options, named):
     assert named <= found and len(found) <= 4, report
 
 
+def test_a_gate_that_is_soft_is_no_clip():
+    """SAPO's: every token keeps a gradient, so that there is no edge to be told of."""
+    def loss(logp, old_logp, adv, mask):
+        return -row_mean(4 * torch.sigmoid((logp - old_logp).exp() - 1) * adv, mask)
+
+    report = check_objective(loss, aggregates="own", examples=8)
+    assert not report.unchecked and report.skipped["flat_region"] == "no clip range was given"
+
+
 def test_an_entropy_bonus_may_weigh_tokens_in_its_own_way():
     report = broken(clipped(row_mean, kl_coef=0.04, bonus=token_mean), clip=(0.2, 0.2))[1]
     assert "KL term: its expected gradient is 0.02 times that of KL(ref || pi)" in str(report)
