@@ -180,7 +180,7 @@ def memory_of_steps(who: str, smoke: bool) -> int | None:
 
 def check_installed() -> None:
     if not find_spec("trl"):
-        raise run.UserError("--peers: needs transformers and TRL, which are not installed; pip install nanorl[peers]")
+        raise run.UserError('--peers: needs transformers and TRL, which are not installed; pip install -e ".[peers]"')
 
 
 def race_all(smoke: bool, seconds: float, compile: bool) -> Iterator[tuple[str, int, dict[str, list[float]]]]:

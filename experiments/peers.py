@@ -1,6 +1,6 @@
 """What nanorl's checks say of TRL's losses of GRPO and DPO.
 
-    python -m experiments.peers             checks them all, and writes docs/peers.md; needs pip install nanorl[peers]
+    python -m experiments.peers             checks them all, and writes docs/peers.md; needs pip install -e ".[peers]"
 
 The losses are TRL's own `_compute_loss`, called on random log-probs instead of a model's. What breaks is derived again
 without nanorl, by trl_grpo_alone.py and trl_dpo_alone.py.
@@ -168,7 +168,7 @@ def dpo_report(loss_type: str, examples: int) -> Report:
 
 PREFACE = """# TRL's losses, checked
 
-`python -m experiments.peers` (with `pip install nanorl[peers]`) calls TRL's own `_compute_loss` with random log-probs and
+`python -m experiments.peers` (with `pip install -e ".[peers]"`) calls TRL's own `_compute_loss` with random log-probs and
 checks it as [checks.md](checks.md) describes; this page is its output, for TRL {version} and its defaults. Most of what TRL
 computes is what it says. Each line of the last table is derived again without nanorl, by `experiments/trl_grpo_alone.py` and
 `experiments/trl_dpo_alone.py`; its third column says whether TRL documents it.
