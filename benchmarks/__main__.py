@@ -3,7 +3,7 @@
     python -m benchmarks                        all groups but checks, on this machine's CPU: some minutes
     python -m benchmarks --device cuda          on a GPU: first the checks, then the rest, in eight minutes at most
     python -m benchmarks --only generate grpo   some of them
-    python -m benchmarks --peers                beside transformers and TRL (benchmarks/peers.py): twelve minutes, nothing else
+    python -m benchmarks --peers                beside transformers and TRL (benchmarks/peers.py), and nothing else: ten minutes
     python -m benchmarks --smoke                every line once, tiny: a minute, and the numbers mean nothing
     python -m benchmarks --out FILE.json        kept, with the machine, the versions and the date
 
