@@ -108,14 +108,14 @@ def too_hard(log: Log) -> str | None:
     found = f"In the last third of the steps, {share:.0%} of the groups had no contrast"
     if rates and 0.001 < (p := rates[1]) < 0.2:
         enough = math.ceil(math.log(0.5) / math.log(1 - p))
-        return f"{found}, at a pass rate of {p:.1%}. --group {enough} would put a right answer into half of the groups."
-    return f"{found}, at a pass rate of {rates[1]:.0%}." if rates else f"{found}."
+        return f"{found}, at a mean reward of {p:.3f}. --group {enough} would put a right answer into half of the groups."
+    return f"{found}, at a mean reward of {rates[1]:.2f}." if rates else f"{found}."
 
 
 def too_easy(log: Log) -> str | None:
     (rate, _), (share, _) = log.pass_rates() or (0.0, 0.0), log.no_contrast() or (0.0, 0.0)
     if share >= NO_CONTRAST and rate > 0.5:
-        return f"From the start, {rate:.0%} of the answers were right, and {share:.0%} of the groups had no contrast."
+        return f"From the start, the mean reward was {rate:.2f}, and {share:.0%} of the groups had no contrast."
 
 
 def learned_reward_is_hacked(log: Log) -> str | None:
@@ -168,8 +168,8 @@ def entropy_collapse(log: Log) -> str | None:
 def one_answer_per_group(log: Log) -> str | None:
     distinct, rates = log.end("rollout/distinct"), log.pass_rates()
     if log.no_contrast() and 0 < distinct <= DISTINCT and not log.solved():
-        right = f", and {rates[1]:.0%} of the answers are right" if rates else ""
-        return f"In the last third of the steps, a group has {distinct:.2f} different answers{right}."
+        reward = f", at a mean reward of {rates[1]:.2f}" if rates else ""
+        return f"In the last third of the steps, a group has {distinct:.2f} different answers{reward}."
 
 
 def answers_are_cut(log: Log) -> str | None:
@@ -259,7 +259,7 @@ def loss_is_zero(log: Log) -> str | None:
 def solved(log: Log) -> str | None:
     share = (log.no_contrast() or (0.0, 0.0))[1]
     if log.solved() and share >= 0.5 and not too_easy(log):
-        return f"At the end, {log.pass_rates()[1]:.0%} of the answers are right; {share:.0%} of the groups have no contrast."
+        return f"At the end, the mean reward is {log.pass_rates()[1]:.2f}; {share:.0%} of the groups have no contrast."
 
 
 def chosen_log_prob_falls(log: Log) -> str | None:

@@ -201,8 +201,10 @@ def test_the_filters_find_what_they_say():
 @needs_node
 def test_equal_answers_are_folded_where_they_were_trained_on_alike():
     x, y = answer(passes=2), answer(passes=2, ids=[7] * 10)
+    x["passes"][1] |= {"advantage": list(range(10))}
     other_update, other_reward, other_advantage = (json.loads(json.dumps(x)) for _ in range(3))
-    other_update["passes"][1]["update"], other_reward["reward"], other_advantage["passes"][1]["advantage"][0] = 5, 0.5, 2.0
+    other_update["passes"][1]["update"], other_reward["reward"] = 5, 0.5
+    other_advantage["passes"][1]["advantage"].reverse()
 
     def times(answers, k):
         return [n for _, n in in_node("(...a) => nanorl.folded(...a)", answers, k)]
