@@ -41,7 +41,6 @@ FAR = 25.0              # nats per answer: best-of-n gets there with e^25 answer
 HELD = 0.1              # nats per answer: best-of-2 is already log 2 - 1/2 = .19 away
 MOST, SOME = 0.5, 0.2   # shares of tokens
 WEIGHT = 10.0           # ratio: one token then counts as much as ten fresh ones
-UNMOVED = 1e-4          # of the weights' length: default runs of GRPO move by 5e-3
 FORGOTTEN = 0.5         # nats per token of text: default runs of GRPO stay within .05
 RUINED = 0.1            # of the first step's reward: no noise takes nine tenths of it
 EXPLAINED = 0.1         # share of the returns' variance
@@ -85,20 +84,20 @@ def copied_answers(log: Log) -> str | None:
 def learning_rate_too_large(log: Log) -> str | None:
     (name, sign), trend, accuracy = log.goal(), log.progress(), log.accuracy()
     stories, entropy, rewards = map(log.values, ("eval/story_loss", "train/entropy", "rollout/reward"))
+    last = log.end("rollout/reward")
     if accuracy and accuracy.before - accuracy.after > max(SURE * accuracy.error, RISE):
         found = f"Held-out accuracy fell from {accuracy.before:.3f} to {accuracy.after:.3f}"
     elif trend and trend.z <= -SURE:
         found = f"{name} went from {trend.first:.3g} to {trend.last:.3g}, which is worse by {-trend.z:.1f} standard errors"
-    elif rewards and log.end("rollout/reward") < rewards[0] / 2:        # the first step may be enough to ruin a policy
-        found = f"The reward went from {rewards[0]:.3f} in the first step to {log.end('rollout/reward'):.3f} at the end"
+    elif rewards and last < rewards[0] / 2:         # the first step may be enough to ruin a policy
+        found = f"The reward went from {rewards[0]:.3f} in the first step to {last:.3f} at the end"
     else:
         return None
     if len(stories) > 1 and stories[-1] - stories[0] > FORGOTTEN:
         return f"{found}, and the loss on held-out stories rose from {stories[0]:.2f} to {stories[-1]:.2f} nats per token."
     if entropy and log.end("train/entropy") > 2 * entropy[0]:
         return f"{found}, and the entropy rose from {entropy[0]:.2g} to {log.end('train/entropy'):.2g} nats per token."
-    ruined = rewards and rewards[0] >= RISE and log.end("rollout/reward") < RUINED * rewards[0]
-    return f"{found}." if sign < 0 or ruined else None
+    return f"{found}." if sign < 0 or (rewards and rewards[0] >= RISE and last < RUINED * rewards[0]) else None
 
 
 def too_hard(log: Log) -> str | None:
@@ -109,14 +108,14 @@ def too_hard(log: Log) -> str | None:
     found = f"In the last third of the steps, {share:.0%} of the groups had no contrast"
     if rates and 0.001 < (p := rates[1]) < 0.2:
         enough = math.ceil(math.log(0.5) / math.log(1 - p))
-        return f"{found}, at a pass rate of {p:.1%}. --group {enough} would put a right answer into half of the groups."
-    return f"{found}, at a pass rate of {rates[1]:.0%}." if rates else f"{found}."
+        return f"{found}, at a mean reward of {p:.3f}. --group {enough} would put a right answer into half of the groups."
+    return f"{found}, at a mean reward of {rates[1]:.2f}." if rates else f"{found}."
 
 
 def too_easy(log: Log) -> str | None:
     (rate, _), (share, _) = log.pass_rates() or (0.0, 0.0), log.no_contrast() or (0.0, 0.0)
     if share >= NO_CONTRAST and rate > 0.5:
-        return f"From the start, {rate:.0%} of the answers were right, and {share:.0%} of the groups had no contrast."
+        return f"From the start, the mean reward was {rate:.2f}, and {share:.0%} of the groups had no contrast."
 
 
 def learned_reward_is_hacked(log: Log) -> str | None:
@@ -169,8 +168,8 @@ def entropy_collapse(log: Log) -> str | None:
 def one_answer_per_group(log: Log) -> str | None:
     distinct, rates = log.end("rollout/distinct"), log.pass_rates()
     if log.no_contrast() and 0 < distinct <= DISTINCT and not log.solved():
-        right = f", and {rates[1]:.0%} of the answers are right" if rates else ""
-        return f"In the last third of the steps, a group has {distinct:.2f} different answers{right}."
+        reward = f", at a mean reward of {rates[1]:.2f}" if rates else ""
+        return f"In the last third of the steps, a group has {distinct:.2f} different answers{reward}."
 
 
 def answers_are_cut(log: Log) -> str | None:
@@ -205,18 +204,16 @@ def the_bound_binds(log: Log) -> str | None:
 
 
 def stale_data(log: Log) -> str | None:
-    stale, high = log.flag("stale"), log.end("train/ratio_max")
-    found = f"A rollout is {stale:.0f} steps old when it is trained on"
-    if stale and log.flags.get("ratio") == "none":
-        return f"{found}, and no ratio corrects for that."
-    if stale and (log.bounded() >= SOME or high >= WEIGHT):
-        return f"{found}; ratios are up to {high:.3g}, and the bound holds back {log.bounded():.0%} of the tokens."
+    stale, high, uncorrected = log.flag("stale"), log.end("train/ratio_max"), log.flags.get("ratio") == "none"
+    if stale and (uncorrected or log.bounded() >= SOME or high >= WEIGHT):
+        return (f"A rollout is {stale:.0f} steps old when it is trained on; " + ("no ratio corrects for that." if uncorrected
+                else f"ratios are up to {high:.3g}, and the bound holds back {log.bounded():.0%} of the tokens."))
 
 
 def critic_explains_nothing(log: Log) -> str | None:
     share = log.end("train/explained_variance")
     if len(log.values("train/explained_variance")) >= TREND and share < EXPLAINED and not log.solved():
-        return f"At the end, the critic explains {round(share, 2) + 0.0:.0%} of the variance of the returns."
+        return f"At the end, the critic's explained variance is {share:.2g}; 1 is perfect, and 0 is what a constant explains."
 
 
 def stuck(log: Log) -> bool:
@@ -227,14 +224,10 @@ def stuck(log: Log) -> bool:
 
 
 def learning_rate_too_small(log: Log) -> str | None:
-    if not stuck(log):
-        return None
-    found, entropy = f"At --lr {log.flag('lr'):g}, {log.goal()[0]} does not improve, and ", log.trend("train/entropy")
-    if moved := log.weights_moved:
-        if moved[0] < UNMOVED:
-            return f"{found}the weights have moved by {moved[0]:.1g} of their length ({moved[1]:.0%} of them have changed)."
-    elif entropy and abs(entropy.z) < SURE:
-        return f"{found}the entropy does not change: {entropy.first:.3g} and {entropy.last:.3g} nats per token."
+    entropy, length = log.trend("train/entropy"), log.trend("rollout/length")
+    if entropy and length and abs(entropy.z) < SURE and abs(length.z) < SURE and stuck(log):
+        return (f"At --lr {log.flag('lr'):g}, {log.goal()[0]} does not improve and the policy stays as it was: entropy "
+                f"{entropy.first:.3g} and {entropy.last:.3g}, length {length.first:.1f} and {length.last:.1f}.")
 
 
 def no_progress(log: Log) -> str | None:
@@ -256,19 +249,17 @@ def one_update(log: Log) -> str | None:
 
 
 def loss_is_zero(log: Log) -> str | None:
-    losses = [abs(x) for x in log.values("train/loss")]
-    if not log.values("rollout/reward"):
-        return None
-    if losses and max(losses) < 1e-6 and any(log.values("train/grad_norm")):
-        return f"The loss is never further from 0 than {max(losses):.1g}, and there are gradients."
-    if log.one_update() and (log.flags.get("advantage"), log.flags.get("aggregate")) == ("zscore", "sequence_mean"):
-        return "No loss is logged: its value is 0 in every step, because the advantages of a group sum to 0."
+    losses, gradients = log.values("train/loss"), log.values("train/grad_norm") + log.values("train/grad_norm_max")
+    known = log.one_update() and (log.flags.get("advantage"), log.flags.get("aggregate")) == ("zscore", "sequence_mean")
+    zero = max(map(abs, losses)) < 1e-6 if losses else known
+    if zero and any(gradients) and log.values("rollout/reward"):
+        return "The loss is 0 in every step, because the advantages of a group sum to 0; its gradient is not 0."
 
 
 def solved(log: Log) -> str | None:
     share = (log.no_contrast() or (0.0, 0.0))[1]
     if log.solved() and share >= 0.5 and not too_easy(log):
-        return f"At the end, {log.pass_rates()[1]:.0%} of the answers are right; {share:.0%} of the groups have no contrast."
+        return f"At the end, the mean reward is {log.pass_rates()[1]:.2f}; {share:.0%} of the groups have no contrast."
 
 
 def chosen_log_prob_falls(log: Log) -> str | None:
@@ -291,7 +282,7 @@ def evaluation_too_small(log: Log) -> str | None:
 FINDINGS = {        # by level, the worst first
     "broken": (sampler_and_scorer_disagree, ratios_are_not_one, no_gradient, copied_answers),
     "warning": (learning_rate_too_large, learned_reward_is_hacked, held_out_does_not_follow, only_the_format_is_learned,
-                too_hard, too_easy, entropy_collapse, one_answer_per_group, kl_runs_away, the_leash_holds, the_bound_binds,
+                one_answer_per_group, too_hard, too_easy, entropy_collapse, kl_runs_away, the_leash_holds, the_bound_binds,
                 stale_data, critic_explains_nothing, answers_are_cut, length_drift, overfitting, learning_rate_too_small,
                 no_progress),
     "note": (evaluation_too_small, chosen_log_prob_falls, solved, one_update, loss_is_zero)}
@@ -310,7 +301,7 @@ def seeds_differ_more(logs: list[Log]) -> str | None:
         ends = log.values("eval/accuracy_sampled") or log.values("eval/reward") or log.values("eval/hidden_reward")
         flags = json.dumps({flag: x for flag, x in log.flags.items() if flag not in ALIKE}, sort_keys=True)
         settings.setdefault(flags, []).extend(ends[-1:])
-    worst, *_, best = sorted((ends for ends in settings.values() if ends), key=fmean) * 2 or [[], []]
+    worst, *_, best = sorted(filter(None, settings.values()), key=fmean) * 2 or [[], []]
     if worst == best:
         return None
     found = f"The best setting ends at {fmean(best):.3f} (seeds: {len(best)}), the worst at {fmean(worst):.3f} ({len(worst)})"

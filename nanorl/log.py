@@ -1,6 +1,5 @@
 """The log of a run, read back: its metrics as numbers, and what can be said of them in spite of their noise."""
 
-import functools
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 from nanorl.errors import UserError
 from nanorl.files import parse_object
-from nanorl.run import load_checkpoint, read_lines, stage_dir
+from nanorl.run import read_lines
 
 SURE = 3.0      # standard errors. Two dozen findings read every run: at 2, one in twenty by chance, every run would have one
 TREND = 15      # values that a trend needs: with five in each third, noise alone passes SURE in 2 % of cases; fewer with more
@@ -28,7 +27,7 @@ def read_log(run: Path) -> "Log":
     """The metrics of a run, and its flags if it has a config.json."""
     config = run / "config.json"
     flags = parse_object(config.read_bytes(), str(config), "an object with the flags of a run") if config.exists() else {}
-    return Log(read_metrics(run), flags, run)
+    return Log(read_metrics(run), flags)
 
 
 def is_number(x: Any) -> bool:
@@ -92,7 +91,6 @@ class Log:
 
     lines: list[dict[str, Any]]
     flags: dict[str, Any]
-    folder: Path | None = None
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """(step, value) wherever this metric was logged."""
@@ -181,17 +179,3 @@ class Log:
     def bounded(self) -> float:
         """The share of tokens that the bound holds back at the end."""
         return sum(self.end(f"train/{name}") for name in ("clipped_low", "clipped_high", "capped", "masked"))
-
-    @functools.cached_property
-    def weights_moved(self) -> tuple[float, float] | None:
-        """How far the weights have moved from --init, in units of their length, and the share of them that changed; None where
-        one of the two checkpoints is not at hand, or not of the same model."""
-        init = self.flags.get("init") or stage_dir("sft", str(self.flags.get("task") or "addition"))
-        try:
-            before, after = (load_checkpoint(str(run))["model"] for run in (init, self.folder))
-            pairs = [(before[name].double(), after[name].double()) for name in after]
-            length = math.sqrt(sum(float(a.square().sum()) for a, _ in pairs))
-            return (math.sqrt(sum(float((b - a).square().sum()) for a, b in pairs)) / length,
-                    sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs))
-        except (UserError, OSError, KeyError, RuntimeError, AttributeError, ZeroDivisionError):
-            return None

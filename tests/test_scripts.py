@@ -693,7 +693,8 @@ def test_bfloat16_autocast_trains_on_a_cpu_with_weights_in_float32(name, tmp_pat
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 @pytest.mark.parametrize("name", ["pretrain", "sft", "grpo-full", "reward", "dpo", "rlhf"])
 def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
-    """Except for which pairs the first policy ranks right: it is the reference still, and all its margins are rounding."""
+    """Its kept groups, too; except for which pairs the first policy ranks right: it is the reference still, and all its margins
+    are rounding."""
     script, flags = SCRIPTS[name]
     start(script, flags, tmp_path / "compiled", "--compile", "--steps", "2")
     start(script, flags, tmp_path / "eager", "--no-compile", "--steps", "2")
@@ -701,6 +702,14 @@ def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
         assert compiled.keys() == eager.keys()
         for key in eager.keys() - ({"train/accuracy"} if eager["step"] == 0 else set()):
             assert compiled[key] == pytest.approx(eager[key], rel=1e-2, abs=1e-3), key
+
+    def kept(kind, name):
+        groups = run.read_lines(tmp_path / kind / "rollouts.jsonl")
+        return [x for group in groups for answer in group["answers"] for one in answer["passes"] for x in one[name]]
+
+    for column, near in (("logp", 1e-3), ("gradient", 1e-6)):
+        assert kept("compiled", column) == pytest.approx(kept("eager", column), rel=1e-2, abs=near), column
+    assert any(kept("compiled", "gradient")) == hasattr(script.Config, "keep_groups")
 
 
 # ---- distillation ----

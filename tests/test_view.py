@@ -199,6 +199,21 @@ def test_the_filters_find_what_they_say():
 
 
 @needs_node
+def test_equal_answers_are_folded_where_they_were_trained_on_alike():
+    x, y = answer(passes=2), answer(passes=2, ids=[7] * 10)
+    x["passes"][1] |= {"advantage": list(range(10))}
+    other_update, other_reward, other_advantage = (json.loads(json.dumps(x)) for _ in range(3))
+    other_update["passes"][1]["update"], other_reward["reward"] = 5, 0.5
+    other_advantage["passes"][1]["advantage"].reverse()
+
+    def times(answers, k):
+        return [n for _, n in in_node("(...a) => nanorl.folded(...a)", answers, k)]
+
+    assert times([x, y, x, other_reward, x], 0) == [3, 1, 1] and times([], 0) == []
+    assert times([x, other_update], 1) == times([x, other_advantage], 1) == [1, 1] and times([x, other_update], 0) == [2]
+
+
+@needs_node
 def test_what_the_update_did_with_a_token():
     one = {"gradient": [-1.0, 2.0, 0.0, 0.0, 0.5], "held": [False, False, True, False, False],
            "mask": [True, True, True, True, False]}
@@ -455,7 +470,7 @@ def test_ten_thousand_steps_and_five_hundred_groups_open_in_two_seconds(opened, 
     """Of a run of GRPO: eight answers of 35 tokens to a group."""
     lines = [{"step": k, **{f"train/{name}": math.sin(k / 99 + n) for n, name in enumerate("abcdefghijklmnopqrst")},
               "rollout/reward": k / 1e4, "train/entropy": 1 / (k + 1), "train/kl": k / 1e6} for k in range(10_000)]
-    eight = [answer("5+5=10, 8+9+1=18, 2+4+1=07. Answer: 780"[:34], reward=float(k > 3)) for k in range(8)]
+    eight = [answer("5+5=10, 8+9+1=18, 2+4+1=07. Answer: 780"[:34], reward=float(k > 3), ids=[k] * 35) for k in range(8)]
     page = opened(write_run(tmp_path / "run", [group(40 * (k // 2), k % 2, answers=eight) for k in range(500)], lines))
     took = page.run("() => performance.getEntriesByType('navigation')[0].loadEventEnd")
     assert took < 2000, f"{took:.0f} ms"
