@@ -18,12 +18,13 @@ from nanorl import run
 from nanorl.log import read_metrics
 from nanorl.plot import PALETTE, pyplot
 
-COMMON = "--minibatches 4 --lr 1e-4 --steps 20 --eval-every 1 --eval-problems 250"
+COMMON = "--task sorting-6 --prompts 16 --minibatches 4 --lr 3e-4 --steps 20 --eval-every 4 --eval-problems 250"
 # Label: the flags. Rows of one block are the same algorithm where all ratios are 1 (and no group is left out).
 BLOCKS = [
     {"reinforce": "--algo reinforce", "reinforce, running mean off": "--algo reinforce --advantage running_mean"},
     {"rloo": "--algo rloo"},
-    {"grpo": "--algo grpo", "gspo": "--algo gspo", "gspo, clip .01/.01": "--algo gspo --clip-low 0.01 --clip-high 0.01"},
+    {"grpo": "--algo grpo", "gspo": "--algo gspo", "gspo, clip .01/.01": "--algo gspo --clip-low 0.01 --clip-high 0.01",
+     "sapo": "--algo sapo"},
     {"dr_grpo": "--algo dr_grpo"},
     {"masked_is": "--algo masked_is", "masked_is [.8, 1.25]": "--algo masked_is --clip-low 0.2 --clip-high 0.25"},
     {"dapo": "--algo dapo", "cispo": "--algo cispo", "cispo, cap 1.2": "--algo cispo --clip-high 0.2"},
@@ -32,7 +33,7 @@ BLOCKS = [
 ]
 BOUNDED = ("train/clipped_low", "train/clipped_high", "train/capped", "train/masked")
 COLOURS = (*PALETTE, "#8C564B")
-STYLES = ("-", "--", ":")
+STYLES = ("-", "--", ":", "-.")
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
@@ -98,7 +99,7 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init", default="runs/sft", help="the model to start from (default: runs/sft)")
+    parser.add_argument("--init", default="runs/sft-sorting-6", help="the model to start from (default: runs/sft-sorting-6)")
     parser.add_argument("--out", type=Path, default=Path("runs/family"), help="directory of the runs")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/family.png", help="the PNG to write")
     parser.add_argument("--seeds", type=int, default=3)
