@@ -18,7 +18,7 @@ from nanorl import run
 from nanorl.log import read_metrics
 from nanorl.plot import PALETTE, pyplot
 
-COMMON = "--task sorting-6 --prompts 16 --minibatches 4 --lr 3e-4 --steps 20 --eval-every 4 --eval-problems 250"
+COMMON = "--task sorting-6 --prompts 16 --minibatches 4 --lr 3e-4 --steps 12 --eval-every 4 --eval-problems 250"
 # Label: the flags. Rows of one block are the same algorithm where all ratios are 1 (and no group is left out).
 BLOCKS = [
     {"reinforce": "--algo reinforce", "reinforce, running mean off": "--algo reinforce --advantage running_mean"},

@@ -358,9 +358,9 @@ def soft_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, tau_positive: fl
     that of rho A: all of it at rho = 1, and less on both sides, whatever the sign of A. It falls faster where tau is larger.
     """
     assert not adv.requires_grad, "advantages are constants: detach them"
-    tau = torch.where(adv > 0, tau_positive, tau_negative)
     # A ratio of e^20 has no gradient left, and that of a larger one would be 0 * inf = nan.
     ratio = importance_ratio(torch.minimum(logp, old_logp + 20), old_logp)
+    tau = torch.full_like(ratio, tau_negative).masked_fill(adv > 0, tau_positive)
     return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * adv
 
 

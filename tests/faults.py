@@ -238,7 +238,7 @@ MATH = [
            "return 4 / tau * torch.sigmoid", "return torch.sigmoid"),
     Mutant("the soft gate is centred at 0", OPS, "torch.sigmoid(tau * (ratio - 1))", "torch.sigmoid(tau * ratio)"),
     Mutant("the soft gate's temperatures are exchanged", OPS,
-           "torch.where(adv > 0, tau_positive", "torch.where(adv < 0, tau_positive"),
+           "masked_fill(adv > 0, tau_positive)", "masked_fill(adv < 0, tau_positive)"),
     Mutant("a huge ratio has no number in the soft gate", OPS, "torch.minimum(logp, old_logp + 20)", "logp"),
     Mutant("--bound soft has no gate", GRPO, "soft_surrogate(new, old, adv)", "adv * importance_ratio(new, old)"),
     Mutant("--ratio none has a ratio", GRPO,
