@@ -12,13 +12,15 @@ to one prompt. The relatives differ in the *implicit reward* r, and in what they
     ipo       log(pi/ref) / |y|           (m - 1/(2 beta))^2                            Azar et al. 2023, eq. 17, which has sums
     slic      log pi                      max(0, delta - m); --nll-coef 0.1             Zhao et al. 2023; c on SFT's target
     simpo     beta log(pi) / |y|          -log sigma(m - gamma)                         Meng et al. 2024, eq. 6
-    kto       beta log(pi/ref)            [sigma(beta z - r(w)) + sigma(r(l) - beta z)] / 2        Ethayarajh et al. 2024
+    kto       beta log(pi/ref)            1 - [sigma(r(w) - beta z) + sigma(beta z - r(l))] / 2    Ethayarajh et al. 2024
 
-kto judges each response alone, w as desirable and l as undesirable (lambda = 1 for both), by how its reward compares with that
-of a reference point z = max(0, mean log(pi/ref)): over the step's responses, each after the prompt of another pair, a constant.
 log pi is of the whole response and |y| its length in tokens, the stop token included. --nll-coef c adds -c log pi(w)/|w| to
-any row. Only the margin is driven: the chosen response's own log-probability may fall, as long as the rejected one's falls
-faster. Watch train/chosen_logp; --nll-coef holds it up. Where r is per token, Z cancels only between equal lengths.
+any row. But for kto, only the margin is driven: the chosen response's own log-probability may fall, as long as the rejected
+one's falls faster. Watch train/chosen_logp; --nll-coef holds it up. Where r is per token, Z cancels only between equal lengths.
+
+kto judges each response alone, chosen ones as desirable and rejected ones as undesirable, lambda = 1 for both. Each compares
+with the reference point z = max(0, mean log(pi/ref)), a constant: the mean is over the responses of the step, each after the
+prompt of another pair.
 
     python train_dpo.py                                     pairs of stories, from nothing
     python train_dpo.py --refresh-reference 25 --out runs/idpo      iterative: the policy becomes its own reference
@@ -87,7 +89,7 @@ def objective(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejecte
         pair = torch.relu(delta - margin)
     elif loss == "kto":
         z = beta * reference_point
-        pair = (torch.sigmoid(z - reward_chosen) + torch.sigmoid(reward_rejected - z)) / 2
+        pair = 1 - (torch.sigmoid(reward_chosen - z) + torch.sigmoid(z - reward_rejected)) / 2
     else:
         pair = bradley_terry(margin - gamma)
     if nll_coef:

@@ -54,7 +54,7 @@ def paper_loss(pair: Pairs, loss: str, beta: float | None = None, label_noise: f
     elif loss == "ipo":
         pushed = ((c - pair.ref_chosen) / length - (r - pair.ref_rejected) / pair.rejected_length - 1 / (2 * beta)).square()
     elif loss == "kto":         # at reference point 0
-        pushed = (torch.sigmoid(-beta * (c - pair.ref_chosen)) + torch.sigmoid(beta * (r - pair.ref_rejected))) / 2
+        pushed = 1 - (torch.sigmoid(beta * (c - pair.ref_chosen)) + torch.sigmoid(-beta * (r - pair.ref_rejected))) / 2
     else:
         m = beta * ((c - pair.ref_chosen) - (r - pair.ref_rejected))
         pushed = (1 - label_noise) * bradley_terry(m) + label_noise * bradley_terry(-m)
