@@ -176,7 +176,7 @@ def first_finding(log):
 def c40(smoke):
     init = stage("sft", smoke) if smoke else sorter()
     flags = (dict(prompts=2, group=2, steps=2, eval_every=1, eval_problems=2, max_new_tokens=8) if smoke else
-             dict(task="sorting-6", prompts=8, lr=3e-4, steps=24, eval_every=6, eval_problems=150, max_new_tokens=48))
+             dict(task="sorting-6", prompts=8, lr=3e-4, steps=24, eval_every=6, eval_problems=100, max_new_tokens=48))
     cases = {f"{name}, beta 1" if "k1" in faults else name: (faults, 1.0) for name, faults in FAULTS.items()}
     cases["all three, beta .04"] = FAULTS["all three"], 0.04
     rows, curves, held, healthy = [], {}, {}, None

@@ -96,11 +96,11 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
                 mean = [[sum(c[key][i] for c in seeds) / len(seeds) for i in range(steps)] for key in (x, y)]
                 axis.plot(*mean, style, color=colour, label=label, linewidth=1.4)
     axes[0].axhline(TARGET, color="0.8", linewidth=0.8, zorder=0)
-    axes[0].set(title="held-out accuracy, sampled", xlabel="thousand answer tokens sampled", ylim=(0, 1.02))
-    axes[1].set(title="entropy of the policy, nats per token", xlabel="thousand answer tokens sampled", yscale="log")
+    axes[0].set(title="held-out accuracy, sampled", xlabel="thousand answer tokens sampled", ylim=(0, None))
+    axes[1].set(title="entropy of the policy, nats per token", xlabel="thousand answer tokens sampled", ylim=(0, None))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
     figure.savefig(path, dpi=150)
 
 

@@ -47,7 +47,7 @@ def test_a_curve_counts_the_tokens_before_each_evaluation(runs):
 def test_the_table_has_the_mean_and_the_range_over_seeds(runs):
     curves = {"grpo": [family.curve(directory(runs, "grpo", seed)) for seed in range(2)]}
     row = family.table(curves).splitlines()[-1]
-    assert row == "| grpo | clip 0.2 0.2 | 0.900 (0.850 to 0.950) | inf (3 to inf) | 0.1000 | 3.0 % |"
+    assert row == "| grpo | clip 0.2 0.2 | 0.900 (0.850 to 0.950) | 0 | 0.1000 | 3.0 % |"
 
 
 def test_the_figure_is_drawn_from_the_runs_that_are_there(runs, monkeypatch, capsys):
