@@ -12,10 +12,15 @@ to one prompt. The relatives differ in the *implicit reward* r, and in what they
     ipo       log(pi/ref) / |y|           (m - 1/(2 beta))^2                            Azar et al. 2023, eq. 17, which has sums
     slic      log pi                      max(0, delta - m); --nll-coef 0.1             Zhao et al. 2023; c on SFT's target
     simpo     beta log(pi) / |y|          -log sigma(m - gamma)                         Meng et al. 2024, eq. 6
+    kto       beta log(pi/ref)            1 - [sigma(r(w) - beta z) + sigma(beta z - r(l))] / 2    Ethayarajh et al. 2024
 
 log pi is of the whole response and |y| its length in tokens, the stop token included. --nll-coef c adds -c log pi(w)/|w| to
-any row. Only the margin is driven: the chosen response's own log-probability may fall, as long as the rejected one's falls
-faster. Watch train/chosen_logp; --nll-coef holds it up. Where r is per token, Z cancels only between equal lengths.
+any row. But for kto, only the margin is driven: the chosen response's own log-probability may fall, as long as the rejected
+one's falls faster. Watch train/chosen_logp; --nll-coef holds it up. Where r is per token, Z cancels only between equal lengths.
+
+kto judges each response alone, chosen ones as desirable and rejected ones as undesirable, lambda = 1 for both. Each compares
+with the reference point z = max(0, mean log(pi/ref)), a constant: the mean is over the responses of the step, each after the
+prompt of another pair.
 
     python train_dpo.py                                     pairs of stories, from nothing
     python train_dpo.py --refresh-reference 25 --out runs/idpo      iterative: the policy becomes its own reference
@@ -34,7 +39,8 @@ import torch
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
-from nanorl.data import PAIRS, pair_batch, read_pairs, render_records, response_mask, shuffled_batch, split_pairs
+from nanorl.data import (PAIRS, exchanged_batch, pair_batch, read_pairs, render_records, response_mask, shuffled_batch,
+                         split_pairs)
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
 from nanorl.kept import given_rollout, kept_pairs
 from nanorl.ops import bradley_terry, ranked_right
@@ -47,16 +53,17 @@ LOSSES = {"dpo": {"beta": 0.3, "nll_coef": 0.0},
           "cdpo": {"beta": 0.3, "nll_coef": 0.0, "label_noise": 0.1},
           "ipo": {"beta": 5.0, "nll_coef": 0.0},
           "slic": {"delta": 1.0, "nll_coef": 0.1},
-          "simpo": {"beta": 10.0, "nll_coef": 0.0, "gamma": 1.0}}
+          "simpo": {"beta": 10.0, "nll_coef": 0.0, "gamma": 1.0},
+          "kto": {"beta": 0.3, "nll_coef": 0.0}}
 REFERENCE_FREE = ("slic", "simpo")
 
 
 def objective(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, weights, *, loss="dpo", beta=0.3,
-              label_noise=0.1, delta=1.0, gamma=1.0, nll_coef=0.0):
+              label_noise=0.1, delta=1.0, gamma=1.0, nll_coef=0.0, reference_point=0.0):
     """The loss of some pairs, and metrics that add up.       L = sum_n w_n [ f(m_n) - nll_coef log pi(w_n) / |w_n| ]
 
     chosen, rejected: log pi of whole responses [N]; ref_chosen, ref_rejected: the reference's; their lengths in tokens [N];
-    weights [N], which add up to 1 over the whole step.
+    weights [N], which add up to 1 over the whole step. reference_point: kto's z of the whole step, in nats.
     """
     assert not (ref_chosen.requires_grad or ref_rejected.requires_grad), "the reference is a constant: detach it"
 
@@ -80,6 +87,9 @@ def objective(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejecte
         pair = (margin - 1 / (2 * beta)).square()
     elif loss == "slic":
         pair = torch.relu(delta - margin)
+    elif loss == "kto":
+        z = beta * reference_point
+        pair = 1 - (torch.sigmoid(reward_chosen - z) + torch.sigmoid(z - reward_rejected)) / 2
     else:
         pair = bradley_terry(margin - gamma)
     if nll_coef:
@@ -192,6 +202,11 @@ def main(cfg: Config) -> None:
             return torch.zeros(len(batch[-1]), device=device).chunk(2)
         return token_scores(model, *batch)[0].sum(-1).chunk(2)
 
+    def given_pairs(picks):
+        """Pairs of the file as a rollout, and the rows of their chosen and rejected responses, [N, 2]."""
+        rollout = given_rollout(*pair_batch(prompts, chosen, rejected, picks, tokenizer.pad)).to(device)
+        return rollout, torch.arange(2 * len(picks), device=device).view(2, -1).T
+
     def from_file(picks):
         """Pairs of the file, `micro_batch` at a time, and which they are."""
         for i in range(0, len(picks), cfg.micro_batch):
@@ -204,13 +219,25 @@ def main(cfg: Config) -> None:
     for batch, part in from_file(heldout if cfg.refresh_reference else training + heldout):
         reference_cache[part] = torch.stack(reference_log_probs(initial_policy, *batch), dim=1)
 
-    def pair_loss(tokens, prompt_lengths, lengths, ref_chosen, ref_rejected, count, watch=None):
+    @torch.no_grad()
+    def reference_point(rollout, pairs, ref_model):
+        """KTO's z: the mean of log(pi/ref) over all responses, each after the prompt of the next pair; never negative."""
+        total = torch.zeros((), device=device)
+        for part in run.ranks.parts(torch.cat((pairs.roll(-1, 0), pairs), dim=1), cfg.micro_batch):
+            batch = exchanged_batch(rollout.tokens, rollout.prompt_lengths, rollout.lengths, part[:, :2].flatten(),
+                                    part[:, 2:].flatten(), policy.config.context)
+            logp, ref_logp = (token_scores(model, *batch)[0].sum(-1) for model in (policy, ref_model))
+            total += (logp - ref_logp).sum()
+        return max(0.0, float(sum_over_ranks({"z": total})["z"]) / max(pairs.numel(), 1))
+
+    def pair_loss(tokens, prompt_lengths, lengths, ref_chosen, ref_rejected, count, z, watch=None):
         """Loss and metrics of a few of `count` pairs."""
         logp, entropy, mask = token_scores(policy, tokens, prompt_lengths, lengths)
         pairs = *logp.sum(-1).chunk(2), ref_chosen, ref_rejected, *mask.sum(-1).chunk(2)        # six of [N]
         if watch:
-            watch(logp, entropy, mask=mask, alone=lambda k: loss(*(x[k : k + 1] for x in pairs), logp.new_ones(1))[1])
-        return loss(*pairs, torch.full_like(pairs[0], 1 / count))
+            watch(logp, entropy, mask=mask, alone=lambda k: loss(*(x[k : k + 1] for x in pairs), logp.new_ones(1),
+                                                                 reference_point=z)[1])
+        return loss(*pairs, torch.full_like(pairs[0], 1 / count), reference_point=z)
 
     def evaluate_now():
         metrics, totals = {}, {}
@@ -219,9 +246,10 @@ def main(cfg: Config) -> None:
         else:
             metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=initial_policy,
                                         reward_model=reward_model)
+        z = reference_point(*given_pairs(heldout), initial_policy) if cfg.loss == "kto" and heldout else 0.0
         with torch.no_grad():
             for batch, part in from_file(heldout):
-                add_metrics(totals, pair_loss(*batch, *reference_cache[part].unbind(1), len(heldout))[1])
+                add_metrics(totals, pair_loss(*batch, *reference_cache[part].unbind(1), len(heldout), z)[1])
         return metrics | {f"eval/pair_{name}": totals[f"train/{name}"] for name in ("loss", "accuracy") if totals}
 
     for step in out.steps():
@@ -247,12 +275,11 @@ def main(cfg: Config) -> None:
             started = time.perf_counter()
         else:
             picks = torch.tensor([training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)])
-            rollout = given_rollout(*pair_batch(prompts, chosen, rejected, picks, tokenizer.pad)).to(device)
-            pairs = torch.arange(2 * cfg.batch, device=device).view(2, -1).T
+            rollout, pairs = given_pairs(picks)
         kept = kept_pairs(out, rollout, pairs, scores)              # for nanorl.view: a few, in a few steps
 
         # 4. Update. Both responses of a pair stay together; micro-batches add up to the step.
-        totals = {}
+        totals, z = {}, reference_point(rollout, pairs, reference) if cfg.loss == "kto" else 0.0
         for part in run.ranks.parts(pairs, cfg.micro_batch):
             rows = part.T.flatten()                                 # the chosen, then the rejected ones
             batch = (rollout.tokens[rows, : rollout.lengths[rows].max()], rollout.prompt_lengths[rows], rollout.lengths[rows])
@@ -260,7 +287,7 @@ def main(cfg: Config) -> None:
                 references = reference_log_probs(reference, *batch)
             else:
                 references = reference_cache[picks[part[:, 0].cpu()]].unbind(1)
-            micro_loss, metrics = pair_loss(*batch, *references, len(pairs), watch=functools.partial(kept.watch, 0, rows))
+            micro_loss, metrics = pair_loss(*batch, *references, len(pairs), z, functools.partial(kept.watch, 0, rows))
             micro_loss.backward()
             add_metrics(totals, metrics)
         totals = sum_over_ranks(totals)
@@ -271,6 +298,7 @@ def main(cfg: Config) -> None:
         kept.write()
 
         # 5. Log.
+        out.log({"train/reference_point": z} if cfg.loss == "kto" else {})
         out.log(totals | {"train/lr": lr, "time/update_s": time.perf_counter() - started},
                 show=("train/loss", "train/accuracy", "train/chosen_logp"))
 

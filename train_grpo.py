@@ -7,6 +7,7 @@
     clip        min( rho A, clip(rho, low, high) A )
     truncate    sg( min(rho, high) ) A log pi                               sg: a constant, no gradient
     mask        rho A where low <= rho <= high, else 0
+    soft        4/tau sigma(tau (rho - 1)) A            tau = 1 where A > 0, else 1.05
 
 GRPO and its relatives differ in five choices: how an answer is compared (the advantage A), how far the policy has moved
 since it sampled (the ratio rho), what is done about it (the bound), how much a token weighs in the loss (w) and which
@@ -42,7 +43,7 @@ from nanorl.first_step import first_step_check, tolerance
 from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
 from nanorl.kept import kept_groups
 from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum, masked_surrogate,
-                        overlong_penalty, sequence_ratio, token_weights, truncated_surrogate, zscore_batch)
+                        overlong_penalty, sequence_ratio, soft_surrogate, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
 from nanorl.sample import Rollout, Sampling, token_log_probs
 
@@ -77,6 +78,8 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
     elif bound == "mask":
         surrogate = masked_surrogate(new, old, adv, 1 - clip_low, 1 + clip_high)
         metrics["train/masked"] = masked_sum(((rho < 1 - clip_low) | (rho > 1 + clip_high)).float(), mask)
+    elif bound == "soft":
+        surrogate = soft_surrogate(new, old, adv)
     else:
         surrogate = adv * (logp if ratio == "none" else importance_ratio(new, old))
     if kl_coef:

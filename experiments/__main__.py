@@ -20,7 +20,7 @@ from nanorl.errors import UserError, user_errors_as_sentences
 from nanorl.run import write_atomically
 
 FILES = ("variance", "clipping", "exploration", "leash", "kl", "modes", "dpo", "groups", "power", "voting", "scaling",
-         "staleness", "foundations")
+         "staleness", "collapse", "foundations")
 PREFACE = """# Common claims, measured
 
 Claims that are often repeated about these algorithms, each with an experiment small enough to run while you wait. A claim is

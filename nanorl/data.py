@@ -166,6 +166,17 @@ def pair_batch(prompts: list[list[int]], chosen: list[list[int]], rejected: list
     return tokens, torch.tensor([len(prompts[i]) for i in picks]).repeat(2), lengths
 
 
+def exchanged_batch(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, asked: Tensor, answered: Tensor,
+                    limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The prompts of the rows `asked`, each followed by the response of a row of `answered`, cut at `limit` tokens.
+
+    tokens [B, T], prompt_lengths [B], lengths [B]; asked, answered [n] -> tokens [n, T'], prompt_lengths [n], lengths [n]
+    """
+    rows = [torch.cat((tokens[i, : prompt_lengths[i]], tokens[j, prompt_lengths[j] : lengths[j]]))[:limit]
+            for i, j in zip(asked.tolist(), answered.tolist(), strict=True)]
+    return pad_sequence(rows, batch_first=True), prompt_lengths[asked], lengths.new_tensor([len(row) for row in rows])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches. Each is a function of (seed, step), so a resumed run needs no cursor but its step.
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ ALGORITHMS = {
                      "token_mean", {}),
     "gspo":      Row("zscore",        "sequence", "clip",     "sequence_mean", "all",
                      "Zheng et al. 2025, eq. 5 to 7, at their --minibatches 4", {"clip_low": 3e-4, "clip_high": 4e-4}),
+    "sapo":      Row("zscore",        "token",    "soft",     "sequence_mean", "all",
+                     "Gao et al. 2025, at their temperatures, 1 for A > 0 and 1.05 for A < 0", {}),
     "masked_is": Row("center",        "token",    "mask",     "token_mean",    "all",
                      "verifiers-rl (Prime Intellect), whose ratio is to the sampler's log-probs; masked tokens count in N", {}),
     "scale_rl":  Row("zscore_batch",  "token",    "truncate", "prompt_mean",   "drop",
@@ -58,7 +60,8 @@ ALGORITHMS = {
 }
 
 # The band of each bound, (clip_low, clip_high), where neither the row nor a flag says otherwise. None: not used.
-BANDS = {"none": (None, None), "clip": (0.2, 0.2), "truncate": (None, 4.0), "mask": (7 / 8, 7.0)}
+BANDS = {"none": (None, None), "clip": (0.2, 0.2), "truncate": (None, 4.0), "mask": (7 / 8, 7.0),
+         "soft": (None, None)}
 
 # How an answer is compared, rewards [P, G] -> [P, G], `valid` as in ops. Three do not compare it with its group: reward;
 # running_mean, whose mean `less_running_mean` has already subtracted; positive, which trains on answers of positive reward.

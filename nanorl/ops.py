@@ -348,6 +348,22 @@ def masked_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, low: float, hi
     return importance_ratio(logp.masked_fill(outside, 0.0), old_logp.masked_fill(outside, 0.0)).masked_fill(outside, 0.0) * adv
 
 
+def soft_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, tau_positive: float = 1.0,
+                   tau_negative: float = 1.05) -> Tensor:
+    """A clip without an edge: a token counts the less, the further its ratio is from 1.       (SAPO, Gao et al. 2025)
+
+        J = 4/tau sigma(tau (rho - 1)) A,   tau = tau_positive where A > 0, else tau_negative
+
+    logp, old_logp [B, T] nats; adv [B, T] or [B, 1] -> [B, T]. With s = sigma(tau (rho - 1)), the gradient is 4 s (1 - s) times
+    that of rho A: all of it at rho = 1, and less on both sides, whatever the sign of A. It falls faster where tau is larger.
+    """
+    assert not adv.requires_grad, "advantages are constants: detach them"
+    # A ratio of e^20 has no gradient left, and that of a larger one would be 0 * inf = nan.
+    ratio = importance_ratio(torch.minimum(logp, old_logp + 20), old_logp)
+    tau = torch.full_like(ratio, tau_negative).masked_fill(adv > 0, tau_positive)
+    return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * adv
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Preferences
 # ---------------------------------------------------------------------------------------------------------------------

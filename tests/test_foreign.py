@@ -192,6 +192,9 @@ TABLE = [
         "reinforce": ["advantage's sign flipped in the truncated surrogate"],
         "contract": ["no gradient flows through a truncated token"],
         "purity": ["the truncated surrogate scales the advantages"]}),
+    ("sequence_mean", ({}, {"bound": "soft"}), {
+        "reinforce": ["the soft gate is scaled to its height, not its slope", "advantage's sign flipped in the soft surrogate",
+                      "the soft gate is centred at 0"]}),
     ("sequence_mean", ({}, {"bound": "none"}), {"reinforce": ["advantage's sign flipped where there is no bound"]}),
     ("sequence_mean", ({}, {"bound": "mask", "clip_low": 0.3, "clip_high": 0.5}), {
         "reinforce": ["advantage's sign flipped in the masked surrogate", "the mask keeps what is outside the band"]}),

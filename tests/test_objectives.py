@@ -27,7 +27,7 @@ pytestmark = pytest.mark.math
 GROUPWISE = ("center", "leave_one_out", "zscore", "zscore_batch")        # advantages that compare within a group
 BOUNDS = [{"bound": "none"}, {"bound": "clip", "clip_low": 0.1, "clip_high": 0.28},
           {"bound": "clip", "clip_low": 0.2, "clip_high": 3.0}, {"bound": "truncate", "clip_high": 0.2},
-          {"bound": "mask", "clip_low": 0.3, "clip_high": 0.5}]
+          {"bound": "mask", "clip_low": 0.3, "clip_high": 0.5}, {"bound": "soft"}]
 LEASHES = [{}, *({"kl_coef": 0.3, "kl": term.estimator, "kl_in": term.place} for term in KL_TERMS.values())]
 POLICY_TERMS = [{"ratio": "none", "bound": "none"}, *({"ratio": r} | bound for r in ("token", "sequence") for bound in BOUNDS)]
 policy_terms = st.sampled_from(POLICY_TERMS)
@@ -71,6 +71,10 @@ def by_hand(batch: Batch, o: dict) -> tuple[float, Tensor]:
             J, slope = min(rho, 1 + o["clip_high"]) * A * moved, min(rho, 1 + o["clip_high"]) * A
         elif o["bound"] == "mask":
             J = slope = rho * A if 1 - o["clip_low"] <= rho <= 1 + o["clip_high"] else 0.0
+        elif o["bound"] == "soft":
+            tau = 1.0 if A > 0 else 1.05
+            s = 1 / (1 + math.exp(-tau * (rho - 1)))
+            J, slope = 4 / tau * s * A, 4 * s * (1 - s) * rho * A
         else:
             J = slope = rho * A
         if o.get("kl_in") in ("loss", "weighted"):
@@ -122,7 +126,7 @@ def test_metrics_are_detached_sums_over_the_tokens_that_count(terms, batch, leas
         assert_close(metrics.pop("train/kl"), (torch.expm1(r) - r).sum())
     below, above = rho < 1 - options.get("clip_low", 0), rho > 1 + options.get("clip_high", 0)
     held = {"none": {}, "clip": {"clipped_low": below & negative, "clipped_high": above & positive},
-            "truncate": {"capped": above}, "mask": {"masked": below | above}}[options["bound"]]
+            "soft": {}, "truncate": {"capped": above}, "mask": {"masked": below | above}}[options["bound"]]
     assert metrics == {f"train/{name}": (held & mask).sum() for name, held in held.items()}
 
 

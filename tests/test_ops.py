@@ -38,6 +38,7 @@ from nanorl.ops import (
     overlong_penalty,
     selective_log_softmax,
     sequence_ratio,
+    soft_surrogate,
     token_weights,
     truncated_surrogate,
     whiten,
@@ -63,7 +64,8 @@ from nanorl.tabular import (
 pytestmark = pytest.mark.math
 
 ADVANTAGES = (center, zscore, leave_one_out)
-SURROGATES = {clipped_surrogate: (0.2, 0.2), truncated_surrogate: (2.0,), masked_surrogate: (0.5, 2.0)}      # and their knobs
+SURROGATES = {clipped_surrogate: (0.2, 0.2), truncated_surrogate: (2.0,), masked_surrogate: (0.5, 2.0),
+              soft_surrogate: (1.0, 1.05)}                          # and their knobs
 shifts = st.integers(-1000, 1000).map(float)
 chunks = st.integers(1, 12)
 
@@ -1175,6 +1177,23 @@ def test_a_truncated_weight_leaves_every_token_a_gradient(case, cap):
     assert ((grad(truncated_surrogate(x, old_logp, adv, cap), x) != 0) == (adv != 0)).all()
 
 
+@given(surrogate_arguments())
+def test_a_soft_gate_keeps_every_gradient_and_shrinks_it_away_from_ratio_one(case):
+    """dJ/dlogp = 4 s (1 - s) rho A, s = sigma(tau (rho - 1)): never more than that of rho A, equal at rho = 1, smooth."""
+    logp, old_logp, adv, _, _ = case
+    x, ratio = leaf(logp), (logp - old_logp).exp()
+    s = torch.sigmoid((1.05 - 0.05 * (adv > 0).double()) * (ratio - 1))
+    g = grad(soft_surrogate(x, old_logp, adv), x)
+    assert_close(g, 4 * s * (1 - s) * ratio * adv)
+    assert (g.abs() <= (ratio * adv).abs() * (1 + 1e-12)).all() and ((g != 0) == (adv != 0)).all()
+
+
+def test_a_soft_gate_has_no_gradient_left_at_a_huge_ratio():
+    """And not 0 * inf: a token may have become e^200 times as likely."""
+    x, A = leaf(torch.tensor([[0.0]])), torch.ones(1, 1)
+    assert torch.equal(grad(soft_surrogate(x, x.detach() - 200, A), x), torch.zeros(1, 1))
+
+
 @given(scored_logits(), generators, caps)
 def test_the_gradient_of_a_truncated_token_is_its_weighted_score(case, generator, cap):
     """dJ/dz = min(rho, cap) A (onehot - p): the score, longer or shorter, never turned."""
@@ -1187,12 +1206,12 @@ def test_the_gradient_of_a_truncated_token_is_its_weighted_score(case, generator
 
 
 @given(surrogate_arguments(), st.floats(1.0, 5.0), bands)
-def test_at_ratio_one_truncation_and_masks_are_inert(case, cap, band):
-    """rho = 1: dJ/dlogp = A bit for bit, as for REINFORCE, for any cap >= 1 and any band with 1 in it or at its edge."""
+def test_at_ratio_one_truncation_masks_and_gates_are_inert(case, cap, band):
+    """rho = 1: dJ/dlogp = A as for REINFORCE, for any cap >= 1, any band with 1 in it or at its edge and any temperature."""
     logp, _, adv, _, _ = case
-    for f, knobs in ((truncated_surrogate, (cap,)), (masked_surrogate, band)):
+    for f, knobs in ((truncated_surrogate, (cap,)), (masked_surrogate, band), (soft_surrogate, (cap, 1 / cap))):
         x = leaf(logp)
-        assert torch.equal(grad(f(x, logp, adv, *knobs), x), adv.expand_as(x))
+        assert_close(grad(f(x, logp, adv, *knobs), x), adv.expand_as(x))
 
 
 @given(policies(count=2, T=(1, 1)), generators)

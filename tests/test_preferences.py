@@ -142,12 +142,15 @@ def test_each_loss_is_its_row_of_the_table(N, g, beta, noise, target, nll):
             return -math.log(1 + math.exp(-x))
 
         h = beta * ((w - ref_w) - (l - ref_l))
-        for name, f in {"dpo": -log_sigma(h), "cdpo": -(1 - noise) * log_sigma(h) - noise * log_sigma(-h),
+        z = beta * 0.5 * target
+        alone = 2 - math.exp(log_sigma(beta * (w - ref_w) - z)) - math.exp(log_sigma(z - beta * (l - ref_l)))
+        for name, f in {"dpo": -log_sigma(h), "kto": alone / 2, "cdpo": -(1 - noise) * log_sigma(h) - noise * log_sigma(-h),
                         "ipo": ((w - ref_w) / n_w - (l - ref_l) / n_l - 1 / (2 * beta)) ** 2, "slic": max(0.0, target - w + l),
                         "simpo": -log_sigma(beta * w / n_w - beta * l / n_l - target)}.items():
             expected[name] += (f - nll * w / n_w) / N
     for name, value in expected.items():
-        loss, metrics, _ = dpo(case, loss=name, beta=beta, label_noise=noise, delta=target, gamma=target, nll_coef=nll)
+        loss, metrics, _ = dpo(case, loss=name, beta=beta, label_noise=noise, delta=target, gamma=target, nll_coef=nll,
+                               reference_point=0.5 * target)
         assert_close(loss, value, 1e-9)
         assert_close(metrics["train/margin"], metrics["train/chosen_reward"] - metrics["train/rejected_reward"])
         assert metrics["train/chosen_logp"] == pytest.approx(float(case[0].mean()))
@@ -248,6 +251,21 @@ def test_slic_stops_at_its_margin(N, g):
         assert_close(dpo((rejected + margin, rejected, *rest), loss="slic", delta=1.0)[2][0], slope)
     zero = torch.zeros(1, dtype=torch.float64)
     assert_close(dpo((zero + 1.0, zero, zero, zero, zero + 1, zero + 1), loss="slic", delta=1.0)[2][0], 0.0)
+
+
+@given(counts, generators, betas, st.floats(0, 3))
+def test_kto_judges_each_response_alone_and_pushes_most_at_its_reference_point(N, g, beta, z):
+    """The rejected response does not enter the chosen one's gradient; both are beta/8 where log(pi/ref) = z, less
+    elsewhere."""
+    chosen, rejected, ref_w, ref_l, *lengths = pairs(g, N)
+    kto = {"loss": "kto", "beta": beta, "reference_point": z}
+    dw, dl = dpo((chosen, rejected, ref_w, ref_l, *lengths), **kto)[2]
+    assert_close(dpo((chosen, rejected - 3, ref_w, ref_l, *lengths), **kto)[2][0], dw)
+    assert_close(dpo((chosen - 3, rejected, ref_w, ref_l, *lengths), **kto)[2][1], dl)
+    assert (-beta / 8 <= dw).all() and (dw < 0).all() and (dl > 0).all() and (dl <= beta / 8).all()
+    top_w, top_l = dpo((ref_w + z, ref_l + z, ref_w, ref_l, *lengths), **kto)[2]
+    assert_close(top_w, -beta / 8)
+    assert_close(top_l, beta / 8)
 
 
 @given(counts, generators)

@@ -436,7 +436,8 @@ def test_the_reward_model_descends_the_mean_loss_of_choices_read_at_last_tokens(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pair_loss(loss, policy, reference, chosen, rejected, seen, *, beta=0.0, label_noise=0.0, delta=0.0, gamma=0.0, nll=0.0):
+def pair_loss(loss, policy, reference, chosen, rejected, seen, *, beta=0.0, label_noise=0.0, delta=0.0, gamma=0.0, nll=0.0,
+              z=0.0):
     """The loss of one pair, and what is seen of it."""
     def implicit(row):
         logp, length = sum(x for x, _ in read(policy, row, SOME)), len(row[0]) - row[1]
@@ -450,6 +451,7 @@ def pair_loss(loss, policy, reference, chosen, rejected, seen, *, beta=0.0, labe
          "cdpo": lambda: (1 - label_noise) * bradley_terry(m) + label_noise * bradley_terry(-m),
          "ipo": lambda: (m - 1 / (2 * beta)) ** 2,
          "slic": lambda: max(delta - m, 0 * m),
+         "kto": lambda: (torch.sigmoid(beta * z - r_chosen) + torch.sigmoid(r_rejected - beta * z)) / 2,
          "simpo": lambda: bradley_terry(m - gamma)}[loss]() - nll * logp / length
     for name, x in {"loss": f, "chosen_logp": logp, "rejected_logp": rejected_logp, "chosen_reward": r_chosen,
                     "rejected_reward": r_rejected, "margin": m, "accuracy": rank(float(m))}.items():
@@ -463,7 +465,18 @@ PAIRS = {
     "ipo": ("--nll-coef 0.2 --refresh-reference 2", {"beta": 5.0, "nll": 0.2}),
     "slic": ("", {"delta": 1.0, "nll": 0.1}),
     "simpo": ("--beta 2 --gamma 0.5", {"beta": 2.0, "gamma": 0.5}),
+    "kto": ("--beta 0.5 --refresh-reference 2", {"beta": 0.5}),
 }
+
+
+def kto_reference_point(policy, reference, pairs):
+    """The mean log(pi/ref) of all responses, each after the prompt of the next pair; at least 0."""
+    drifts = []
+    for pair, ((next_ids, next_start), _) in zip(pairs, (*pairs[1:], pairs[0]), strict=True):
+        for ids, start in pair:
+            row = ([*next_ids[:next_start], *ids[start:]][: policy.config.context], next_start)
+            drifts.append(sum(log_probs(policy, row, SOME)) - sum(log_probs(reference, row, SOME)))
+    return max(0.0, fmean(drifts))
 
 
 @pytest.mark.parametrize("loss", PAIRS)
@@ -477,8 +490,11 @@ def test_dpo_descends_the_mean_loss_of_pairs_of_a_file(loss, play):
         if "refresh" in flags and step == 2:
             reference.load_state_dict(policy.state_dict())
         seen, lr = defaultdict(list), rate(0.2, step, 0.1)
-        losses = [pair_loss(loss, policy, reference, *pairs[i], seen, **choices)
-                  for i in shuffled_batch(len(pairs), 5, step, seed=0)]
+        batch = [pairs[i] for i in shuffled_batch(len(pairs), 5, step, seed=0)]
+        if loss == "kto":
+            choices = choices | {"z": kto_reference_point(policy, reference, batch)}
+            seen["reference_point"].append(choices["z"])
+        losses = [pair_loss(loss, policy, reference, *pair, seen, **choices) for pair in batch]
         logged(line, mean_of(seen) | {"train/grad_norm": descend([policy], sum(losses) / 5, lr), "train/lr": lr})
     agree(policy, end["model"], to_train())
 
@@ -626,6 +642,9 @@ def token_objective(c, A, logp, log_p, old, ref, log_s, seen):
     elif c.bound == "mask":
         J = rho * A if 1 / 8 <= rho <= 8 else 0.0
         seen["masked"].append(not 1 / 8 <= rho <= 8)
+    elif c.bound == "soft":
+        tau = 1.0 if A > 0 else 1.05
+        J = 4 / tau * A / (1 + torch.exp(tau * (1 - rho)))
     else:
         J = A * logp if c.ratio == "none" else A * rho
     if c.kl_coef:
@@ -698,6 +717,7 @@ FAMILY = {
     "masked_is": ("--algo masked_is --minibatches 2 --epochs 2",
                   {"advantage": "center", "bound": "mask", "aggregate": "token_mean", "minibatches": 2, "epochs": 2},
                   ("masked",)),
+    "sapo": ("--algo sapo --epochs 2", {"bound": "soft", "epochs": 2}, ()),
     "scale_rl": ("--algo scale_rl --minibatches 2 --truncated mask",
                  {"advantage": "zscore_batch", "bound": "truncate", "aggregate": "prompt_mean", "groups": "drop",
                   "truncated": "mask", "minibatches": 2}, ()),

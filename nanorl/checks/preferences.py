@@ -5,6 +5,7 @@ An invariant is a function of (objective, pairs, generator, ...), as in invarian
     f(m),   m = h(chosen, its reference, its length) - h(rejected, its reference, its length)
 
 and what it does to a pair is dL/dchosen < 0 < dL/drejected, a push up and a push down. Most invariants are of one pair alone.
+KTO has no margin: what is said of margins is not asked of it.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from nanorl.errors import UserError
 from nanorl.ops import bradley_terry
 
 # What each loss of a paper needs to be written down.
-NUMBERS = {"dpo": ("beta",), "cdpo": ("beta", "label_noise"), "ipo": ("beta",), "slic": ("delta",), "simpo": ("beta", "gamma")}
+NUMBERS = {"dpo": ("beta",), "cdpo": ("beta", "label_noise"), "ipo": ("beta",), "slic": ("delta",), "simpo": ("beta", "gamma"),
+           "kto": ("beta",)}
 
 
 def adapted(f: Callable) -> Callable:
@@ -51,6 +53,8 @@ def paper_loss(pair: Pairs, loss: str, beta: float | None = None, label_noise: f
         pushed = bradley_terry(beta * (c / length - r / pair.rejected_length) - gamma)
     elif loss == "ipo":
         pushed = ((c - pair.ref_chosen) / length - (r - pair.ref_rejected) / pair.rejected_length - 1 / (2 * beta)).square()
+    elif loss == "kto":         # at reference point 0
+        pushed = 1 - (torch.sigmoid(beta * (c - pair.ref_chosen)) + torch.sigmoid(-beta * (r - pair.ref_rejected))) / 2
     else:
         m = beta * ((c - pair.ref_chosen) - (r - pair.ref_rejected))
         pushed = (1 - label_noise) * bradley_terry(m) + label_noise * bradley_terry(-m)
@@ -194,8 +198,8 @@ def check_preference_objective(f: Callable, loss: str | None = None, *, absolute
 
     It also gets chosen_length, rejected_length and weights, [N], if its signature names them. It returns one loss, or [N].
 
-    loss        "dpo", "cdpo", "ipo", "slic" or "simpo", if it is meant to be that of the paper (the table of train_dpo.py)
-    absolute    True if the loss is no function of a margin, but judges each response by itself, as KTO's, BCO's and NCA's do
+    loss        "dpo", "cdpo", "ipo", "slic", "simpo" or "kto", if it is meant to be the paper's (the table of train_dpo.py)
+    absolute    True if the loss is no function of a margin, but judges each response by itself, as KTO's and BCO's do
     paper       the numbers in it: beta, label_noise, delta, gamma; and nll_coef, if there is such a term
     examples    random cases for each invariant
 
@@ -205,7 +209,7 @@ def check_preference_objective(f: Callable, loss: str | None = None, *, absolute
         expected = "; ".join(f"{name} with {' and '.join(needs)}" for name, needs in NUMBERS.items())
         raise UserError(f"loss {loss} with {' and '.join(paper) or 'no number'}: expected {expected}; nll_coef with any")
     f, takes_weights, cases = adapted(f), "weights" in with_accepted(f, weights=None), random_cases(pairs(), examples)
-    symmetric = loss in ("dpo", "cdpo", "ipo")
+    symmetric, absolute = loss in ("dpo", "cdpo", "ipo"), absolute or loss == "kto"
 
     def holds(invariant: Callable) -> bool:
         return counterexample(partial(invariant, f), cases) is None
