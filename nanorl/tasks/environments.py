@@ -43,27 +43,26 @@ class Guess(Task):
     is demonstrated is a random number, at least half of the time one that can still be right.
     """
 
-    name, difficulty_unit = "guess", "numbers"
-    difficulties, default_difficulty = range(2, 100), 32
+    name, highest = "guess", 32
     max_actions, max_answer_tokens, max_episode_tokens = 10, 6, 128
     worked_share = 1.0
     right_reward = None         # a guess is not right or wrong, but early or late
 
     def draw(self, rng):
         game = rng.randrange(10_000)        # held out are games: every number is to be guessed in both splits
-        return Problem(f"Guess from 1 to {self.difficulty}, game {game}.", str(rng.randint(1, self.difficulty)))
+        return Problem(f"Guess from 1 to {self.highest}, game {game}.", str(rng.randint(1, self.highest)))
 
     def read(self, action: str) -> int | None:
         """The number that was guessed, or None."""
         number = int(action) if re.fullmatch("[1-9][0-9]?", action) else 0
-        return number if 1 <= number <= self.difficulty else None
+        return number if 1 <= number <= self.highest else None
 
     def work(self, state, rng):
         said = [content for _, content in (*state.before, ("user", state.prompt))][1:]
-        low, high = 1, self.difficulty
+        low, high = 1, self.highest
         for guess, answer in zip(map(int, said[::2]), said[1::2], strict=True):
             low, high = (max(low, guess + 1), high) if answer == "higher" else (low, min(high, guess - 1))
-        return str(rng.randint(low, high) if rng.random() < 0.5 else rng.randint(1, self.difficulty))
+        return str(rng.randint(low, high) if rng.random() < 0.5 else rng.randint(1, self.highest))
 
     def direct(self, state, rng):
         return state.answer
@@ -71,7 +70,7 @@ class Guess(Task):
     def observe(self, state, action):
         guess, number = self.read(action), int(state.answer)
         if guess is None:
-            return f"1 to {self.difficulty}"
+            return f"1 to {self.highest}"
         return None if guess == number else "higher" if guess < number else "lower"
 
     def verify(self, state, action):
@@ -81,7 +80,7 @@ class Guess(Task):
     def adversarial(self, problem):
         gold = problem.answer
         return ["", "0", "right", problem.prompt, f"0{gold}", f" {gold}", f"{gold}\n", f"{gold}.0", f"{gold} or so", "9" * 9999,
-                " ".join(map(str, range(1, self.difficulty + 1)))]
+                " ".join(map(str, range(1, self.highest + 1)))]
 
     def ballot(self, response):
         numbers = re.findall("[0-9]+", response)
