@@ -1,8 +1,11 @@
 """Episodes: what was sampled is what is trained on, and what the environment said is neither."""
 
 import hashlib
+import io
 import json
 import math
+import re
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -12,17 +15,17 @@ from hypothesis import strategies as st
 from test_rollout import MODEL
 from test_rollout import TOKENIZER as ORDINARY
 from torch.testing import assert_close
-from world import metrics, start
+from world import ROOT, metrics, start
 
 import train_grpo
 import train_ppo
-from nanorl import run
+from nanorl import chat, evaluate, run
 from nanorl.ops import gae, token_weights
 from nanorl.rollout import describe, sample_and_grade, score_rollout
-from nanorl.sample import Sampling, token_log_probs
+from nanorl.sample import Sampling, generate, token_log_probs
 from nanorl.tasks import Problem, Task, make_task
 from nanorl.tokenizer import Tokenizer
-from nanorl.turns import ENDS
+from nanorl.turns import ENDS, Episodes
 
 TOKENIZER = Tokenizer(ORDINARY.ranks)
 TOKENIZER.stop_ids = {TOKENIZER.end, *range(0, 250, 3)}         # an untrained model says one of these soon
@@ -285,7 +288,7 @@ def test_bisection_of_32_numbers_takes_4_22_guesses():
     task, guesses = make_task("guess"), []
     for number in range(1, 33):
         state, low, high = Problem("", str(number)), 1, 32
-        while said := task.observe(state, guess := str((low + high) // 2)):
+        while len(state.before) < 20 and (said := task.observe(state, guess := str((low + high) // 2))):
             low, high = (int(guess) + 1, high) if said == "higher" else (low, int(guess) - 1)
             state = state.after(guess, said)
         guesses.append(1 + len(state.before) // 2)
@@ -337,7 +340,7 @@ TURNS = ("--steps 2 --prompts 3 --group 4 --init sft --eval-every 2 --eval-probl
          "--max-new-tokens 12 --task ")
 
 
-@pytest.mark.parametrize("script, more", [(train_grpo, "guess --stale 1 --micro-batch 5 --no-selfcheck"),
+@pytest.mark.parametrize("script, more", [(train_grpo, "guess --minibatches 2 --micro-batch 5"),
                                           (train_ppo, "calculator --best-of 0")])
 def test_a_run_with_turns_resumes_bit_for_bit_and_shows_its_episodes(inside, tmp_path, script, more):
     """A run of two steps, and one that stops after the first. What it keeps to look at has log-probs of actions alone."""
@@ -352,3 +355,38 @@ def test_a_run_with_turns_resumes_bit_for_bit_and_shows_its_episodes(inside, tmp
             observed = [x is None for x in answer["before"]]
             assert observed == [x is None for x in answer["sampled"]] == [x is None for x in answer["after"]]
             assert all([not m for m in one["mask"]] == observed for one in answer["passes"])
+
+
+def test_the_environment_of_the_page_works():
+    """The one in docs/turns.md: its demonstrations are episodes that get the full reward."""
+    page, space = (ROOT / "docs/turns.md").read_text(), {"__name__": "phone"}
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], space)
+    task = space["Phone"]()
+    records = task.demonstrations(40)
+    assert task.right_reward == 1.0 and {r["response"][:5] for r in records} == {"find(", "Answe"}
+    for problem in (task.draw(Random(i)) for i in range(10)):
+        call = task.work(problem, Random(0))
+        state = problem.after(call, task.observe(problem, call))
+        assert task.verify(state, task.work(state, Random(0))) == 1.0 and task.observe(state, "Answer: 1") is None
+
+
+def test_chat_and_evaluate_play_episodes(inside, tmp_path, monkeypatch, capsys):
+    """A chat with a run on the calculator shows what it said; power sampling and pairs refuse."""
+    start(train_grpo, TURNS.replace("--steps 2", "--steps 1") + "guess --no-selfcheck", tmp_path / "run")
+    checkpoint = run.load_checkpoint(tmp_path / "run", "policy")
+    tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, torch.device("cpu"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Guess.\n"))
+    chat.main(run.parse(chat.Config, [str(tmp_path / "run"), "--max-new-tokens", "12", "--device", "cpu"]))
+    task = make_task("guess")
+    problem = replace(task.draw(Random(run.derive(0, 0))), prompt="Guess.")
+    episodes, ids = Episodes(task, tokenizer, [problem], [[]]), tokenizer.render("Guess.")
+    said = generate(model, [ids], max_new_tokens=12, stop_ids=tokenizer.stop_ids, seed=run.derive(0, 0),
+                    observe=episodes.observe, max_episode_tokens=task.max_episode_tokens)
+    text = tokenizer.decode(said.responses()[0]) + ("" if said.finished[0] else " ...")
+    assert capsys.readouterr().out.splitlines()[-1] == run.printable(text.replace("\n", r"\n"))
+    flags = [str(tmp_path / "run"), "--problems", "4", "--n", "2", "--device", "cpu"]
+    evaluate.main(run.parse(evaluate.Config, [*flags, "--method", "sample"]))
+    assert "| sample" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main(run.parse(evaluate.Config, [*flags, "--method", "power"]))
+    assert "has turns" in capsys.readouterr().err
