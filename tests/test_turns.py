@@ -19,6 +19,7 @@ from world import ROOT, metrics, start
 
 import train_grpo
 import train_ppo
+from experiments.turns import encoded_again
 from nanorl import chat, evaluate, run
 from nanorl.ops import gae, token_weights
 from nanorl.rollout import describe, sample_and_grade, score_rollout
@@ -300,6 +301,7 @@ def test_bisection_of_32_numbers_takes_4_22_guesses():
 def test_demonstrations_of_an_episode_are_one_record_for_each_action():
     records = make_task("guess").demonstrations(300)
     assert records[:100] == make_task("guess").demonstrations(100)
+    assert 150 < sum(not isinstance(record["prompt"], str) for record in records) < 300
     for record in records:
         prompt = record["prompt"]
         if not isinstance(prompt, str):
@@ -368,6 +370,15 @@ def test_the_environment_of_the_page_works():
         call = task.work(problem, Random(0))
         state = problem.after(call, task.observe(problem, call))
         assert task.verify(state, task.work(state, Random(0))) == 1.0 and task.observe(state, "Answer: 1") is None
+
+
+def test_actions_that_are_encoded_again_may_be_other_ids():
+    """What experiments.turns does on purpose: an action becomes what the encoder makes of it, and nothing else changes."""
+    out = play(seed=1).rollout
+    again = encoded_again(out, TOKENIZER)
+    assert not torch.equal(out.tokens, again.tokens[:, : out.tokens.shape[1]])
+    for a, b in zip(out.actions(), again.actions(), strict=True):
+        assert [TOKENIZER.encode(TOKENIZER.decode(ids)) for ids in a] == b
 
 
 def test_chat_and_evaluate_play_episodes(inside, tmp_path, monkeypatch, capsys):
