@@ -124,6 +124,24 @@ def faults(out: Path, task_name: str) -> dict[str, float]:
             "moved by counting observations in lengths": moved(gradient(policy, out, adv, mask, whole.sum(-1)))}
 
 
+def trained_on_observations(out: Path, steps: int = 8) -> list[float]:
+    """The rewards of the first steps of grpo-calculator, seed 0, whose mask has all that follows the prompt."""
+    sound, folder = train_grpo.collect, out / "trained-on-observations"
+
+    def collect(*args, **kwargs):
+        found = sound(*args, **kwargs)
+        mask = response_mask(found.rollout.prompt_lengths, found.rollout.lengths, found.rollout.tokens.shape[1])
+        return replace(found, rollout=replace(found.rollout, mask=mask))
+
+    train_grpo.collect = collect
+    try:
+        flags = f"--task calculator --steps {steps} --lr 3e-4 --eval-problems 20 --eval-every 100 --no-selfcheck --quiet"
+        train_grpo.main(run.parse(train_grpo.Config, [*flags.split(), "--init", f"{out}/sft-calculator", "--out", str(folder)]))
+    finally:
+        train_grpo.collect = sound
+    return [line["rollout/reward"] for line in read_metrics(folder) if "rollout/reward" in line]
+
+
 def draw(results: dict) -> None:
     """Held-out accuracy and tool use, and guesses, over the steps; a line for each run."""
     figure, axes = panels(2, width=5)
@@ -153,13 +171,13 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}, "faults": {}}
     if args.faults:
         kept["faults"] = {task: faults(out, task) for task in ("calculator", "guess")}
+        kept["trained on observations"] = trained_on_observations(out)
     elif args.draw:
         kept["runs"] = collect(out)
         draw(kept["runs"])
     else:
         return make(out, args.names)
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-    print(json.dumps(kept["faults"], indent=1))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from test_rollout import TOKENIZER as ORDINARY
 from torch.testing import assert_close
 from world import ROOT, metrics, start
 
+import train_dpo
 import train_grpo
 import train_ppo
 from experiments.turns import encoded_again
@@ -336,6 +337,21 @@ def test_an_environment_that_says_nothing_is_a_task_with_one_answer():
         assert torch.equal(x, y)
 
 
+def test_processes_share_episodes(monkeypatch):
+    """Two processes play the episodes of one, masks, rewards and ends included."""
+    whole, sent = play(prompts=5, seed=7), []
+    monkeypatch.setattr("nanorl.run.ranks.count", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr("nanorl.run.ranks.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("nanorl.run.ranks.gathered", lambda part: sent.append(part) or [part])
+        play(prompts=5, seed=7)
+    monkeypatch.setattr("nanorl.run.ranks.gathered", lambda part: sent)
+    both = play(prompts=5, seed=7)
+    assert (both.texts, both.ends, both.action_rewards) == (whole.texts, whole.ends, whole.action_rewards)
+    for name in ("tokens", "mask", "lengths", "finished", "prompt_index"):
+        assert torch.equal(getattr(both.rollout, name), getattr(whole.rollout, name))
+
+
 # ---- Runs ----
 
 TURNS = ("--steps 2 --prompts 3 --group 4 --init sft --eval-every 2 --eval-problems 3 --save-every 1 --quiet --device cpu "
@@ -400,4 +416,7 @@ def test_chat_and_evaluate_play_episodes(inside, tmp_path, monkeypatch, capsys):
     assert "| sample" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         evaluate.main(run.parse(evaluate.Config, [*flags, "--method", "power"]))
+    assert "has turns" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        start(train_dpo, "--online --task calculator --judge verifier --init sft --quiet --device cpu", tmp_path / "pairs")
     assert "has turns" in capsys.readouterr().err
