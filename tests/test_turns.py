@@ -1,5 +1,6 @@
 """Episodes: what was sampled is what is trained on, and what the environment said is neither."""
 
+import functools
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rollout import MODEL
@@ -22,6 +24,8 @@ import train_grpo
 import train_ppo
 from experiments.turns import encoded_again
 from nanorl import chat, evaluate, run
+from nanorl.data import response_mask
+from nanorl.first_step import FirstStepCheckFailed, first_step_check
 from nanorl.ops import gae, token_weights
 from nanorl.rollout import describe, sample_and_grade, score_rollout
 from nanorl.sample import Sampling, generate, token_log_probs
@@ -335,6 +339,29 @@ def test_an_environment_that_says_nothing_is_a_task_with_one_answer():
     assert a.texts == b.texts and torch.equal(a.rewards, b.rewards) and a.ends == b.ends
     for x, y in zip(vars(a.rollout).values(), vars(b.rollout).values(), strict=True):
         assert torch.equal(x, y)
+
+
+def shifted(rollout):
+    """The mask with the first token of each observation."""
+    return rollout.mask | (F.pad(rollout.mask[:, :-1], (1, 0)) & within(rollout))
+
+
+def within(rollout):
+    return response_mask(rollout.prompt_lengths, rollout.lengths, rollout.tokens.shape[1])
+
+
+@pytest.mark.parametrize("mask, says", [(within, "more or fewer tokens than were sampled"), (shifted, "end with a stop token"),
+                                        (lambda rollout: rollout.mask, None)])
+def test_the_first_step_check_knows_turns(mask, says):
+    found = play(prompts=8, samples=2, seed=1)
+    found.rollout = replace(found.rollout, mask=mask(found.rollout))
+    tried = (found, found.task, TOKENIZER.stop_ids, functools.partial(token_log_probs, MODEL), train_grpo.objective,
+             list(MODEL.parameters()), "sequence_mean", 5, 1e-4)
+    if says:
+        with pytest.raises(FirstStepCheckFailed, match=says):
+            first_step_check(*tried)
+    else:
+        assert first_step_check(*tried).startswith("First-step check: sampler and scorer agree to ")
 
 
 def test_processes_share_episodes(monkeypatch):
