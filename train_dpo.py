@@ -41,6 +41,7 @@ from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import (PAIRS, exchanged_batch, pair_batch, read_pairs, render_records, response_mask, shuffled_batch,
                          split_pairs)
+from nanorl.errors import UserError
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
 from nanorl.kept import given_rollout, kept_pairs
 from nanorl.ops import bradley_terry, ranked_right
@@ -166,6 +167,8 @@ class Config(run.PolicyConfig):
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, needs_verifier=False)
+    if task.max_actions > 1:
+        raise UserError(f"--task {task}: has turns, and pairs are of single answers; use train_grpo.py or train_ppo.py")
     records = [] if cfg.online else read_pairs(cfg.data)
     reward_model = cfg.reward_model if cfg.reward_model or cfg.judge == "model" else None
     device, checkpoint, tokenizer, policy, initial_policy, reward_model = run.begin(

@@ -113,7 +113,7 @@ def advantages(cfg, rollout, rewards, old_logp, ref_logp, state):
         kept = kept & (rewards > 0)
     R = rewards.nan_to_num(nan=0.0)
     if cfg.overlong:
-        lengths = (rollout.lengths - rollout.prompt_lengths).cpu().view_as(R)
+        lengths = rollout.mask.sum(-1).cpu().view_as(R)
         R = R + overlong_penalty(lengths, cfg.max_new_tokens, cfg.overlong * cfg.max_new_tokens)
     if cfg.kl == "k1_reward":
         R = R - cfg.kl_coef * kl_k1(old_logp, ref_logp).masked_fill(~mask, 0.0).sum(-1).cpu().view_as(R)

@@ -4,7 +4,7 @@
 
 VL is the clipped value loss. The critic V estimates the return from a state; A_t, by generalised advantage estimation, is
 how much better a token did than expected.
-Reward arrives per token: r_t = -kl_coef k1(pi || ref), and at the last token the score of the whole answer. So the KL
+Reward arrives per token: r_t = -kl_coef k1(pi || ref), and at the last token of each action its score. So the KL
 penalty is part of what is maximised, E[score] - kl_coef KL(pi || ref), and not a term of the loss.
 
     python train_ppo.py                                     a verifier's reward on addition, from nothing
@@ -65,14 +65,14 @@ def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns
 def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef, gamma, lam):
     """What each token did better than the critic expected, and what the critic should have expected.
 
-        r_t = -kl_coef log(pi / ref)(y_t) + [t is the last token of an answer that has ended] R
+        r_t = -kl_coef log(pi / ref)(y_t) + R_t
 
-    rewards R and last_value [B]; ended [B] bool; logp, ref_logp, values, mask [B, T] -> (advantages, returns), [B, T] each. Of
-    an answer that has ended, the reward is final and nothing follows. One that has not gets no reward, and last_value stands
-    for the rest.
+    rewards R [B, T], each at the last token of its action and 0 elsewhere; ended [B] bool; last_value [B]; logp, ref_logp,
+    values, mask [B, T] -> (advantages, returns), [B, T] each. Of an answer that has ended, the reward is final and nothing
+    follows. One that has not gets no reward at its last token, and last_value stands for the rest.
     """
     last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
-    token_rewards = -kl_coef * kl_k1(logp, ref_logp) + torch.where(last & ended[:, None], rewards[:, None], 0.0)
+    token_rewards = -kl_coef * kl_k1(logp, ref_logp) + rewards.masked_fill(last & ~ended[:, None], 0.0)
     return gae(token_rewards, values, mask, gamma, lam, last_value.masked_fill(ended, 0.0))
 
 
@@ -168,11 +168,13 @@ def main(cfg: Config) -> None:
         with run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), state=out.state)
-            rollout, rewards = fresh.rollout, fresh.rewards.flatten().to(device)
-            mask = rollout.mask & ~rewards.isnan()[:, None]             # what could not be scored teaches nothing
+            rollout, rewards = fresh.rollout, fresh.token_rewards()                         # [B, T-1]
+            unscored = fresh.rewards.flatten().isnan().to(device)
+            mask = rollout.mask & ~unscored[:, None]                    # what could not be scored teaches nothing
             if reward_model:
-                rewards = learned_rewards(reward_model, rollout, cfg.micro_batch)           # [B]
-                out.log({"rollout/learned_reward": rewards.mean()})
+                learned = learned_rewards(reward_model, rollout, cfg.micro_batch)           # [B]
+                rewards = torch.zeros_like(rewards).scatter(-1, rollout.lengths[:, None] - 2, learned[:, None])
+                out.log({"rollout/learned_reward": learned.mean()})
         out.log(describe(fresh, "rollout"))
         out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
 
@@ -191,7 +193,7 @@ def main(cfg: Config) -> None:
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
         kept = kept_groups(out, task, rollout, fresh.rewards,                          # for nanorl.view: a few groups
-                           fresh.parts | ({"learned reward": rewards} if reward_model else {}))
+                           fresh.parts | ({"learned reward": learned} if reward_model else {}))
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.

@@ -38,7 +38,7 @@ class Config(run.PolicyConfig):
     eval_every: run.Count = 100
 
     # demonstrations
-    task: str = "addition"      # addition, sums, sorting, reversal, countdown, code or stories: demonstrated and evaluated
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown, code, calculator, guess or stories
     data: str = ""              # JSONL records {"prompt", "response"} to learn from instead of the task's demonstrations
     skip_long: bool = False     # leave out records that do not fit the model's context
     demonstrations: run.Count = 20_000    # of the task; data/TASK.jsonl shows the first 4,000

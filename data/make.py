@@ -74,7 +74,8 @@ def files() -> dict[str, str]:
     """Everything that a bare `python data/make.py` writes, by name."""
     pretraining = text()
     return {"text.txt": pretraining, "stories_heldout.txt": heldout_stories(pretraining),
-            **{f"{name}.jsonl": demonstrations(make_task(name)) for name, task in TASKS.items() if task.verifiable},
+            **{f"{name}.jsonl": demonstrations(make_task(name)) for name, task in TASKS.items()
+               if task.verifiable and task.max_actions == 1},
             "preferences.jsonl": preferences()}
 
 

@@ -5,7 +5,9 @@
     echo "What is 347+585?" | python -m nanorl.chat runs/grpo
 
 Each line is a prompt of its own: these models have never seen a conversation. A pretrained one has not seen a prompt either;
-it continues the line. While talking, these lines change a flag or end the talk; --raw makes them prompts, like all others:
+it continues the line. Where a run was trained on a task with turns, its environment answers what the model does, as with a
+calculator, and the model goes on. While talking, these lines change a flag or end the talk; --raw makes them prompts, like all
+others:
 
     /temperature 0.5    /top_k 10    /top_p 0.9    /max_new_tokens 50    /show probs    /quit
 
@@ -18,6 +20,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Annotated, Literal
 
 import torch
@@ -27,7 +30,9 @@ from nanorl import run
 from nanorl.gpt import GPT
 from nanorl.ops import entropy_from_logits, log_softmax
 from nanorl.sample import generate, sampling_logits
+from nanorl.tasks import TASKS, Task, make_task
 from nanorl.tokenizer import Tokenizer
+from nanorl.turns import Episodes
 
 TopP = Annotated[float, run.Bound(lambda p: 0 < p <= 1, "a number above 0, at most 1")]
 
@@ -108,6 +113,8 @@ def main(cfg: Config) -> None:
     checkpoint = run.load_checkpoint(cfg.checkpoint, "policy")
     tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
     pretrained = "text" in checkpoint["config"]         # only train_pretrain.py has that flag
+    task = checkpoint["config"].get("task", "")
+    task = make_task(task) if TASKS.get(task.partition("-")[0], Task).max_actions > 1 else None      # its environment answers
     piped = not at_the_keyboard()
     if not piped:
         print(f"{cfg.checkpoint} {'continues' if pretrained else 'answers'} what you write. /quit to leave; "
@@ -122,9 +129,14 @@ def main(cfg: Config) -> None:
         elif line.strip():
             ids = [tokenizer.bos, *tokenizer.encode(line)] if pretrained else tokenizer.render(line)
             limit = max(1, min(cfg.max_new_tokens, model.config.context - len(ids)))
+            turns = {}
+            if task:
+                problem = replace(task.draw(Random(run.derive(cfg.seed, number))), prompt=line)
+                turns = {"observe": Episodes(task, tokenizer, [problem], [[]]).observe,
+                         "max_episode_tokens": max(1, min(task.max_episode_tokens, model.config.context - len(ids)))}
             try:
                 said = generate(model, [ids], max_new_tokens=limit, temperature=cfg.temperature, top_k=cfg.top_k,
-                                top_p=cfg.top_p, stop_ids=tokenizer.stop_ids, seed=run.derive(cfg.seed, number))
+                                top_p=cfg.top_p, stop_ids=tokenizer.stop_ids, seed=run.derive(cfg.seed, number), **turns)
                 if cfg.show == "probs":
                     text = probabilities(model, said.tokens[0], len(ids), cfg, tokenizer) + "\n" * piped
                 else:

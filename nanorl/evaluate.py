@@ -185,6 +185,8 @@ class Evaluation:
 
     def walk(self, alpha: float, proposal: str) -> None:
         """Power sampling: add rows after 0, 1, 2, 4, ... steps, and a note."""
+        if self.task.max_actions > 1:
+            raise UserError(f"--method power: {self.task} has turns, and a chain proposes one answer; expected another method")
         cfg, title, size = self.cfg, f"power {alpha:g}, {proposal}", max(1, ROWS // self.cfg.chains)
         rewards, tokens = ({step: [] for step in (0, *doublings(cfg.steps))} for _ in range(2))
         traces, moved, tried = [], 0, 0

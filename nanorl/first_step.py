@@ -11,6 +11,7 @@ from random import Random
 import torch
 from torch import Tensor
 
+from nanorl.data import response_mask
 from nanorl.errors import UserError
 from nanorl.ops import token_weights
 from nanorl.rollout import Experience
@@ -86,8 +87,12 @@ def first_step_check(experience: Experience, task: Task, stop_ids: set[int], sco
     expect(bool(torch.isin(tokens[rows[finished], last[finished]], stops).all()),
            "an answer is called finished without a stop token")
     expect(bool(mask[rows, last - 1].all()), "an answer's last token, its stop token if it has one, is outside the mask")
-    expect(torch.equal(mask.sum(-1), rollout.lengths[rows] - rollout.prompt_lengths[rows]),
+    within = response_mask(rollout.prompt_lengths[rows], rollout.lengths[rows], T)
+    several = torch.tensor([len(each) > 1 for each in experience.action_rewards[: len(rows)]], device=rows.device)
+    expect(not (mask & ~within).any() and torch.equal((within & ~mask).any(-1), several),
            "the mask has more or fewer tokens than were sampled")
+    ends = rollout.action_ends()[rows, : T - 1].scatter(1, last[:, None] - 1, False)
+    expect(bool(torch.isin(tokens[:, 1:][ends], stops).all()), "an action before an observation does not end with a stop token")
 
     logp, entropy = score(tokens, mask)
     parity, rounding = difference(rollout.logp[rows, : T - 1], logp, mask, tol)

@@ -2,7 +2,8 @@
 `python -m nanorl.view` shows them. Kept are steps that begin with an evaluation, and the last.
 
 A line is a group, a prompt with its answers. Its lists have one entry for each token of the prompt or of the answer, stop token
-included. Numbers have six significant digits; null stands for one that is not finite or does not exist.
+included. What an environment said between two actions belongs to the answer, but has no log-probs, and `mask` is false there.
+Numbers have six significant digits; null stands for one that is not finite or does not exist.
 
     step, group                         the group is counted within the rollout
     prompt, prompt_ids, prompt_tokens   its text, and each token's id and text
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanorl.data import response_mask
 from nanorl.rollout import has_contrast, right_or_reward, score_rollout
 from nanorl.run import Run, autocast, ranks
 from nanorl.sample import Rollout
@@ -70,8 +72,9 @@ def kept_pairs(out: Run, rollout: Rollout, pairs: Tensor, rewards: Tensor | None
 
 def given_rollout(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Rollout:
     """Given pairs as a rollout that nobody sampled: the chosen responses, then the rejected ones, as in `pair_batch`."""
-    return Rollout(tokens, prompt_lengths, lengths, torch.full(tokens[:, 1:].shape, torch.nan),
-                   torch.ones_like(lengths, dtype=torch.bool), torch.arange(len(tokens) // 2).repeat(2))
+    return Rollout(tokens, prompt_lengths, lengths, response_mask(prompt_lengths, lengths, tokens.shape[1]),
+                   torch.full(tokens[:, 1:].shape, torch.nan), torch.ones_like(lengths, dtype=torch.bool),
+                   torch.arange(len(tokens) // 2).repeat(2))
 
 
 def numbers(x: Tensor) -> list[float | bool | None]:
@@ -124,6 +127,7 @@ class KeptGroups:
             for i, more in theirs.items():
                 passes[i] = sorted(passes.get(i, []) + more, key=lambda one: one["update"])
         part, decode = self.rollout.to("cpu"), self.out.tokenizer.decode
+        sampled = part.logp.masked_fill(~part.mask, torch.nan)
         texts = [decode(ids) for ids in part.responses()]
         for p in self.groups:
             answers = []
@@ -133,7 +137,7 @@ class KeptGroups:
                     prompt, ids = ids[: places.start + 1], ids[places.start + 1 :]
                     answers.append({"text": texts[i], **self.describe(row, texts[i]), "finished": part.finished[i].item(),
                                     "ids": ids, "tokens": [decode([id]) for id in ids],
-                                    "sampled": numbers(part.logp[i, places]), "before": numbers(self.before[i, places]),
+                                    "sampled": numbers(sampled[i, places]), "before": numbers(self.before[i, places]),
                                     "passes": passes.get(i, []), "after": numbers(after[i, places])})
             self.out.rollouts([{"group": p, "prompt": decode(prompt), "prompt_ids": prompt,
                                 "prompt_tokens": [decode([id]) for id in prompt], "metrics": self.metrics.get(p, {}),
@@ -145,7 +149,8 @@ class KeptGroups:
             return None
         cfg = self.out.cfg
         with autocast(self.rollout.tokens.device, cfg.dtype):
-            return score_rollout(self.out.model, self.rollout, cfg.temperature, cfg.micro_batch).cpu()
+            logp = score_rollout(self.out.model, self.rollout, cfg.temperature, cfg.micro_batch)
+        return logp.masked_fill(~self.rollout.mask, torch.nan).cpu()
 
     def _places(self, i: int) -> slice:
         """Where the kept answer's tokens are in a row of log-probs."""

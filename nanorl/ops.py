@@ -227,14 +227,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float,
         delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}          return_t = A_t + V_t
 
     rewards, values, mask [B, T] -> (advantages, returns), [B, T] each, 0 where mask is False. values[:, t] belongs to the
-    state that chooses tokens[:, t+1]. The mask of a row is one run, not always from column 0. V after the run is
-    `bootstrap` [B]: 0 where the answer was scored, because a scored answer has ended, and the critic's value only where
-    it was not. lam = 1 gives (discounted) rewards-to-go minus V; lam = 0 gives delta. All are constants.
+    state that chooses tokens[:, t+1]. Only True positions are steps, and t + 1 is the next of them: what an environment says
+    between two actions neither discounts nor decays. V after the last step is `bootstrap` [B]: 0 where the answer was scored,
+    because a scored answer has ended, and the critic's value only where it was not. lam = 1 gives (discounted) rewards-to-go
+    minus V; lam = 0 gives delta. All are constants.
     """
     bootstrap = values.new_zeros(len(values)) if bootstrap is None else bootstrap
     inputs = (rewards, values, bootstrap)
     assert not any(x.requires_grad for x in inputs), "advantages are constants: detach their inputs"
     rewards, values, bootstrap = map(_at_least_float32, inputs)
+    order = (~mask).byte().argsort(dim=-1, stable=True)                                     # the steps first, in their order
+    rewards, values, mask = (x.gather(-1, order) for x in (rewards, values, mask))
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
     after, goes_on = (F.pad(x[:, 1:], (0, 1)) for x in (values, mask))
     after = torch.where(goes_on, after, bootstrap[:, None])                                # V_{t+1}
@@ -243,7 +246,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float,
         advantages = advantages + (gamma * lam) ** count * F.pad(advantages[:, count:], (0, count))
         count *= 2
     advantages = advantages.masked_fill(~mask, 0.0)
-    return advantages, advantages + values
+    return tuple(torch.zeros_like(x).scatter(-1, order, x) for x in (advantages, advantages + values))
 
 
 def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:

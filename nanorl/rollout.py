@@ -19,8 +19,9 @@ from nanorl.errors import UserError
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.run import derive, ranks
 from nanorl.sample import Rollout, Sampling, generate, token_log_probs
-from nanorl.tasks import Problem, Task, grade
+from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
+from nanorl.turns import Episodes
 
 
 @dataclass
@@ -28,11 +29,19 @@ class Experience:
     task: Task
     rollout: Rollout
     problems: list[Problem]     # [P]
-    texts: list[str]            # [B] the responses, decoded for the verifier and the reader; training uses the ids
+    texts: list[str]            # [B] the responses, decoded for the reader, observations included; training uses the ids
     rewards: Tensor             # [P, G], nan where a response could not be scored
+    action_rewards: list[list[float]]       # [B] what they are sums of: a response is one action, an episode has several
+    ends: list[str]             # [B] why no action follows: one of turns.ENDS
     parts: dict[str, Tensor] = field(default_factory=dict)      # [P, G] each: what rewards are sums of, where it has names
     resampled: int = 0          # further groups that were sampled and not used ...
     resampled_tokens: int = 0   # ... and the tokens of their answers
+
+    def token_rewards(self) -> Tensor:
+        """The reward of each action at its last token, 0 elsewhere.       -> [B, T-1]"""
+        zeros = torch.zeros_like(self.rollout.logp)
+        each = [reward for row in self.action_rewards for reward in row]
+        return zeros.masked_scatter(self.rollout.action_ends(), zeros.new_tensor(each))
 
 
 def right_or_reward(task: Task, rewards: Tensor) -> Tensor:
@@ -66,21 +75,24 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
                      samples: int = 1, seed: int = 0, openings: list[list[int]] | None = None) -> Experience:
     """Sample responses to these problems and grade them.
 
-    With `openings`, the responses to a problem begin with these given token ids, which the rollout counts as part of the
-    prompt. Each process answers its part of the problems, and all of them get all responses, the same as those of one
-    process.
+    Where the task's environment answers to a response, it goes on (nanorl/turns.py). With `openings`, the responses to a
+    problem begin with these given token ids, which the rollout counts as part of the prompt. Each process answers its part of
+    the problems, and all of them get all responses, the same as those of one process.
     """
     openings = openings or [[] for _ in problems]
     mine, found = torch.arange(len(problems)).tensor_split(ranks.count())[ranks.rank()].tolist(), None
     if mine:                            # else there are more processes than problems
+        rows = [p for p in mine for _ in range(samples)]
+        episodes = Episodes(task, tokenizer, [problems[p] for p in rows], [openings[p] for p in rows])
         prompts = [tokenizer.render(problems[p].conversation) + openings[p] for p in mine]
         rollout = generate(model, prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
                            stop_ids=tokenizer.stop_ids, samples_per_prompt=samples, seed=seed, first_row=samples * mine[0],
-                           slots=sampling.slots, compile=sampling.compile)
-        rows = [p for p in mine for _ in range(samples)]
+                           slots=sampling.slots, compile=sampling.compile, max_episode_tokens=task.max_episode_tokens,
+                           observe=episodes.observe if task.max_actions > 1 else None)
         texts = [tokenizer.decode(openings[p] + ids) for p, ids in zip(rows, rollout.responses(), strict=True)]
-        rewards, parts = grade(task, [problems[p] for p in rows], texts, rollout.finished.tolist())
-        found = Experience(task, rollout, [problems[p] for p in mine], texts, torch.tensor(rewards).view(len(mine), samples),
+        each, parts, ends = episodes.grade(rollout)
+        rewards = torch.tensor([sum(row) for row in each]).view(len(mine), samples)
+        found = Experience(task, rollout, [problems[p] for p in mine], texts, rewards, each, ends,
                            {name: torch.tensor(part).view(len(mine), samples) for name, part in parts.items()})
     if ranks.count() == 1:
         return found
@@ -124,12 +136,14 @@ def _join(groups: list[tuple[Experience, int]]) -> Experience:
     def rows(name: str) -> list[Tensor]:
         return [row for e, p in groups for row in getattr(e.rollout, name)[p * G : (p + 1) * G]]
 
-    tokens, logp = (pad_sequence(rows(name), batch_first=True) for name in ("tokens", "logp"))
+    tokens, mask, logp = (pad_sequence(rows(name), batch_first=True) for name in ("tokens", "mask", "logp"))
     prompt_lengths, lengths, finished = (torch.stack(rows(name)) for name in ("prompt_lengths", "lengths", "finished"))
     prompt_index = torch.arange(len(groups), device=tokens.device).repeat_interleave(G)
-    return Experience(first.task, Rollout(tokens, prompt_lengths, lengths, logp, finished, prompt_index),
-                      [e.problems[p] for e, p in groups], [t for e, p in groups for t in e.texts[p * G : (p + 1) * G]],
-                      torch.stack([e.rewards[p] for e, p in groups]),
+    texts, action_rewards, ends = ([x for e, p in groups for x in getattr(e, name)[p * G : (p + 1) * G]]
+                                   for name in ("texts", "action_rewards", "ends"))
+    return Experience(first.task, Rollout(tokens, prompt_lengths, lengths, mask, logp, finished, prompt_index),
+                      [e.problems[p] for e, p in groups], texts, torch.stack([e.rewards[p] for e, p in groups]),
+                      action_rewards, ends,
                       {name: torch.stack([e.parts.get(name, torch.full_like(e.rewards, torch.nan))[p] for e, p in groups])
                        for name in sorted({name for e, _ in groups for name in e.parts})})
 
@@ -186,7 +200,7 @@ def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[s
     """
     reward = experience.rewards.flatten().double()
     right = right_or_reward(experience.task, experience.rewards).flatten().double()
-    length = (experience.rollout.lengths - experience.rollout.prompt_lengths).cpu().double()
+    length = experience.rollout.mask.sum(-1).cpu().double()
     scored = ~reward.isnan()
     facts = {"reward": reward.nanmean(), "length": length.mean(),
              "truncated": 1 - experience.rollout.finished.cpu().double().mean()}
@@ -210,6 +224,9 @@ def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[s
         features = [experience.task.features(experience.problems[row // G].prompt, text)
                     for row, text in enumerate(experience.texts)]
         facts |= {f"hidden_{name}": sum(f[name] for f in features) / len(features) for name in features[0]}
+    if experience.task.max_actions > 1:
+        facts["turns"] = sum(map(len, experience.action_rewards)) / len(experience.action_rewards)
+        facts |= {end: experience.ends.count(end) / len(experience.ends) for end in ("out_of_turns", "out_of_room")}
     facts |= {f"part_{name}": part.double().nanmean() for name, part in experience.parts.items()}
     if experience.task.reward or not scored.all():
         facts["unscored"] = 1 - scored.double().mean()

@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -99,27 +100,36 @@ class Sampling:
 @dataclass
 class Rollout:
     """Prompts with their sampled responses: row b is tokens[b, :lengths[b]], and `samples_per_prompt` rows share one
-    prompt, side by side."""
+    prompt, side by side. Where an environment answers, a response is an action, an observation, the next action, ..."""
 
     tokens: Tensor           # [B, T] int64, left-aligned; 0 beyond a row's length, which is an ordinary id
     prompt_lengths: Tensor   # [B]
     lengths: Tensor          # [B] prompt and response, the stop token included
+    mask: Tensor             # [B, T-1] True where tokens[:, t+1] was sampled: not in the prompt, nor in an observation
     logp: Tensor             # [B, T-1] log-prob of tokens[:, t+1] under the distribution it was drawn from; else 0
-    finished: Tensor         # [B] bool: a stop token came; else the answer was cut at max_new_tokens
+    finished: Tensor         # [B] bool: the (last) answer has its stop token; else it was cut at max_new_tokens
     prompt_index: Tensor     # [B] which prompt the row answers
-
-    @property
-    def mask(self) -> Tensor:
-        """[B, T-1] True where tokens[:, t+1] was sampled."""
-        return response_mask(self.prompt_lengths, self.lengths, self.tokens.shape[1])
 
     def to(self, device: str | torch.device) -> "Rollout":
         return Rollout(**{name: x.to(device) for name, x in vars(self).items()})
 
     def responses(self) -> list[list[int]]:
-        """The sampled ids of each row, without the stop token."""
+        """The ids of each row after its prompt, observations included, without the last stop token."""
         starts, ends = self.prompt_lengths.tolist(), (self.lengths - self.finished.long()).tolist()
         return [row[start:end] for row, start, end in zip(self.tokens.tolist(), starts, ends, strict=True)]
+
+    def actions(self) -> list[list[list[int]]]:
+        """The sampled ids of each row, an answer at a time, without stop tokens. All but the last have one."""
+        found = []
+        for ids, sampled, finished in zip(self.tokens[:, 1:].tolist(), self.mask.tolist(), self.finished.tolist(), strict=True):
+            runs = itertools.groupby(zip(sampled, ids, strict=True), itemgetter(0))
+            said = [[i for _, i in run] for drawn, run in runs if drawn]
+            found.append([*(action[:-1] for action in said[:-1]), said[-1][:-1] if finished else said[-1]])
+        return found
+
+    def action_ends(self) -> Tensor:
+        """True at the last token of each answer.       -> [B, T-1]"""
+        return self.mask & ~F.pad(self.mask[:, 1:], (0, 1))
 
 
 class Slots:
@@ -134,6 +144,7 @@ class Slots:
         self.cache = KVCache(config, slots, capacity, device, dtype)
         self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
         self.logp, self.u = (torch.zeros(rows, columns, device=device) for _ in range(2))       # u draws the token that is here
+        self.given = torch.full_like(self.tokens, -1)       # ids that stand here, of an observation; -1: the token is drawn
         self.ids, self.place, self.last = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(3))
         self.alive = torch.zeros(slots, dtype=torch.bool, device=device)        # has neither stopped nor filled its last place
         self.goes_on = torch.ones(config.vocab_size, dtype=torch.bool, device=device)           # False for stop tokens
@@ -163,10 +174,13 @@ class Slots:
         drawn = [draw(sampling_logits(model.head(h)[:, 0], self.temperature, top_k, top_p), part)      # of logits [size, V]
                  for h, part in zip(hidden.split(size), u.split(size), strict=True)]
         ids, logp = map(torch.cat, zip(*drawn, strict=True))                                    # [S]
+        given = self.given.view(-1).index_select(0, self.place)
+        is_drawn = given < 0
+        ids = torch.where(is_drawn, ids, given)
         self.ids.copy_(ids)
         self.tokens.view(-1).index_copy_(0, self.place, ids)
         self.logp.view(-1).index_copy_(0, self.place, logp.to(self.logp.dtype))
-        more = self.goes_on.index_select(0, ids).logical_and_(self.place < self.last)
+        more = self.goes_on.index_select(0, ids).logical_or_(~is_drawn).logical_and_(self.place < self.last)
         self.place += self.alive
         self.cache.length += self.alive
         self.alive &= more
@@ -230,6 +244,31 @@ class _Compiled:
 
 _compiled: weakref.WeakKeyDictionary[GPT, _Compiled] = weakref.WeakKeyDictionary()
 
+# Rows, and the ids of what each has answered, without the stop token -> the ids of what it is told, or None
+Observe = Callable[[list[int], list[list[int]]], list[list[int] | None]]
+
+
+def _go_on(state: Slots, stopped: Tensor, observe: Observe, begins: Tensor, ends: Tensor, last_ends: Tensor,
+           limits: Tensor) -> None:
+    """Ask what is said to the answers that have just ended in the slots `stopped`, and let those rows go on.
+
+    begins, ends [B]: where the newest answer of a row begins, and ends at the latest: set anew. last_ends, limits [B]: where a
+    row ends at the latest, and how long an answer may be.
+    """
+    columns, asked = state.tokens.shape[1], []
+    for slot, place in zip(stopped.tolist(), state.place[stopped].tolist(), strict=True):
+        row, end = divmod(place, columns)
+        *ids, newest = state.tokens[row, begins[row] : end].tolist()
+        if not state.goes_on[newest]:                                       # else it was cut
+            asked.append((slot, row, end, ids))
+    said = observe([row for _, row, *_ in asked], [ids for *_, ids in asked]) if asked else []
+    for (slot, row, end, _), ids in zip(asked, said, strict=True):
+        if ids and end + len(ids) < last_ends[row]:
+            state.given[row, end : end + len(ids)] = torch.tensor(ids, device=state.given.device)
+            begins[row] = end + len(ids)
+            ends[row] = min(begins[row] + limits[row], last_ends[row])
+            state.last[slot], state.alive[slot] = row * columns + ends[row] - 1, True
+
 
 def _check_request(model: GPT, prompts: list[list[int]], limits: list[int], temperature: float, top_k: int, top_p: float,
                    samples_per_prompt: int, slots: int | None) -> None:
@@ -251,7 +290,8 @@ def _check_request(model: GPT, prompts: list[list[int]], limits: list[int], temp
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list[int], temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, stop_ids: set[int], samples_per_prompt: int = 1, seed: int = 0,
-             first_row: int = 0, slots: int | None = None, compile: bool = False) -> Rollout:
+             first_row: int = 0, slots: int | None = None, compile: bool = False, observe: Observe | None = None,
+             max_episode_tokens: int | None = None) -> Rollout:
     """Sample `samples_per_prompt` responses to each prompt, each until a stop token or `max_new_tokens`.
 
     `max_new_tokens` is one limit for all prompts, or a list with one for each. temperature 0 is greedy (and logp 0: a
@@ -261,31 +301,39 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     `slots` bounds the memory: at most this many rows are sampled at a time, but at least all of one prompt; the others wait
     for slots to become free. When none wait, eager decoding drops finished rows as it goes; `compile` keeps a fixed shape, as
     CUDA graphs need it. FloatingPointError when a logit was nan or +inf.
+
+    With `observe`, rows have turns. When answers have stopped, it is given their rows and the ids of each, without the stop
+    token, and returns the ids of what is said to each, or None where nothing is. The row goes on after them: they are fed
+    as they are, without being drawn, and `max_new_tokens` limits the next answer. `max_episode_tokens` limits all that follows
+    a prompt; an observation after which nothing could be sampled ends the row instead, and does not enter it.
     """
     P, G = len(prompts), samples_per_prompt
     limits = [max_new_tokens] * P if isinstance(max_new_tokens, int) else max_new_tokens
-    _check_request(model, prompts, limits, temperature, top_k, top_p, G, slots)
+    most = [max_episode_tokens or n for n in limits]        # all that may follow a prompt
+    _check_request(model, prompts, most, temperature, top_k, top_p, G, slots)
     device = model.head.weight.device
     on = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
 
     # The rollout, which so far holds the prompts, and the numbers that will draw its answers.
     prompt_ids, lengths = pad(prompts)                                                          # [P, W], [P]
-    ends = lengths + torch.tensor(limits)
-    B, W, longest = P * G, prompt_ids.shape[1], int(ends.max())
+    begins, limits, most = (x.repeat_interleave(G) for x in (lengths, torch.tensor(limits), torch.tensor(most)))        # [B]
+    last_ends = begins + most
+    ends = begins + limits.minimum(most)
+    B, W, longest = P * G, prompt_ids.shape[1], int(last_ends.max())
     S = max(1, min(slots or B, B) // G) * G
-    turns = max(limits)                                 # decoding steps of the longest answer
-    capacity, columns = W - 1 + turns, longest + 1
+    steps = int(most.max())                             # decoding steps of the longest row
+    capacity, columns = W - 1 + steps, longest + 1
     if compile:         # rounded up, so that few shapes are compiled
         capacity, columns = (-(-n // 64) * 64 for n in (capacity, columns))
         kept = _compiled.setdefault(model, _Compiled())
         step, state = kept.slots(model.config, S, capacity, B, columns, device, dtype)
         decoder = kept.weights(model, dtype)
     else:
-        step, state = Slots.step, Slots(model.config, S, W - 1 + min(turns, GROWTH), B, columns, device, dtype)
+        step, state = Slots.step, Slots(model.config, S, W - 1 + min(steps, GROWTH), B, columns, device, dtype)
         decoder = merged(model, dtype)      # autocast would cast matrices again for every token
-    u = uniforms(seed, B, turns, first_row) if temperature else torch.zeros(B, turns)
-    at = (lengths.repeat_interleave(G)[:, None] + torch.arange(turns)).clamp(max=columns - 1)
+    u = uniforms(seed, B, steps, first_row) if temperature else torch.zeros(B, steps)
+    at = (begins[:, None] + torch.arange(steps)).clamp(max=columns - 1)
     state.u.copy_(u.new_zeros(B, columns).scatter(1, at, u))
     prompt_ids = prompt_ids.to(device)
     state.tokens[:, :W] = prompt_ids.repeat_interleave(G, dim=0)
@@ -293,20 +341,23 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     state.temperature.fill_(temperature or 1e-30)
     state.goes_on.fill_(True)
     state.goes_on[sorted(stop_ids)] = False
+    state.given.fill_(-1)
 
-    check_every = CHECK_EVERY.get(device.type, 1)
+    prompt_lengths = lengths.repeat_interleave(G).to(device)
+    # A row that waits for an observation would fill its cache with what it never says.
+    check_every = 1 if observe else CHECK_EVERY.get(device.type, 1)
     free, next_row = torch.arange(S, device=device), 0      # slots without a row, and the first row that has had no slot
-    for turn in itertools.count():
+    for now in itertools.count():
         if len(free):
             rows = torch.arange(next_row, next_row + len(free))
             part, first = slice(next_row // G, (next_row + len(free)) // G), rows * columns
-            answers = (first + lengths[rows // G]).to(device), (first + ends[rows // G] - 1).to(device)
+            answers = (first + lengths[rows // G]).to(device), (first + ends[rows] - 1).to(device)
             state.fill(free, decoder, prompt_ids[part, : lengths[part].max()], lengths[part].to(device), *answers)
             next_row += len(free)
 
-        # The columns after the prompts are reused every `turns` steps: by then, the rows that wrote them are done.
-        seen = W + min(turn, turns - 1)
-        column = W - 1 + turn % turns
+        # The columns after the prompts are reused every `steps` steps: by then, the rows that wrote them are done.
+        seen = W + min(now, steps - 1)
+        column = W - 1 + now % steps
         if compile:
             state.cache.column.fill_(column)
         else:
@@ -314,10 +365,13 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
                 state.cache.grow(min(GROWTH, capacity - column))
             state.cache.column = slice(column, column + 1)
         state.cache.visible = min(capacity, max(64, 1 << (seen - 1).bit_length())) if compile else seen
+        alive = state.alive.clone() if observe else None
         step(state, decoder, top_k, top_p)
+        if observe:
+            _go_on(state, (alive & ~state.alive).nonzero().squeeze(-1), observe, begins, ends, last_ends, limits)
 
         free = free[:0]
-        if (turn + 1) % check_every == 0:
+        if (now + 1) % check_every == 0:
             left = int(state.alive.sum())
             if left == 0 and next_row == B:
                 break
@@ -329,16 +383,17 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
                     state.keep(state.alive.nonzero().squeeze(-1))
 
     tokens, logp = state.tokens[:, :longest], state.logp[:, 1:longest]
-    prompt_lengths, ends = (x.repeat_interleave(G).to(device) for x in (lengths, ends))
-    stops = ~state.goes_on[tokens] & F.pad(response_mask(prompt_lengths, ends, longest), (1, 0))        # [B, T]
+    begins, ends = begins.to(device), ends.to(device)
+    stops = ~state.goes_on[tokens] & F.pad(response_mask(begins, ends, longest), (1, 0))                # [B, T]
     finished = stops.any(-1)
     lengths = torch.where(finished, stops.int().argmax(-1) + 1, ends)
     T = int(lengths.max())
     tokens = tokens[:, :T].masked_fill(torch.arange(T, device=device) >= lengths[:, None], 0)
-    logp = logp[:, : T - 1].masked_fill(~response_mask(prompt_lengths, lengths, T), 0.0)
+    mask = response_mask(prompt_lengths, lengths, T) & (state.given[:, 1:T] < 0)
+    logp = logp[:, : T - 1].masked_fill(~mask, 0.0)
     if not logp.isfinite().all():
         raise FloatingPointError("a logit of the policy is nan or inf")
-    return Rollout(tokens, prompt_lengths, lengths, logp if temperature else torch.zeros_like(logp), finished,
+    return Rollout(tokens, prompt_lengths, lengths, mask, logp if temperature else torch.zeros_like(logp), finished,
                    torch.arange(P, device=device).repeat_interleave(G))
 
 

@@ -142,7 +142,7 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[
         said, forced = found.rollout, torch.tensor([len(ids) for ids in begun]).repeat_interleave(samples)
         values.append(right_or_reward(task, found.rewards))
         lenient.append(lenient_values(found))
-        tokens.append((said.lengths - said.prompt_lengths).cpu() + forced)
+        tokens.append(said.mask.sum(-1).cpu() + forced)
         logp.append(said.logp.sum(-1).cpu())
         ballots += [task.ballot(text) if done else None for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
         if reward_model:

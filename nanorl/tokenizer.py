@@ -222,6 +222,15 @@ class Tokenizer:
             ids += self.encode(turn["content"]) if turn["role"] == "user" else self.render_response(turn["content"])
         return [*ids, self.assistant]
 
+    def render_observation(self, text: str) -> list[int]:
+        """What stands between two responses of a conversation:  <|user|> text <|assistant|>"""
+        user = {"role": "user", "content": ""}
+        answered = [*self.render([user]), *self.render_response("")]
+        whole = self.render([user, {"role": "assistant", "content": ""}, {"role": "user", "content": text}])
+        if whole[: len(answered)] != answered:
+            raise UserError("this tokenizer has no chat template; expected one, which tells observations from answers")
+        return whole[len(answered) :]
+
     def render_response(self, response: str) -> list[int]:
         """What the model is to say after `render`:  response <|end|>"""
         return [*self.encode(response), self.end]

@@ -1,6 +1,7 @@
 """The check of the first rollout passes on what is sound and names, in one sentence, what is not."""
 
 import functools
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -12,7 +13,7 @@ import train_grpo
 from nanorl.data import response_mask
 from nanorl.first_step import FirstStepCheckFailed, check_verifier, difference, first_step_check, tolerance
 from nanorl.rollout import sample_and_grade
-from nanorl.sample import Rollout, token_log_probs
+from nanorl.sample import token_log_probs
 from nanorl.tasks import TASKS, FileTask, Task, final_answer, make_task
 
 
@@ -36,7 +37,7 @@ def test_groups_of_any_size_pass(samples):
 def test_answers_that_are_all_alike_pass():
     """A policy that is sure of itself gives every answer twice and has hardly a gradient: nothing is wrong with it."""
     def alike(rollout):
-        for name in ("tokens", "prompt_lengths", "lengths", "logp", "finished", "prompt_index"):
+        for name in ("tokens", "prompt_lengths", "lengths", "mask", "logp", "finished", "prompt_index"):
             x = getattr(rollout, name)
             x[:] = x[:1].clone()
         return rollout
@@ -68,27 +69,21 @@ def unstopped(rollout):
     return rollout
 
 
-class Short(Rollout):
+def short(rollout):
     """The last token of each answer, its stop token, is outside the mask."""
-
-    @property
-    def mask(self):
-        return response_mask(self.prompt_lengths, self.lengths - 1, self.tokens.shape[1])
+    return replace(rollout, mask=response_mask(rollout.prompt_lengths, rollout.lengths - 1, rollout.tokens.shape[1]))
 
 
-class Long(Rollout):
+def long(rollout):
     """One token more than was sampled is inside the mask."""
-
-    @property
-    def mask(self):
-        return response_mask(self.prompt_lengths - 1, self.lengths, self.tokens.shape[1])
+    return replace(rollout, mask=response_mask(rollout.prompt_lengths - 1, rollout.lengths, rollout.tokens.shape[1]))
 
 
 @pytest.mark.parametrize("fault, says", [
     (dict(score=colder), "sampler and scorer differ"), (dict(score=padded), "the same weights give ratios"),
     (dict(objective=averaged), "the sum of its parts'"), (dict(rollout=unstopped), "without a stop token"),
-    (dict(rollout=lambda r: Short(**vars(r))), "its stop token if it has one, is outside the mask"),
-    (dict(rollout=lambda r: Long(**vars(r))), "more or fewer tokens than were sampled")])
+    (dict(rollout=short), "its stop token if it has one, is outside the mask"),
+    (dict(rollout=long), "more or fewer tokens than were sampled")])
 def test_what_is_broken_is_named_in_one_sentence(fault, says):
     with pytest.raises(FirstStepCheckFailed, match=says) as error:
         check(**fault)

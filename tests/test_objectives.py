@@ -188,7 +188,8 @@ def rollouts(draw):
     B, T = r.numel(), 7
     prompts, answers = torch.randint(1, 3, (B,), generator=g), torch.randint(1, 5, (B,), generator=g)
     logp, ref_logp = -randn(g, 2, B, T - 1).abs()
-    rollout = Rollout(torch.zeros(B, T, dtype=torch.int64), prompts, prompts + answers, logp,
+    rollout = Rollout(torch.zeros(B, T, dtype=torch.int64), prompts, prompts + answers,
+                      response_mask(prompts, prompts + answers, T), logp,
                       torch.rand(B, generator=g) < 0.7, torch.arange(B) // r.shape[1])
     return rollout, r, logp, ref_logp
 

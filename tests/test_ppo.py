@@ -35,6 +35,11 @@ def answers(draw):
             randn(g, *mask.shape), randn(g, B), mask)
 
 
+def at_end(rewards, mask):
+    """The reward of each row at its last token.       [B], [B, T] -> [B, T]"""
+    return torch.where(mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True)), rewards[:, None], 0.0)
+
+
 coefficients = st.sampled_from([0.0, 0.1, 2.0])
 
 
@@ -43,7 +48,7 @@ def test_an_answers_return_is_its_score_less_the_price_of_its_divergence(case, k
     """gamma = lam = 1, all scored: the return at the first token is score - kl_coef sum_t log(pi / ref), whatever the critic's
     last value says."""
     rewards, _, logp, ref_logp, values, last_value, mask = case
-    _, returns = train_ppo.credit(rewards, torch.ones_like(mask[:, 0]), logp, ref_logp, values, last_value, mask,
+    _, returns = train_ppo.credit(at_end(rewards, mask), torch.ones_like(mask[:, 0]), logp, ref_logp, values, last_value, mask,
                                   kl_coef=kl_coef, gamma=1.0, lam=1.0)
     first = mask & (mask.cumsum(-1) == 1)
     total = rewards - kl_coef * (logp - ref_logp).masked_fill(~mask, 0.0).sum(-1)
@@ -54,8 +59,8 @@ def test_an_answers_return_is_its_score_less_the_price_of_its_divergence(case, k
 def test_the_score_lands_on_the_last_token_alone(case):
     """With a critic of 0 and lam = 0, an advantage is the reward of its own token."""
     rewards, _, logp, ref_logp, values, last_value, mask = case
-    adv, _ = train_ppo.credit(rewards, torch.ones_like(mask[:, 0]), logp, ref_logp, torch.zeros_like(values), last_value, mask,
-                              kl_coef=0.0, gamma=1.0, lam=0.0)
+    adv, _ = train_ppo.credit(at_end(rewards, mask), torch.ones_like(mask[:, 0]), logp, ref_logp, torch.zeros_like(values),
+                              last_value, mask, kl_coef=0.0, gamma=1.0, lam=0.0)
     last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
     assert_close(adv, torch.where(last, rewards[:, None], 0.0))
 
@@ -65,8 +70,8 @@ def test_an_answer_that_has_ended_gets_its_reward_and_another_the_critics_last_v
     """Never both: the reward of the one and the last value of the other change no bit."""
     rewards, ended, logp, ref_logp, values, last_value, mask = case
     kwargs = dict(kl_coef=kl_coef, gamma=gamma, lam=lam)
-    found = train_ppo.credit(rewards, ended, logp, ref_logp, values, last_value, mask, **kwargs)
-    other = train_ppo.credit(torch.where(ended, rewards, 99.0), ended, logp, ref_logp, values,
+    found = train_ppo.credit(at_end(rewards, mask), ended, logp, ref_logp, values, last_value, mask, **kwargs)
+    other = train_ppo.credit(at_end(torch.where(ended, rewards, 99.0), mask), ended, logp, ref_logp, values,
                              torch.where(ended, 99.0, last_value), mask, **kwargs)
     for a, b in zip(found, other, strict=True):
         assert torch.equal(a, b)
@@ -81,9 +86,9 @@ def test_an_answer_that_has_ended_gets_its_reward_and_another_the_critics_last_v
 def test_padding_has_no_part_in_credit(case, poison):
     rewards, ended, logp, ref_logp, values, last_value, mask = case
     kwargs = dict(kl_coef=0.1, gamma=0.9, lam=0.8)
-    found = train_ppo.credit(rewards, ended, logp, ref_logp, values, last_value, mask, **kwargs)
+    found = train_ppo.credit(at_end(rewards, mask), ended, logp, ref_logp, values, last_value, mask, **kwargs)
     poisoned = [x.masked_fill(~mask, poison) for x in (logp, ref_logp, values)]
-    for a, b in zip(found, train_ppo.credit(rewards, ended, *poisoned, last_value, mask, **kwargs), strict=True):
+    for a, b in zip(found, train_ppo.credit(at_end(rewards, mask), ended, *poisoned, last_value, mask, **kwargs), strict=True):
         assert torch.equal(a, b)
 
 
@@ -94,7 +99,7 @@ def test_rewards_to_go_with_their_divergence_follow_the_leashed_objective(pair, 
     pi, ref = pair
     table, logp = leaf(pi), log_probs(pi)
     r, mask = randn(g, len(logp)), torch.ones(logp.shape, dtype=torch.bool)
-    adv, _ = train_ppo.credit(r, mask[:, 0], logp, log_probs(ref), torch.zeros_like(logp), r, mask,
+    adv, _ = train_ppo.credit(at_end(r, mask), mask[:, 0], logp, log_probs(ref), torch.zeros_like(logp), r, mask,
                               kl_coef=kl_coef, gamma=1.0, lam=1.0)
     estimate = torch.autograd.grad(expectation(pi, (adv * log_probs(table)).sum(-1)), table)[0]
     exact = torch.autograd.grad(expectation(table, r) - kl_coef * sequence_kl(table, ref), table)[0]

@@ -226,7 +226,8 @@ def test_an_answer_that_could_not_be_scored_is_as_if_it_had_not_been_sampled(adv
     def of(rewards):
         P, G = rewards.shape
         rollout = Rollout(torch.zeros(P * G, 5, dtype=torch.long), torch.full((P * G,), 2), torch.full((P * G,), 5),
-                          torch.zeros(P * G, 4), torch.ones(P * G, dtype=torch.bool), torch.arange(P).repeat_interleave(G))
+                          torch.tensor([False, True, True, True]).repeat(P * G, 1), torch.zeros(P * G, 4),
+                          torch.ones(P * G, dtype=torch.bool), torch.arange(P).repeat_interleave(G))
         adv, mask = train_grpo.advantages(cfg, rollout, rewards, rollout.logp, None, {"running_mean": (0.3, 1.0)})
         return adv.view(P, G), mask.any(-1).view(P, G)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nanorl import run
 from nanorl.batches import micro_batches
+from nanorl.data import response_mask
 from nanorl.gpt import GPT, GPTConfig, ScalarGPT
 from nanorl.rollout import (Experience, NoContrast, collect, describe, has_contrast, learned_rewards, sample_and_grade,
                             score_rollout)
@@ -254,9 +255,10 @@ def experience_of(rewards: list[list[float]], lengths: list[int], finished: list
     """What `describe` looks at, made up: prompts of 3 tokens and responses of these lengths."""
     B, T = len(lengths), 3 + max(lengths)
     rollout = Rollout(torch.zeros(B, T, dtype=torch.int64), torch.full((B,), 3), 3 + torch.tensor(lengths),
-                      torch.zeros(B, T - 1), torch.tensor(finished), torch.arange(B) // len(rewards[0]))
+                      response_mask(torch.full((B,), 3), 3 + torch.tensor(lengths), T), torch.zeros(B, T - 1),
+                      torch.tensor(finished), torch.arange(B) // len(rewards[0]))
     return Experience(task or Parity(), rollout, [Problem(f"p{n}", "") for n in range(len(rewards))], texts,
-                      torch.tensor(rewards))
+                      torch.tensor(rewards), [[r] for row in rewards for r in row], ["done"] * B)
 
 
 def described(experience):
@@ -332,7 +334,8 @@ def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, long, seed):
     rng, count = Random(seed), len(lengths)
     chosen, prompts = rng.sample(range(count), rng.randint(1, count)), [rng.randrange(4) for _ in range(count)]
     lengths, index = torch.tensor(lengths), torch.tensor(prompts)
-    rollout = Rollout(torch.zeros(count, 30), lengths, lengths, torch.zeros(count, 29), lengths > 0, index)
+    logp = torch.zeros(count, 29)
+    rollout = Rollout(torch.zeros(count, 30), lengths, lengths, logp < 0, logp, lengths > 0, index)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanorl.batches.LONG", long)
         batches = list(micro_batches(torch.tensor(chosen), rollout, rows))
@@ -354,7 +357,8 @@ def test_processes_share_prompts(prompts, processes, seed):
     """Every row belongs to one process, and all rows of a prompt to the same: they read it together."""
     count, index = len(prompts), torch.tensor(prompts)
     lengths, owner = torch.randint(2, 9, (count,), generator=torch.Generator().manual_seed(seed)), {}
-    rollout = Rollout(torch.zeros(count, 9), lengths, lengths, torch.zeros(count, 8), lengths > 0, index)
+    logp = torch.zeros(count, 8)
+    rollout = Rollout(torch.zeros(count, 9), lengths, lengths, logp < 0, logp, lengths > 0, index)
     for rank in range(processes):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("nanorl.run.ranks.rank", lambda rank=rank: rank)

@@ -106,7 +106,7 @@ class RolloutConfig(PolicyConfig):
     """The flags of scripts that train on the policy's own answers."""
 
     # rollouts
-    task: str = "addition"      # addition, sums, sorting, reversal, countdown, code; addition-4 has 4 digits; or FILE.py:NAME
+    task: str = "addition"      # addition, sums, sorting, reversal, countdown, code, calculator, guess; or FILE.py:NAME
     data: str = ""              # JSON records to practise on instead, such as {"prompt", "answer"} or {"question", "answer"}
     verifier: VerifierName | None = None    # how a response is compared with an answer of --data (default: exact)
     reward: str = ""            # FILE.py:NAME, a function (prompt, response, record) -> number, that judges instead

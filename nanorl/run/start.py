@@ -194,6 +194,6 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
             print(f"{task.name}: {len(task.rows('train')):,} rows to train on; {len(task.rows('heldout')):,} are held out, by "
                   "the hash of their prompt, to evaluate with.")
         else:
-            check_fits_context(prompts, cfg.max_new_tokens, start.policy, start.reward_model)
+            check_fits_context(prompts, task.max_episode_tokens or cfg.max_new_tokens, start.policy, start.reward_model)
         warn(cut_answers(task, tokenizer, cfg.max_new_tokens))
     return start

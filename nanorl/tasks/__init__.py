@@ -3,6 +3,7 @@
     base.py         what all tasks share: problems, splits, demonstrations, rewards
     arithmetic.py   addition, sums, countdown, and a parser of expressions
     strings.py      sorting, reversal
+    environments.py a calculator and a guessing game, which answer and go on
     code.py         programs for lists of numbers
     sandbox.py      runs such programs in processes that can do nothing else
     stories.py      stories to continue, with a hidden reward in place of a verifier
@@ -31,12 +32,14 @@ from nanorl.load import load_named
 from nanorl.tasks.arithmetic import Addition, Countdown, Sums
 from nanorl.tasks.base import Problem, Task, final_answer, grade, is_heldout
 from nanorl.tasks.code import Code
+from nanorl.tasks.environments import Calculator, Guess
 from nanorl.tasks.records import FileTask, Records
 from nanorl.tasks.rewards import use_reward
 from nanorl.tasks.stories import Stories, story
 from nanorl.tasks.strings import Reversal, Sorting
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sorting, Reversal, Countdown, Code, Stories)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sorting, Reversal, Countdown, Calculator, Guess,
+                                                              Code, Stories)}
 
 
 def make_task(name: str, needs_verifier: bool = True) -> Task:

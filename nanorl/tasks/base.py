@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, NamedTuple
 
@@ -31,6 +31,11 @@ class Problem:
         if not self.before:
             return self.prompt
         return [{"role": role, "content": content} for role, content in (*self.before, ("user", self.prompt))]
+
+    def after(self, action: str, observation: str) -> "Problem":
+        """The state after an action and what the environment said to it."""
+        before = (*self.before, ("user", self.prompt), ("assistant", action))
+        return replace(self, prompt=observation, before=before, question=self.question or self.prompt)
 
     @property
     def is_heldout(self) -> bool:
@@ -78,6 +83,8 @@ class Task:
     difficulty_unit = ""  # what the difficulty counts
     worked_share = 0.3  # of the demonstrations: most are direct
     scores_truncated = False  # a truncated response gets no more than 0
+    max_actions = 1  # of an episode: more where the environment answers
+    max_episode_tokens: int | None = None  # of all actions and observations; None: of one action, --max-new-tokens
     reward: Callable[[list[Problem], list[str], list[bool]], list[Any]] | None = None  # in place of `rewards` (rewards.py)
 
     def __init__(self, difficulty: int | None = None):
@@ -159,13 +166,28 @@ class Task:
 
     def demonstrations(self, count: int) -> list[dict[str, Any]]:
         """Records to fine-tune on: the first `count` of a stream that name and difficulty determine."""
-        rng = Random(f"{self.name} {self.difficulty}")
-        drawn = (self.demonstration(rng) for _ in range(count))
-        return [{"prompt": problem.conversation, "response": response} for problem, response in drawn]
+        rng, records = Random(f"{self.name} {self.difficulty}"), []
+        while len(records) < count:
+            state, action = self.demonstration(rng)
+            for _ in range(self.max_actions):
+                records.append({"prompt": state.conversation, "response": action})
+                if (said := self.observe(state, action)) is None:
+                    break
+                state = state.after(action, said)
+                action = self.work(state, rng)
+        return records[:count]
 
     def verify(self, problem: Problem, response: str) -> float:
         """1.0 for a right answer, else 0.0. Answers are compared as texts: '0932' and '932.' are not '932'."""
         return float(final_answer(response) == problem.answer)
+
+    def observe(self, state: Problem, action: str) -> str | None:
+        """What the environment says to an action, for any string, in bounded time, without raising. None ends the episode.
+
+        `state` is the conversation so far: the problem, and after each observation `state.after(action, observation)`.
+        `verify(state, action)` pays for the action; the reward of an episode is the sum over its actions.
+        """
+        return None
 
     def rewards(self, problems: list[Problem], responses: list[str], finished: list[bool]) -> list[Any]:
         """The rewards of sampled responses, of which those that are not finished were cut off by the token limit."""
