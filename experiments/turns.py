@@ -37,7 +37,7 @@ RUNS = {"grpo-calculator": f"train_grpo.py --task calculator --steps 30 --lr 3e-
         "ppo-guess": f"train_ppo.py --task guess --steps 60 --lr 5e-4 --best-of 0 {EVALUATED} 15"}
 RESULTS, FIGURE = ROOT / "experiments/results/turns.json", ROOT / "docs/figures/turns.png"
 OPTIMUM = 135 / 32      # guesses by bisection
-KEYS = {"calculator": (("eval/accuracy_sampled", "-"), ("eval/worked", "--")), "guess": (("eval/reward", "-"),)}    # drawn
+KEYS = {"calculator": (("eval/accuracy_sampled", "-"), ("eval/worked", "--")), "guess": (("rollout/reward", "-"),)}    # drawn
 
 
 def make(out: Path, names: list[str]) -> None:

@@ -228,7 +228,8 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
                          seed=derive(seed, "power", step))
             logp = y.logp if temperature == 1 else score_rollout(model, y, 1.0, MICRO_BATCH)
         missing = T - y.tokens.shape[1]
-        return replace(y, tokens=pad(y.tokens, (0, missing)), logp=pad(y.logp, (0, missing))), pad(logp, (0, missing))
+        y = replace(y, **{name: pad(getattr(y, name), (0, missing)) for name in ("tokens", "mask", "logp")})
+        return y, pad(logp, (0, missing))
 
     y, logp = finish(starts, [max_new_tokens] * B, 0)
     y.prompt_index = y.prompt_index // chains
@@ -247,13 +248,14 @@ def power_sample(model: GPT, prompts: list[list[int]], *, alpha: float, steps: i
 
             kept = torch.arange(T - 1, device=logp.device) < ends[:, None] - 1                         # [R, T-1]
             new_logp, new.logp = torch.where(kept, logp[rows], new_logp), torch.where(kept, y.logp[rows], new.logp)
+            new.mask = torch.where(kept, y.mask[rows], new.mask)
             delta_p, delta_q = ((after - before[rows]).cpu().double().sum(-1)
                                 for before, after in ((logp, new_logp), (y.logp, new.logp)))
             moves = (u[rows.cpu()].log() < power_log_accept(alpha, delta_p, delta_q)).to(rows.device)
             to = rows[moves]
             accepted[to] = True
             y = replace(y, **{name: getattr(y, name).index_copy(0, to, getattr(new, name)[moves])
-                              for name in ("tokens", "lengths", "finished", "logp")})
+                              for name in ("tokens", "lengths", "mask", "finished", "logp")})
             logp = logp.index_copy(0, to, new_logp[moves])
         yield Chains(y, logp.sum(-1), proposed, accepted, sampled)
 

@@ -358,7 +358,7 @@ def test_the_default_limit_of_an_answer_is_the_same_at_every_difficulty():
 
 def test_an_unknown_task_is_one_sentence_with_the_choices():
     for name in ("chess", "chess-4", "", "-4", "Addition"):
-        expected = f"{', '.join(VERIFIABLE)}, or FILE.py:NAME"
+        expected = f"{', '.join(name for name, task in TASKS.items() if task.verifiable)}, or FILE.py:NAME"
         with pytest.raises(ValueError, match=f"^--task {name}: there is no such task; expected {expected}$"):
             make_task(name)
 
