@@ -14,9 +14,9 @@ C40  Three faults of a script whose accuracy fell to 0 once its KL term was on: 
      the full softmax, and max instead of min in the clip where A < 0. Each alone and together, in train_grpo.py.
 
 C39 is exact: sums over all answers. C40 is a small model that sorts six digits, in answers of 13 tokens, whose threshold is .3
-by C39 and about .6 with GRPO's z-scores: at beta = 1 and .04. A policy has collapsed where the interval of its accuracy over seeds ends below half of that
-without a fault. What would have warned: the first-step check, before the first update, or the doctor, after the first step at
-which it finds something broken or a warning.
+by C39 and about .6 with GRPO's z-scores: at beta = 1 and .04. A policy has collapsed where the interval of its accuracy over
+seeds ends below half of that without a fault. What would have warned: the first-step check, before the first update, or the
+doctor, after the first step at which it finds something broken or a warning.
 
 Change `TOP_P = 0.9` to `TOP_P = 1.0`: C39 is confirmed.
 """
