@@ -13,10 +13,10 @@ C39  k1 = log(pi/ref) as a term of the loss is noise: its expected gradient is 0
 C40  Three faults of a script whose accuracy fell to 0 once its KL term was on: k1 in the loss, tokens from top-p .9 scored with
      the full softmax, and max instead of min in the clip where A < 0. Each alone and together, in train_grpo.py.
 
-C39 is exact: sums over all answers. C40 is a small model that sorts six digits, at beta = 1, where C39's threshold for answers
-of 13 tokens is .3, and with all three at beta = .04. A policy has collapsed where the interval of its accuracy over seeds ends
-below half of that without a fault. What would have warned: the first-step check, before the first update, or the doctor, after
-the first step at which it finds something broken or a warning.
+C39 is exact: sums over all answers. C40 is a small model that sorts six digits, in answers of 13 tokens, whose threshold is .3
+by C39 and about .6 with GRPO's z-scores: at beta = 1 and .04. A policy has collapsed where the interval of its accuracy over
+seeds ends below half of that without a fault. What would have warned: the first-step check, before the first update, or the
+doctor, after the first step at which it finds something broken or a warning.
 
 Change `TOP_P = 0.9` to `TOP_P = 1.0`: C39 is confirmed.
 """
@@ -178,7 +178,7 @@ def c40(smoke):
     flags = (dict(prompts=2, group=2, steps=2, eval_every=1, eval_problems=2, max_new_tokens=8) if smoke else
              dict(task="sorting-6", prompts=8, lr=3e-4, steps=24, eval_every=6, eval_problems=100, max_new_tokens=48))
     cases = {f"{name}, beta 1" if "k1" in faults else name: (faults, 1.0) for name, faults in FAULTS.items()}
-    cases["all three, beta .04"] = FAULTS["all three"], 0.04
+    cases |= {f"{name}, beta .04": (faults, 0.04) for name, faults in FAULTS.items() if "k1" in faults}
     rows, curves, held, healthy = [], {}, {}, None
     for name, (faults, beta) in cases.items():
         refused = practise(init, faults, beta, 0, True, **flags | {"steps": 1}) is None
@@ -206,18 +206,19 @@ def draw(findings, path):
     for T, p in findings["C39"].curves["path"].items():
         axes[0].plot([2 * 6000 / len(p) * i for i in range(len(p))], p, color=colours[int(T)], label=f"{T} tokens")
     axes[0].axhline(TOP_P, color="0.7", linewidth=0.8, linestyle=":", zorder=0)
-    axes[0].set(title="exact, k1 in the loss and top-p, beta = .04", xlabel="time of gradient flow",
+    axes[0].set(title="exact: k1 and top-p, beta = .04", xlabel="time of gradient flow",
                 ylabel="probability of a right token", ylim=(0, 1.02))
     curves = findings["C40"].curves
     steps = len(next(iter(curves.values()))["entropy"])
-    for (name, curve), colour in zip(curves.items(), ("0.5", *PALETTE), strict=False):
-        style = "--" if name.startswith("all") else "-"
+    colours = dict(zip(FAULTS, ("0.5", *PALETTE), strict=False))
+    for name, curve in curves.items():
+        colour, style = colours[name.split(",")[0]], ":" if ".04" in name else "-"
         seeds = torch.tensor(curve["accuracy"])
         x = torch.linspace(0, steps, seeds.shape[1])
         axes[1].plot(x, seeds.mean(0), style, color=colour, label=name)
         axes[1].fill_between(x, seeds.amin(0), seeds.amax(0), color=colour, alpha=0.12, linewidth=0)
         axes[2].plot(range(steps), curve["entropy"], style, color=colour, label=name)
-    axes[1].set(title="sorting six digits", xlabel="steps", ylabel="sampled held-out accuracy", ylim=(0, 1.02))
+    axes[1].set(title="sorting six digits", xlabel="steps", ylabel="sampled held-out accuracy", ylim=(0, 0.7))
     axes[2].set(title="the same runs", xlabel="steps", ylabel="entropy, nats per token", yscale="log")
     for axis in axes[:2]:
         axis.legend(frameon=False, fontsize=8)

@@ -189,7 +189,7 @@ def test_every_fault_of_dpo_in_our_table_is_named(fault, loss, named):
 
 
 def test_a_loss_of_a_paper_needs_its_numbers():
-    for loss, paper in (("dpo", {}), ("dpo", {"beta": 0.3, "gamma": 1.0}), (None, {"beta": 0.3}), ("kto", {"beta": 0.3})):
+    for loss, paper in (("dpo", {}), ("dpo", {"beta": 0.3, "gamma": 1.0}), (None, {"beta": 0.3}), ("orpo", {"beta": 0.3})):
         with pytest.raises(ValueError, match="expected dpo with beta; cdpo with beta and label_noise"):
             check_preference_objective(train_dpo.objective, loss, **paper)
 
