@@ -85,6 +85,7 @@ BAD = [
     (train_grpo, "--out nowhere --resume", "nowhere"), (train_grpo, "--stale 40 --init sft", "--stale 40"),
     *((train_grpo, flags, named) for flags, named in [
         ("--algo cispo --clip-low 0.1", "--bound truncate --clip-low 0.1"),
+        ("--algo sapo --clip-high 0.1", "--bound soft --clip-high 0.1"),
         ("--algo reinforce --clip-high 0.3", "--bound none --clip-high 0.3"),
         ("--cap 5", "--cap 5"), ("--kl k2", "--kl k2: requires --kl-coef"),
         ("--refresh-reference 5", "--refresh-reference 5: requires --kl-coef"), ("--kl-coef 0.1 --kl k1", "'k1'"),
@@ -106,7 +107,7 @@ BAD = [
         ("--init reward --data pairs.jsonl", "reward model"), ("--data heldoutpairs.jsonl", "heldoutpairs.jsonl"),
         ("--batch 0", "--batch 0"), ("--lr nan", "--lr nan")]),
     *((train_dpo, flags, named) for flags, named in [
-        ("--data same.jsonl", "same.jsonl"), ("--loss kto", "--loss"), ("--loss slic --beta 0.1", "--beta 0.1"),
+        ("--data same.jsonl", "same.jsonl"), ("--loss orpo", "--loss"), ("--loss slic --beta 0.1", "--beta 0.1"),
         ("--label-noise 0.1", "--label-noise 0.1"), ("--gamma 1", "--gamma 1.0"), ("--delta 1", "--delta 1.0"),
         ("--loss simpo --refresh-reference 3", "--refresh-reference 3"), ("--judge hidden", "--judge hidden"),
         ("--online --data pairs.jsonl", "--data pairs.jsonl"), ("--online --judge verifier", "--judge verifier"),
@@ -504,7 +505,7 @@ RUNS = {
     "half a step": (with_flag("steps", 1.5), "steps is 1.5"),
     "a negative rate": (with_flag("lr", -1), "lr is -1"),
     "a true rate": (with_flag("lr", True), "lr is True"),
-    "no such loss": (with_flag("loss", "kto"), "loss is"),
+    "no such loss": (with_flag("loss", "orpo"), "loss is"),
     "a seed of null": (with_flag("seed", None), "seed is None"),
     "a directory of 3": (with_flag("init", 3), "init is 3"),
     "a line of garbage": (("metrics.jsonl", lambda content: b"garbage\n" + content), "metrics.jsonl, line 1"),
