@@ -17,6 +17,16 @@ settings.register_profile("deep", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture(autouse=True)
+def forgotten(tmp_path_factory):
+    """What a test imported from a folder of its own is forgotten afterwards: another's may have the same name."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(tmp_path_factory.getbasetemp()) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, worker_id):
     """A directory with one finished run of every script: made by the first worker that needs it, and copied by each."""

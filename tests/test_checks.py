@@ -346,14 +346,10 @@ def command(*argv, cwd):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A user's folder; what is imported from it is forgotten afterwards."""
+    """A user's folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    return tmp_path
 
 
 @pytest.mark.parametrize("sign, code, says", [("-", 0, "holds    reinforce"), ("", 1, "BROKEN   reinforce")])

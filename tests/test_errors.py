@@ -64,7 +64,6 @@ def test_help_and_errors_of_a_script_of_ones_own(encoding, console, tmp_path, mo
     source = Path(train_sft.__file__).read_text(encoding="utf-8").replace('"""Supervised', '"""Ж 漢 Supervised', 1)
     (tmp_path / "mine.py").write_text(source.replace("# records per step", "# ≤ 64 Ж"), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
     import mine
     out = console(encoding)
     for argv in (["--help"], ["--Ж"], ["--data", "Ж.jsonl"], ["--init", "Ж"], ["--task", "\udcff"]):

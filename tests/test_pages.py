@@ -87,8 +87,6 @@ def fresh(world, tmp_path, monkeypatch):
     Path("gsm8k.py").write_text(python_of("real-models", "gsm8k = Records"))
     for file in ("train.jsonl", "test.jsonl"):
         write_records(Path(file), ({"question": f"{file}: {n}?", "answer": f"#### {n}"} for n in range(9)))
-    for name in ("my_reward", "my_task", "my_sums", "phone", "gsm8k"):
-        monkeypatch.delitem(sys.modules, name, raising=False)       # another test's
     for module in ("nanorl.run", "nanorl.run.start"):
         monkeypatch.setattr(f"{module}.ensure_stage", lambda cfg, stage, **flags: f"runs/{stage}")
 

@@ -158,7 +158,6 @@ def late(prompt, response, record):
 def mine(rows, tmp_path):
     (tmp_path / "my_rewards.py").write_text(FUNCTION)
     yield "my_rewards.py"
-    sys.modules.pop("my_rewards", None)
 
 
 def rewarded(rows, function):
