@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.measure import peak_memory, race
 from benchmarks.memory import MODELS
 from nanorl import run
-from nanorl.batches import micro_batches, minibatches
+from nanorl.batches import micro_batches
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.ops import token_weights, zscore
 from nanorl.plot import pyplot, save
@@ -97,10 +97,9 @@ def our_step(work: Work) -> Callable[[], None]:
         rollout = generate(model, prompts.tolist(), max_new_tokens=work.new, stop_ids=set(), samples_per_prompt=work.group)
         adv = zscore(torch.rand(work.prompts, work.group)).view(-1, 1)
         weights = token_weights(rollout.mask, rollout.prompt_index, "token_mean")
-        for minibatch in minibatches(0, 0, len(adv), 1, 1):
-            for rows, _ in micro_batches(minibatch, rollout, work.rows):
-                logp, _ = token_log_probs(model, rollout.tokens[rows], rollout.mask[rows])
-                objective(logp, logp.detach(), adv[rows], rollout.mask[rows], weights[rows])[0].backward()
+        for rows, _ in micro_batches(torch.arange(len(adv)), rollout, work.rows):
+            logp, _ = token_log_probs(model, rollout.tokens[rows], rollout.mask[rows])
+            objective(logp, logp.detach(), adv[rows], rollout.mask[rows], weights[rows])[0].backward()
         optimizer.step(1e-4, 1.0)
 
     return step

@@ -10,7 +10,6 @@ without examples and with them. The runs need the packages of smollm2 (docs/real
 (real_tasks.py).
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 from experiments.findings import mean_and_interval, panels, save
-from experiments.runs import ROOT
+from experiments.runs import ROOT, parser_of_runs
 from nanorl.log import read_metrics
 from nanorl.plot import PALETTE
 from nanorl.run import read_lines
@@ -167,11 +166,7 @@ def draw(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=[""], help="runs, or how their names begin (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/real-model"))
-    parser.add_argument("--draw", action="store_true", help="only the results, the table and the figure")
-    args = parser.parse_args()
+    args = parser_of_runs(__doc__, "runs/real-model").parse_args()
     if not args.draw:
         return make(args.out.resolve(), args.names)
     results = collect(args.out.resolve())

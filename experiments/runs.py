@@ -1,5 +1,6 @@
 """What experiments share: many runs of the scripts, a few at a time, and tables of them."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -20,6 +21,15 @@ def sorter() -> str:
     cfg = train_sft.Config(quiet=True)
     base = run.ensure_stage(cfg, "pretrain", out="runs/sorter-base", preset="pico", steps=300)
     return run.ensure_stage(cfg, "sft", out="runs/sorter", init=base, task="sorting-6", steps=80, lr=2e-3)
+
+
+def parser_of_runs(description: str, out: str) -> argparse.ArgumentParser:
+    """The flags of an experiment whose runs have names: which of them to make, where, or only to draw them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=[""], help="runs, or how their names begin (default: all)")
+    parser.add_argument("--out", type=Path, default=Path(out), help="directory of the runs")
+    parser.add_argument("--draw", action="store_true", help="only the results and the figure, from what is there")
+    return parser
 
 
 def directory(out: Path, label: str, seed: int) -> Path:

@@ -9,7 +9,6 @@ The faults are made on purpose, in one step of GRPO from the fine-tuned model: t
 the decoded actions again, and counting observations in the lengths that weigh an episode.
 """
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from random import Random
 import torch
 
 import train_grpo
-from experiments.findings import panels, save
-from experiments.runs import ROOT, train_all
+from experiments.findings import load, panels, save
+from experiments.runs import ROOT, parser_of_runs, train_all
 from nanorl import run
 from nanorl.data import pad, response_mask
 from nanorl.log import read_metrics
@@ -99,29 +98,28 @@ def gradient(policy, rollout, adv, mask, lengths=None):
 def faults(out: Path, task_name: str) -> dict[str, float]:
     """Of 32 x 8 episodes of the fine-tuned model: the share whose ids change when they are encoded again, and how far each
     fault moves the gradient of the step, relative to its norm."""
-    checkpoint = run.load_checkpoint(str(out / f"sft-{task_name}"), "policy")
-    policy, tokenizer = run.model_from(checkpoint, torch.device("cpu")), run.tokenizer_from(checkpoint)
+    policy, tokenizer = load(str(out / f"sft-{task_name}"))
     task, cfg = make_task(task_name), train_grpo.Config(init="x", task=task_name)
     problems = [task.problem(Random(i), "train") for i in range(32)]
     found = sample_and_grade(policy, tokenizer, task, problems, Sampling(task.max_answer_tokens), samples=8)
-    out = found.rollout
-    adv, mask = train_grpo.advantages(cfg, out, found.rewards, out.logp, None, {})
-    whole = response_mask(out.prompt_lengths, out.lengths, out.tokens.shape[1])
-    again = encoded_again(out, tokenizer)
-    right = gradient(policy, out, adv, mask)
+    rollout = found.rollout
+    adv, mask = train_grpo.advantages(cfg, rollout, found.rewards, rollout.logp, None, {})
+    whole = response_mask(rollout.prompt_lengths, rollout.lengths, rollout.tokens.shape[1])
+    again = encoded_again(rollout, tokenizer)
+    right = gradient(policy, rollout, adv, mask)
 
     def moved(other):
         return float((other - right).norm() / right.norm())
 
-    changed = [a[:n] != b[:m] for a, b, n, m in zip(out.tokens.tolist(), again.tokens.tolist(), out.lengths.tolist(),
+    changed = [a[:n] != b[:m] for a, b, n, m in zip(rollout.tokens.tolist(), again.tokens.tolist(), rollout.lengths.tolist(),
                                                    again.lengths.tolist(), strict=True)]
-    observed = token_log_probs(policy, out.tokens, whole & ~mask)[0].detach()
+    observed = token_log_probs(policy, rollout.tokens, whole & ~mask)[0].detach()
     return {"tokens of observations, of all after the prompt": 1 - float(mask.sum() / whole.sum()),
             "nats per token of an observation": -float(observed.sum() / (whole & ~mask).sum()),
-            "moved by training on observations": moved(gradient(policy, out, adv, whole)),
+            "moved by training on observations": moved(gradient(policy, rollout, adv, whole)),
             "episodes whose ids change when encoded again": sum(changed) / len(changed),
             "moved by encoding again": moved(gradient(policy, again, adv, again.mask)),
-            "moved by counting observations in lengths": moved(gradient(policy, out, adv, mask, whole.sum(-1)))}
+            "moved by counting observations in lengths": moved(gradient(policy, rollout, adv, mask, whole.sum(-1)))}
 
 
 def trained_on_observations(out: Path, steps: int = 8) -> list[float]:
@@ -161,11 +159,8 @@ def draw(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=[""], help="runs, or how their names begin (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/turns"))
+    parser = parser_of_runs(__doc__, "runs/turns")
     parser.add_argument("--faults", action="store_true", help="only what the faults do to a step")
-    parser.add_argument("--draw", action="store_true", help="only the results and the figure")
     args = parser.parse_args()
     out = args.out.resolve()
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}, "faults": {}}
