@@ -181,7 +181,7 @@ def main(cfg: Config) -> None:
                 fresh = collect(student if cfg.on == "student" else teacher, tokenizer, task, sampling,
                                 prompts=cfg.prompts, samples=cfg.group, seed=run.derive(cfg.seed, "rollout", step))
             tokens, mask = fresh.rollout.tokens, fresh.rollout.mask
-            out.log(describe(fresh, "rollout") | {"rollout/tokens": int(mask.sum())})
+            out.log(describe(fresh, "rollout"))
         out.log({"time/rollout_s": time.perf_counter() - started})
 
         # 4. Update: one pass of each model over the same tokens. A group stays together.

@@ -39,15 +39,14 @@ import torch
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
-from nanorl.data import (PAIRS, exchanged_batch, pair_batch, read_pairs, render_records, response_mask, shuffled_batch,
-                         split_pairs)
-from nanorl.errors import UserError
+from nanorl.data import render_records, shuffled_batch
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
-from nanorl.kept import given_rollout, kept_pairs
 from nanorl.ops import bradley_terry, ranked_right
+from nanorl.pairs import PAIRS, exchange, pair_rollout, read_pairs, split_pairs
 from nanorl.rollout import collect, describe, learned_rewards
 from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import default_max_new_tokens, make_task
+from nanorl.view_data import watch_pairs
 
 # What each loss uses, and its value where no flag gives one.
 LOSSES = {"dpo": {"beta": 0.3, "nll_coef": 0.0},
@@ -101,14 +100,11 @@ def objective(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejecte
 
 
 def judged_pairs(scores):
-    """Of two answers to each prompt, rows 2p and 2p+1: the rows of the better and of the worse ones. Ties are left out,
-    and prompts of which an answer could not be scored (nan).
-
-    scores [P, 2] -> [N], [N]
-    """
+    """Of two answers to each prompt, rows 2p and 2p+1: the better one's row and the worse one's. Ties are left out, and
+    prompts of which an answer could not be scored (nan).       scores [P, 2] -> [N, 2]"""
     decided = ((scores[:, 0] != scores[:, 1]) & ~scores.isnan().any(-1)).nonzero().squeeze(-1)
     best = scores[decided].argmax(-1)
-    return 2 * decided + best, 2 * decided + 1 - best
+    return torch.stack((2 * decided + best, 2 * decided + 1 - best), dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +147,16 @@ class Config(run.PolicyConfig):
             self.require(flag in LOSSES[self.loss] or getattr(self, flag) is None, f"loss {flag}", "that loss does not use it")
         self.require(not self.refresh_reference or self.loss not in REFERENCE_FREE, "loss refresh_reference",
                      "that loss has no reference")
-        verifiable = make_task(self.task, needs_verifier=False).verifiable
-        self.require(self.online or not verifiable, "task", "it has no pairs to read; requires --online, or expected stories")
+        task = make_task(self.task, needs_verifier=False)
+        self.require(task.max_actions == 1, "task", "has turns, pairs are of single answers; use train_grpo.py or train_ppo.py")
+        self.require(self.online or not task.verifiable, "task", "has no pairs to read; requires --online, or expected stories")
         self.require(self.online or self.judge is None, "judge", "pairs from a file are judged already; requires --online")
         self.require(not (self.online and self.data), "data", "with --online, pairs are sampled; leave one of the two out")
         self.require(not (self.data and self.reward_model), "reward_model", "it knows stories; leave it out with --data")
         if self.online:
-            self.default("judge", "verifier" if verifiable else "model")
-            self.require((self.judge == "verifier") == verifiable, "judge",
-                         f"expected {'verifier' if verifiable else 'hidden or model'} with --task {self.task}")
+            self.default("judge", "verifier" if task.verifiable else "model")
+            self.require((self.judge == "verifier") == task.verifiable, "judge",
+                         f"expected {'verifier' if task.verifiable else 'hidden or model'} with --task {self.task}")
         self.default("max_new_tokens", default_max_new_tokens(self.task))
 
 
@@ -167,8 +164,6 @@ class Config(run.PolicyConfig):
 def main(cfg: Config) -> None:
     # 1. Start: check flags and files, then load the models.
     task = run.choose_task(cfg.task, needs_verifier=False)
-    if task.max_actions > 1:
-        raise UserError(f"--task {task}: has turns, and pairs are of single answers; use train_grpo.py or train_ppo.py")
     records = [] if cfg.online else read_pairs(cfg.data)
     reward_model = cfg.reward_model if cfg.reward_model or cfg.judge == "model" else None
     device, checkpoint, tokenizer, policy, initial_policy, reward_model = run.begin(
@@ -191,56 +186,50 @@ def main(cfg: Config) -> None:
     print(f"{cfg.loss} on {source}, {cfg.batch} a step, on {device.type}."
           + (f" {len(heldout):,} are held out; {identical} more have equal responses and are left out." if records else ""))
 
-    def token_scores(model, tokens, prompt_lengths, lengths):
-        """log pi and entropy at each token of N chosen responses and of the N rejected ones after them, and which tokens of
-        [2N, T] these are: three of [2N, T-1]."""
-        mask = response_mask(prompt_lengths, lengths, tokens.shape[1])
+    def score(model, rollout, rows):
+        """log pi and entropy at the tokens of these responses, and which tokens they are: three of [R, T-1]."""
+        T = int(rollout.lengths[rows].max())
+        mask = rollout.mask[rows, : T - 1]
         with run.autocast(device, cfg.dtype):
-            return *token_log_probs(model, tokens, mask, temperature=cfg.temperature), mask
+            return *token_log_probs(model, rollout.tokens[rows, :T], mask, temperature=cfg.temperature), mask
 
     @torch.no_grad()
-    def reference_log_probs(model, *batch):
-        """A reference's log pi of N chosen and N rejected responses, two of [N]; zeros where the loss has no reference."""
+    def reference_log_probs(model, rollout, pairs):
+        """A reference's log pi of the chosen and rejected responses, [N, 2]; zeros where the loss has no reference."""
         if cfg.loss in REFERENCE_FREE:
-            return torch.zeros(len(batch[-1]), device=device).chunk(2)
-        return token_scores(model, *batch)[0].sum(-1).chunk(2)
-
-    def given_pairs(picks):
-        """Pairs of the file as a rollout, and the rows of their chosen and rejected responses, [N, 2]."""
-        rollout = given_rollout(*pair_batch(prompts, chosen, rejected, picks, tokenizer.pad)).to(device)
-        return rollout, torch.arange(2 * len(picks), device=device).view(2, -1).T
+            return torch.zeros(pairs.shape, device=device)
+        return score(model, rollout, pairs.T.flatten())[0].sum(-1).view(2, -1).T
 
     def from_file(picks):
-        """Pairs of the file, `micro_batch` at a time, and which they are."""
-        for i in range(0, len(picks), cfg.micro_batch):
-            part = picks[i : i + cfg.micro_batch]
-            yield [x.to(device) for x in pair_batch(prompts, chosen, rejected, part, tokenizer.pad)], part
+        """These pairs of the file as a rollout, and the rows of their chosen and rejected responses, [N, 2]."""
+        return [x.to(device) for x in pair_rollout(prompts, chosen, rejected, picks, tokenizer.pad)]
 
-    # The initial policy's log-probs of every pair that is compared with it, computed at every start.              [pairs, 2]
-    # With --refresh-reference these are the held-out pairs; the others are scored by `reference` in each step.
+    # The initial policy's log-probs of the pairs that are compared with it: with --refresh-reference, the held-out ones.
     reference_cache = torch.zeros(len(records), 2, device=device)
-    for batch, part in from_file(heldout if cfg.refresh_reference else training + heldout):
-        reference_cache[part] = torch.stack(reference_log_probs(initial_policy, *batch), dim=1)
+    for picks in run.ranks.parts(heldout if cfg.refresh_reference else training + heldout, cfg.micro_batch):
+        reference_cache[picks] = reference_log_probs(initial_policy, *from_file(picks))
+    reference_cache = run.ranks.summed(reference_cache)
 
     @torch.no_grad()
     def reference_point(rollout, pairs, ref_model):
         """KTO's z: the mean of log(pi/ref) over all responses, each after the prompt of the next pair; never negative."""
         total = torch.zeros((), device=device)
-        for part in run.ranks.parts(torch.cat((pairs.roll(-1, 0), pairs), dim=1), cfg.micro_batch):
-            batch = exchanged_batch(rollout.tokens, rollout.prompt_lengths, rollout.lengths, part[:, :2].flatten(),
-                                    part[:, 2:].flatten(), policy.config.context)
-            logp, ref_logp = (token_scores(model, *batch)[0].sum(-1) for model in (policy, ref_model))
+        rows = torch.stack((pairs.roll(-1, 0), pairs), dim=-1).flatten(0, 1)        # [2N, 2] the prompt's, the response's
+        for part in run.ranks.parts(rows, 2 * cfg.micro_batch):
+            exchanged = exchange(rollout, *part.T, policy.config.context)
+            logp, ref_logp = (score(model, exchanged, slice(None))[0].sum(-1) for model in (policy, ref_model))
             total += (logp - ref_logp).sum()
         return max(0.0, float(sum_over_ranks({"z": total})["z"]) / max(pairs.numel(), 1))
 
-    def pair_loss(tokens, prompt_lengths, lengths, ref_chosen, ref_rejected, count, z, watch=None):
+    def pair_loss(rollout, pairs, references, count, z, watched=None):
         """Loss and metrics of a few of `count` pairs."""
-        logp, entropy, mask = token_scores(policy, tokens, prompt_lengths, lengths)
-        pairs = *logp.sum(-1).chunk(2), ref_chosen, ref_rejected, *mask.sum(-1).chunk(2)        # six of [N]
-        if watch:
-            watch(logp, entropy, mask=mask, alone=lambda k: loss(*(x[k : k + 1] for x in pairs), logp.new_ones(1),
-                                                                 reference_point=z)[1])
-        return loss(*pairs, torch.full_like(pairs[0], 1 / count), reference_point=z)
+        rows = pairs.T.flatten()                                    # the chosen, then the rejected ones
+        logp, entropy, mask = score(policy, rollout, rows)
+        sums = *logp.sum(-1).chunk(2), *references.unbind(1), *mask.sum(-1).chunk(2)            # six of [N]
+        if watched:
+            watched.add(0, rows, logp, entropy, mask=mask,
+                        alone=lambda k: loss(*(x[k : k + 1] for x in sums), logp.new_ones(1), reference_point=z)[1])
+        return loss(*sums, torch.full_like(sums[0], 1 / count), reference_point=z)
 
     def evaluate_now():
         metrics, totals = {}, {}
@@ -249,10 +238,11 @@ def main(cfg: Config) -> None:
         else:
             metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=initial_policy,
                                         reward_model=reward_model)
-        z = reference_point(*given_pairs(heldout), initial_policy) if cfg.loss == "kto" and heldout else 0.0
+        z = reference_point(*from_file(heldout), initial_policy) if cfg.loss == "kto" and heldout else 0.0
         with torch.no_grad():
-            for batch, part in from_file(heldout):
-                add_metrics(totals, pair_loss(*batch, *reference_cache[part].unbind(1), len(heldout), z)[1])
+            for picks in run.ranks.parts(heldout, cfg.micro_batch):
+                add_metrics(totals, pair_loss(*from_file(picks), reference_cache[picks], len(heldout), z)[1])
+        totals = sum_over_ranks(totals)
         return metrics | {f"eval/pair_{name}": totals[f"train/{name}"] for name in ("loss", "accuracy") if totals}
 
     for step in out.steps():
@@ -262,7 +252,7 @@ def main(cfg: Config) -> None:
         out.refresh("refreshed_reference", cfg.refresh_reference)
 
         # 3. Pairs [N, 2]: the next of the file, or two fresh answers to each prompt, of which a judge prefers one.
-        started, scores = time.perf_counter(), None
+        started = time.perf_counter()
         if cfg.online:
             with run.autocast(device, cfg.dtype):
                 fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.batch, samples=2,
@@ -271,34 +261,30 @@ def main(cfg: Config) -> None:
                 if cfg.judge == "model":
                     scores = learned_rewards(reward_model, rollout, cfg.micro_batch).view(-1, 2)
                     run.check_finite(scores, "a reward of the model")
-            pairs = torch.stack(judged_pairs(scores), dim=1).to(device)
+            pairs = judged_pairs(scores).to(device)
             out.log(describe(fresh, "rollout"))
-            out.log({"rollout/ties": 1 - len(pairs) / cfg.batch, "rollout/tokens": int(rollout.mask.sum()),
-                     "time/rollout_s": time.perf_counter() - started})
-            started = time.perf_counter()
+            out.log({"rollout/ties": 1 - len(pairs) / cfg.batch, "time/rollout_s": time.perf_counter() - started})
         else:
             picks = torch.tensor([training[i] for i in shuffled_batch(len(training), cfg.batch, step, cfg.seed)])
-            rollout, pairs = given_pairs(picks)
-        kept = kept_pairs(out, rollout, pairs, scores)              # for nanorl.view: a few, in a few steps
+            (rollout, pairs), scores = from_file(picks), None
+        watched = watch_pairs(out, rollout, pairs, scores)          # for nanorl.view: a few, in a few steps
 
         # 4. Update. Both responses of a pair stay together; micro-batches add up to the step.
-        totals, z = {}, reference_point(rollout, pairs, reference) if cfg.loss == "kto" else 0.0
+        started, totals = time.perf_counter(), {}
+        z = reference_point(rollout, pairs, reference) if cfg.loss == "kto" else 0.0
         for part in run.ranks.parts(pairs, cfg.micro_batch):
-            rows = part.T.flatten()                                 # the chosen, then the rejected ones
-            batch = (rollout.tokens[rows, : rollout.lengths[rows].max()], rollout.prompt_lengths[rows], rollout.lengths[rows])
             if cfg.online or cfg.refresh_reference:
-                references = reference_log_probs(reference, *batch)
+                references = reference_log_probs(reference, rollout, part)
             else:
-                references = reference_cache[picks[part[:, 0].cpu()]].unbind(1)
-            micro_loss, metrics = pair_loss(*batch, *references, len(pairs), z, functools.partial(kept.watch, 0, rows))
+                references = reference_cache[picks[part[:, 0].cpu()]]
+            micro_loss, metrics = pair_loss(rollout, part, references, len(pairs), z, watched)
             micro_loss.backward()
             add_metrics(totals, metrics)
         totals = sum_over_ranks(totals)
         lr = cfg.lr * out.schedule(warmup=0.1)
         if totals:
-            grad_norm = optimizer.step(lr, grad_clip=1.0)
-            totals["train/grad_norm"] = grad_norm
-        kept.write()
+            totals["train/grad_norm"] = optimizer.step(lr, grad_clip=1.0)
+        watched.write()
 
         # 5. Log.
         out.log({"train/reference_point": z} if cfg.loss == "kto" else {})

@@ -30,10 +30,10 @@ import torch
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
-from nanorl.kept import kept_groups
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
 from nanorl.rollout import collect, describe, right_or_reward, score_rollout
 from nanorl.sample import Sampling, token_log_probs
+from nanorl.view_data import watch_groups
 
 
 def objective(rewards, won, weights, *, loss="mean", margin=1.0):
@@ -116,10 +116,10 @@ def main(cfg: Config) -> None:
         scored = ~fresh.rewards.isnan().any(-1, keepdim=True)           # a group is scored whole, or left out
         won = ((right_or_reward(task, fresh.rewards) == 1) & scored).to(device)             # [P, G]
         out.log(describe(fresh, "rollout"))
-        out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
+        out.log({"time/rollout_s": time.perf_counter() - started})
 
         # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
-        started, totals, kept = time.perf_counter(), {}, kept_groups(out, task, rollout, fresh.rewards, fresh.parts)
+        started, totals, watched = time.perf_counter(), {}, watch_groups(out, task, rollout, fresh.rewards, fresh.parts)
         for groups in run.ranks.parts(torch.arange(cfg.prompts, device=device), max(1, cfg.micro_batch // cfg.group)):
             rows = (groups[:, None] * cfg.group + torch.arange(cfg.group, device=device)).flatten()
             T = int(rollout.lengths[rows].max())
@@ -129,7 +129,7 @@ def main(cfg: Config) -> None:
             log_ratio = logp - ref_logp[rows, : T - 1]
             rewards = cfg.beta * log_ratio.sum(-1).view(-1, cfg.group)                              # [groups, G]
             micro_loss, metrics = loss(rewards, won[groups], torch.full((len(groups),), 1 / cfg.prompts, device=device))
-            kept.watch(0, rows, logp, entropy, mask=mask, implicit_reward=cfg.beta * log_ratio,
+            watched.add(0, rows, logp, entropy, mask=mask, implicit_reward=cfg.beta * log_ratio,
                        alone=lambda k, r=rewards, w=won[groups]: loss(r[k : k + 1], w[k : k + 1], r.new_ones(1))[1])
             micro_loss.backward()
             metrics["train/entropy"] = masked_sum(entropy.detach(), mask)
@@ -138,7 +138,7 @@ def main(cfg: Config) -> None:
         totals = sum_over_ranks(totals)
         lr = cfg.lr * out.schedule(warmup=0.05)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
-        kept.write()
+        watched.write()
 
         # 5. Log: sums over tokens become means over tokens, sums over groups means over the groups that have both kinds.
         compared = max(int(totals.pop("train/groups")), 1)

@@ -37,15 +37,14 @@ import torch
 
 from nanorl import family, run
 from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
-from nanorl.data import DATA, render_records
-from nanorl.files import read_text
+from nanorl.data import render_records
 from nanorl.first_step import first_step_check, tolerance
 from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
-from nanorl.kept import kept_groups
 from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum, masked_surrogate,
                         overlong_penalty, sequence_ratio, soft_surrogate, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
 from nanorl.sample import Rollout, Sampling, token_log_probs
+from nanorl.view_data import watch_groups
 
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
@@ -56,10 +55,9 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
 
         L = -sum_bt w_bt [ S(rho, A) - kl_coef KL(pi || ref) + entropy_coef H ]
 
-    logp, old_logp, ref_logp, entropy [B, T] nats; adv [B, 1], or [B, T] and finite (main then cuts it
-    to the rows' width, as it does `old_logp`); mask [B, T]; weights [B, T] of the tokens,
-    made once for the whole optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min
-    are extremes.
+    logp, old_logp, ref_logp, entropy, mask [B, T]; adv [B, 1], or [B, T] and finite (main must then cut it, as it does `old`);
+    weights [B, T] of the tokens, made once for the whole optimizer step. Losses and metrics of micro-batches add up to the
+    step's; those named _max and _min are extremes.
     """
     # Padding may hold anything, even inf. Blank it before exp(): blanking the result leaves a gradient of 0 * inf = nan.
     logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
@@ -142,7 +140,6 @@ def main(cfg: Config) -> None:
     task = run.choose_task(cfg.task, cfg.data, seed=cfg.seed, verifier=cfg.verifier, reward=cfg.reward)
     records = task.demonstrations(20_000) if cfg.likelihood_coef else []
     device, checkpoint, tokenizer, policy, reference, _ = run.begin(cfg, "sft", task=task, reference=cfg.kl_coef > 0)
-    stories = None if cfg.data or ".py:" in cfg.task else tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
     records, *demonstrations = render_records(records, tokenizer, policy.config.context, cfg.data or str(task), "response",
                                               skip_long=cfg.skip_long)
 
@@ -150,8 +147,8 @@ def main(cfg: Config) -> None:
     out = run.Run(cfg, checkpoint, policy, optimizer, tokenizer, data=[task.examples(), records], reference=reference)
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference)
-    # One temperature for the whole run: sampling, evaluations, `score`, both calls of `score_rollout`, KeptGroups._score and
-    # the tolerance of the first-step check use it. If it changed, each entry of --stale's queue would have to keep its own.
+    # One temperature for the whole run: sampling, evaluations, `score`, `score_rollout` and the watched groups use it.
+    # So does the tolerance of the first-step check; and if it changed, entries of --stale's queue would have to keep theirs.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     kl = family.KL_TERMS[cfg.kl or "k3"]
     loss = functools.partial(objective, ratio=cfg.ratio, bound=cfg.bound, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
@@ -163,10 +160,13 @@ def main(cfg: Config) -> None:
         with run.autocast(device, cfg.dtype):
             return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)
 
+    def evaluate_now():
+        return evaluate_and_show(out, policy, tokenizer, task, sampling, stories=not cfg.data and ".py:" not in cfg.task)
+
     for step in out.steps():
         # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
         if step % cfg.eval_every == 0:
-            out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories))
+            out.log(evaluate_now())
         out.refresh("reference", cfg.refresh_reference)
 
         # 3. Collect: G answers to each of P prompts, by the policy as it is now.
@@ -175,8 +175,8 @@ def main(cfg: Config) -> None:
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample", state=out.state)
         out.log(describe(fresh, "rollout"))
-        out.log({"rollout/tokens": int(fresh.rollout.mask.sum()) + fresh.resampled_tokens,
-                 "rollout/resampled": fresh.resampled, "time/rollout_s": time.perf_counter() - started})
+        out.log({"rollout/resampled": fresh.resampled})
+        out.log({"time/rollout_s": time.perf_counter() - started})
         if cfg.selfcheck and step == first_step:
             out.say(first_step_check(fresh, task, tokenizer.stop_ids, score, loss, list(policy.parameters()), cfg.aggregate,
                                      cfg.max_new_tokens, tolerance(device, cfg.dtype) / min(1.0, cfg.temperature)))
@@ -193,14 +193,16 @@ def main(cfg: Config) -> None:
             if len(queue) <= cfg.stale:
                 continue
             entry = queue.pop(0)
-            rollout, old_logp = Rollout(**entry["rollout"]).to(device), entry["old_logp"].to(device)        # [B, T-1]
+            rollout, rewards, parts = Rollout(**entry["rollout"]).to(device), entry["rewards"], entry["parts"]
+            old_logp = entry["old_logp"].to(device)                                         # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch) if reference else None
-        adv, mask = advantages(cfg, rollout, entry["rewards"], old_logp, ref_logp, out.state)
-        kept = kept_groups(out, task, rollout, entry["rewards"], entry["parts"])        # for nanorl.view: a few, in a few steps
+        adv, mask = advantages(cfg, rollout, rewards, old_logp, ref_logp, out.state)
+        watched = watch_groups(out, task, rollout, rewards, parts)      # for nanorl.view: a few, in a few steps
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.
-        totals, demonstration_loss = {}, 0.0
+        totals = {}
+        demonstration_loss = 0.0
         lr = cfg.lr * out.schedule(warmup=0.05)
         for update, minibatch in enumerate(minibatches(cfg.seed, step, len(mask), cfg.epochs, cfg.minibatches)):
             minibatch = minibatch.to(device)
@@ -215,7 +217,7 @@ def main(cfg: Config) -> None:
                 old = logp.detach() if cfg.on_policy else old_logp[rows, : T - 1]           # so that ratios are exactly 1
                 ref = ref_logp[rows, : T - 1] if reference else None
                 micro_loss, metrics = loss(logp, old, adv[rows], m, w, ref_logp=ref, entropy=entropy)
-                kept.watch(update, rows, logp, entropy, old=old, reference=ref, advantage=adv[rows], weight=w, mask=m)
+                watched.add(update, rows, logp, entropy, old=old, reference=ref, advantage=adv[rows], weight=w, mask=m)
                 micro_loss.backward()
                 metrics |= {"train/entropy": masked_sum(entropy.detach(), m), "tokens": m.sum()}
                 metrics["train/mismatch_kl"] = masked_sum(kl_k3(rollout.logp[rows, : T - 1], old), m)
@@ -225,7 +227,7 @@ def main(cfg: Config) -> None:
                 demonstration_loss += nll / cfg.updates
             grad_norm = optimizer.step(lr, grad_clip=1.0)
             add_metrics(totals, {"train/grad_norm_max": grad_norm})
-        kept.write()
+        watched.write()
 
         # 6. Log: sums over tokens become means over tokens.
         out.log(per_token(totals))
@@ -234,7 +236,7 @@ def main(cfg: Config) -> None:
                 show=("rollout/reward", "rollout/worked", "rollout/length", "train/entropy"))
 
     # 7. Held-out problems, before and after.
-    out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, stories=stories))
+    out.finish(evaluate_now())
     print(before_and_after(f"{len(heldout_problems(task, cfg.eval_problems, cfg.seed))} held-out problems", out.metrics()))
 
 

@@ -30,11 +30,11 @@ from nanorl import run
 from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
 from nanorl.gpt import ScalarGPT
 from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
-from nanorl.kept import kept_groups
 from nanorl.ops import (clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1, masked_sum,
                         token_weights, whiten)
 from nanorl.rollout import collect, describe, learned_rewards, score_rollout, state_values
 from nanorl.sample import Sampling, token_log_probs
+from nanorl.view_data import watch_groups
 
 
 def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns, entropy=None, clip_low=0.2, clip_high=0.2,
@@ -43,12 +43,13 @@ def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns
 
         L = -sum_bt w_bt [ min(rho A, clip(rho) A) - value_coef VL(V, R) + entropy_coef H ]
 
-    logp, old_logp, adv, values, old_values, returns, entropy, mask [B, T]; weights [B, T] of the tokens, made once for the
-    whole optimizer step. Losses and metrics of micro-batches add up to the step's; those named _max and _min are extremes.
+    logp, old_logp, adv, values, old_values, returns, entropy, mask [B, T];
+    weights [B, T] of the tokens, made once for the whole optimizer step. Losses and metrics of micro-batches add up to the
+    step's; those named _max and _min are extremes.
     """
     # Padding may hold anything, even inf. Blank it before exp(): blanking the result leaves a gradient of 0 * inf = nan.
-    logp, old_logp, adv, values, old_values, returns = (
-        x.masked_fill(~mask, 0.0) for x in (logp, old_logp, adv, values, old_values, returns))
+    logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
+    adv, values, old_values, returns = (x.masked_fill(~mask, 0.0) for x in (adv, values, old_values, returns))
     rho = importance_ratio(logp.detach(), old_logp)                                         # [B, T]
     metrics = {"train/ratio_max": rho.max().clamp(min=1), "train/ratio_min": rho.min().clamp(max=1)}
     for name, held in zip(("low", "high"), clipped_away(rho, adv, clip_low, clip_high), strict=True):
@@ -151,49 +152,57 @@ def main(cfg: Config) -> None:
     out.state |= {"critic": run.trained_state(critic), "kl_coef": out.state.get("kl_coef", cfg.kl_coef)}
     del checkpoint
     compiled = run.compile_models(cfg, device, policy, reference, critic.trunk if cfg.critic == "separate" else None)
-    # One temperature for the whole run: sampling, evaluations, `token_log_probs`, `score_rollout` and KeptGroups._score use it.
+    # One temperature for the whole run: sampling, evaluations, `score`, `score_rollout` and the watched groups use it.
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, clip_low=cfg.clip_low, clip_high=cfg.clip_high, value_clip=cfg.value_clip,
                              value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)
     print(f"PPO on {task}, {'a reward model' if reward_model else 'the verifier'} scores: {cfg.prompts} prompts x "
           f"{cfg.group} answers a step, {cfg.epochs * cfg.minibatches} updates each, on {device.type}.")
 
+    def score(tokens, mask):
+        with run.autocast(device, cfg.dtype):
+            # One context for both: the weights of a shared trunk are cast once.
+            return *token_log_probs(policy, tokens, mask, temperature=cfg.temperature), critic(tokens[:, :-1], mask).float()
+
+    def evaluate_now():
+        return evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model)
+
     for step in out.steps():
         # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
         if step % cfg.eval_every == 0:
-            out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model))
+            out.log(evaluate_now())
 
         # 3. Collect: G answers to each of P prompts, by the policy as it is now.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), state=out.state)
-            rollout, rewards = fresh.rollout, fresh.token_rewards()                         # [B, T-1]
-            unscored = fresh.rewards.flatten().isnan().to(device)
-            mask = rollout.mask & ~unscored[:, None]                    # what could not be scored teaches nothing
-            if reward_model:
-                learned = learned_rewards(reward_model, rollout, cfg.micro_batch)           # [B]
-                rewards = torch.zeros_like(rewards).scatter(-1, rollout.lengths[:, None] - 2, learned[:, None])
-                out.log({"rollout/learned_reward": learned.mean()})
         out.log(describe(fresh, "rollout"))
-        out.log({"rollout/tokens": int(rollout.mask.sum()), "time/rollout_s": time.perf_counter() - started})
+        out.log({"time/rollout_s": time.perf_counter() - started})
 
         # 4. Credit: what did each token do better than the critic expected? With --truncated bootstrap, a truncated answer has
         # not ended.
         started = time.perf_counter()
+        rollout, rewards, parts = fresh.rollout, fresh.rewards, fresh.parts
+        token_rewards = fresh.token_rewards()                                               # [B, T-1]
+        mask = rollout.mask & ~rewards.isnan().view(-1, 1).to(device)       # what could not be scored teaches nothing
         with run.autocast(device, cfg.dtype):
+            if reward_model:
+                learned = learned_rewards(reward_model, rollout, cfg.micro_batch)           # [B]
+                token_rewards = torch.zeros_like(token_rewards).scatter(-1, rollout.lengths[:, None] - 2, learned[:, None])
+                parts = parts | {"learned reward": learned}
+                out.log({"rollout/learned_reward": learned.mean()})
             old_logp = score_rollout(policy, rollout, cfg.temperature, cfg.micro_batch)     # [B, T-1]
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
             old_values, last_value = state_values(critic, rollout, cfg.micro_batch)
         ended, kl_coef = rollout.finished | (cfg.truncated == "score"), out.state["kl_coef"]
-        adv, returns = credit(rewards, ended, old_logp, ref_logp, old_values, last_value, mask,
+        adv, returns = credit(token_rewards, ended, old_logp, ref_logp, old_values, last_value, mask,
                               kl_coef=kl_coef, gamma=cfg.gamma, lam=cfg.lam)
         if (spread := float(returns[mask].var(correction=0))) > 0:
             error = float((returns - old_values)[mask].var(correction=0))
             out.log({"train/explained_variance": 1 - error / spread})
         adv = whiten(adv, mask)
-        kept = kept_groups(out, task, rollout, fresh.rewards,                          # for nanorl.view: a few groups
-                           fresh.parts | ({"learned reward": learned} if reward_model else {}))
+        watched = watch_groups(out, task, rollout, rewards, parts)      # for nanorl.view: a few, in a few steps
 
         # 5. Update. Micro-batches only limit memory: the token weights are made once for an optimizer step, so that their
         # gradients add up to its gradient.
@@ -204,31 +213,29 @@ def main(cfg: Config) -> None:
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")
             for rows, T in micro_batches(minibatch, rollout, cfg.micro_batch):
-                m = mask[rows, : T - 1]
-                with run.autocast(device, cfg.dtype):       # one context for both: a shared trunk's weights are cast once
-                    logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], m, temperature=cfg.temperature)
-                    values = critic(rollout.tokens[rows, : T - 1], m).float()
-                old, a, w, v, R = (x[rows, : T - 1] for x in (old_logp, adv, weights, old_values, returns))
+                m, w = mask[rows, : T - 1], weights[rows, : T - 1]
+                logp, entropy, values = score(rollout.tokens[rows, :T], m)
+                old, a, v, R = (x[rows, : T - 1] for x in (old_logp, adv, old_values, returns))
                 micro_loss, metrics = loss(logp, old, a, m, w, values=values, old_values=v, returns=R, entropy=entropy)
-                kept.watch(update, rows, logp, entropy, old=old, advantage=a, weight=w, mask=m, value=v, returns=R)
+                watched.add(update, rows, logp, entropy, old=old, advantage=a, weight=w, mask=m, value=v, returns=R)
                 micro_loss.backward()
                 metrics |= {"train/entropy": masked_sum(entropy.detach(), m), "tokens": m.sum()}
                 add_metrics(totals, metrics)
             grad_norm = optimizer.step(lr, grad_clip=1.0)
             add_metrics(totals, {"train/grad_norm_max": grad_norm})
-        kept.write()
-
-        # 6. Adapt the KL coefficient, then log: sums over tokens become means over tokens.
+        watched.write()
         kl = float(masked_sum(kl_k1(old_logp, ref_logp), mask)) / len(mask)
         if cfg.kl_target:
             out.state["kl_coef"] = adapt_kl_coef(kl_coef, kl, cfg.kl_target)
+
+        # 6. Log: sums over tokens become means over tokens.
         out.log(per_token(totals))
-        out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef, "train/lr": lr,
-                 "time/update_s": time.perf_counter() - started},
+        out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef})
+        out.log({"train/lr": lr, "time/update_s": time.perf_counter() - started},
                 show=("rollout/reward", "rollout/learned_reward", "rollout/hidden_reward", "rollout/length", "train/answer_kl"))
 
     # 7. Held-out problems, before and after.
-    out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model))
+    out.finish(evaluate_now())
     print(before_and_after(f"{len(heldout_problems(task, cfg.eval_problems, cfg.seed))} held-out problems", out.metrics()))
 
 

@@ -20,10 +20,11 @@ import torch
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
-from nanorl.data import PAIRS, pair_batch, read_pairs, render_records, shuffled_batch, split_pairs
+from nanorl.data import render_records, shuffled_batch
 from nanorl.gpt import ScalarGPT
 from nanorl.heldout import agreement, calibration_error, hidden_margins, length_margins, ranking_table, word_margins
 from nanorl.ops import bradley_terry, ranked_right
+from nanorl.pairs import PAIRS, pair_rollout, read_pairs, split_pairs
 from nanorl.tasks import Stories
 
 
@@ -76,9 +77,9 @@ def main(cfg: Config) -> None:
 
     def rewards(picks):
         """Of the chosen and of the rejected responses of these pairs."""
-        tokens, _, lengths = (x.to(device) for x in pair_batch(prompts, chosen, rejected, picks, tokenizer.pad))
+        rollout = pair_rollout(prompts, chosen, rejected, picks, tokenizer.pad)[0].to(device)
         with run.autocast(device, cfg.dtype):
-            return model.at_end(tokens, lengths).float().chunk(2)
+            return model.at_end(rollout.tokens, rollout.lengths).float().chunk(2)
 
     @torch.no_grad()
     def margins(picks):

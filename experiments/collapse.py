@@ -36,7 +36,7 @@ from experiments.findings import Finding, main, mean_and_interval, panels, save,
 from experiments.runs import sorter
 from nanorl import family, rollout
 from nanorl.doctor import diagnose
-from nanorl.log import Log, read_log
+from nanorl.read_log import Log, read_log
 from nanorl.ops import importance_ratio, log_softmax, logsumexp
 from nanorl.plot import PALETTE
 from nanorl.run import generator

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from experiments.runs import cell, directory, train_all
-from nanorl.log import read_metrics
+from nanorl.read_log import read_metrics
 from nanorl.run import generator
 from nanorl.tabular import horizon, leaf, prefix_rows, randn, sequence_kl, sequence_probs, sequences
 from train_distill import objective

@@ -15,7 +15,7 @@ from pathlib import Path
 import train_grpo
 from experiments.runs import ROOT, cell, directory, sorter, train_all
 from nanorl import run
-from nanorl.log import read_metrics
+from nanorl.read_log import read_metrics
 from nanorl.plot import PALETTE, pyplot
 
 COMMON = "--task sorting-6 --prompts 16 --minibatches 4 --lr 2e-4 --steps 20 --eval-every 5 --eval-problems 250"

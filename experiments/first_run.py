@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from experiments.runs import ROOT
-from nanorl.log import read_metrics
+from nanorl.read_log import read_metrics
 from nanorl.plot import pyplot
 from nanorl.run import read_lines
 

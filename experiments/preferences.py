@@ -18,7 +18,7 @@ import torch
 from experiments.runs import ROOT, cell, directory, train_all
 from nanorl import run
 from nanorl.heldout import RANKERS, heldout_problems
-from nanorl.log import read_metrics
+from nanorl.read_log import read_metrics
 from nanorl.plot import PALETTE, pyplot
 from nanorl.sample import Sampling
 from nanorl.search import best_of_n_curve, best_of_n_kl

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from experiments.findings import mean_and_interval, panels, save
 from experiments.runs import ROOT, parser_of_runs
-from nanorl.log import read_metrics
+from nanorl.read_log import read_metrics
 from nanorl.plot import PALETTE
 from nanorl.run import read_lines
 

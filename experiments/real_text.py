@@ -22,7 +22,7 @@ import train_pretrain
 from nanorl import run
 from nanorl.data import split_text
 from nanorl.files import read_text
-from nanorl.log import read_metrics
+from nanorl.read_log import read_metrics
 
 MEGABYTES = 4
 FLAGS = "--vocab-size 2048 --length 128 --batch 32 --steps 2000 --eval-every 500"

@@ -30,7 +30,7 @@ import train_grpo
 from experiments.findings import Finding, main, mean_and_interval, panels, save, stage
 from nanorl.family import BANDS
 from nanorl.ops import center, log_softmax
-from nanorl.log import read_metrics
+from nanorl.read_log import read_metrics
 from nanorl.plot import PALETTE
 from nanorl.run import generator
 from nanorl.tabular import leaf, randn, reward_gradient

@@ -21,7 +21,7 @@ from experiments.findings import load, panels, save
 from experiments.runs import ROOT, parser_of_runs, train_all
 from nanorl import run
 from nanorl.data import pad, response_mask
-from nanorl.log import read_metrics
+from nanorl.read_log import read_metrics
 from nanorl.ops import token_weights
 from nanorl.plot import PALETTE
 from nanorl.rollout import sample_and_grade

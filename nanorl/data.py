@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nanorl.errors import UserError, refuse
-from nanorl.files import Prompt, Record, first_question, read_records
+from nanorl.files import Prompt, first_question, read_records
 from nanorl.tasks import Task, is_heldout
 from nanorl.tokenizer import Tokenizer
 
@@ -22,8 +22,6 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 # ---------------------------------------------------------------------------------------------------------------------
 # What to train on, and what is held out
 # ---------------------------------------------------------------------------------------------------------------------
-
-PAIRS = str(DATA / "preferences.jsonl")
 
 
 def split_text(text: str) -> tuple[str, str]:
@@ -49,24 +47,6 @@ def training_records(path: str, task: Task, count: int = 20_000) -> list[dict[st
     records = read_records(path, "demonstrations")
     training, _ = split_records(records, path)
     return [records[i] for i in training]
-
-
-def read_pairs(path: str) -> list[Record]:
-    """The records {"prompt", "chosen", "rejected"} of a file, by default the stories, of which some can be trained on."""
-    records = read_records(path or PAIRS, "pairs")
-    split_pairs(records, path)
-    return records
-
-
-def split_pairs(records: list[dict], path: str) -> tuple[list[int], list[int], int]:
-    """Which pairs to train on and which are held out; and how many are neither, because both responses are the same: there is
-    nothing to prefer."""
-    path = path or PAIRS
-    training, heldout = ([i for i in part if records[i]["chosen"] != records[i]["rejected"]]
-                         for part in split_records(records, path))
-    if not training:
-        raise UserError(f"{path}: no record to train on whose chosen and rejected responses differ")
-    return training, heldout, len(records) - len(training) - len(heldout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,27 +134,6 @@ def response_batch(prompts: list[list[int]], responses: list[list[int]], picks: 
     """The picked records as tokens [B, T] and the mask of their responses [B, T-1]."""
     tokens, lengths = pad([prompts[i] + responses[i] for i in picks], pad_id)
     return tokens, response_mask(torch.tensor([len(prompts[i]) for i in picks]), lengths, tokens.shape[1])
-
-
-def pair_batch(prompts: list[list[int]], chosen: list[list[int]], rejected: list[list[int]], picks: list[int],
-               pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The picked pairs as rows: first all chosen ones, then all rejected ones.
-
-    Token ids of B pairs -> tokens [2B, T], prompt_lengths [2B], lengths [2B]
-    """
-    tokens, lengths = pad([prompts[i] + responses[i] for responses in (chosen, rejected) for i in picks], pad_id)
-    return tokens, torch.tensor([len(prompts[i]) for i in picks]).repeat(2), lengths
-
-
-def exchanged_batch(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, asked: Tensor, answered: Tensor,
-                    limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The prompts of the rows `asked`, each followed by the response of a row of `answered`, cut at `limit` tokens.
-
-    tokens [B, T], prompt_lengths [B], lengths [B]; asked, answered [n] -> tokens [n, T'], prompt_lengths [n], lengths [n]
-    """
-    rows = [torch.cat((tokens[i, : prompt_lengths[i]], tokens[j, prompt_lengths[j] : lengths[j]]))[:limit]
-            for i, j in zip(asked.tolist(), answered.tolist(), strict=True)]
-    return pad_sequence(rows, batch_first=True), prompt_lengths[asked], lengths.new_tensor([len(row) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

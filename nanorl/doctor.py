@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from nanorl.errors import printable, user_errors_as_sentences
-from nanorl.log import SURE, TREND, Log, compare, read_log, thirds
+from nanorl.read_log import SURE, TREND, Log, compare, read_log, thirds
 from nanorl.run import parse
 
 TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))      # {finding: {means, try, metrics}}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Thresholds, beside those of log.py: SURE, TREND, SOLVED
+# Thresholds, beside those of read_log.py: SURE, TREND, SOLVED
 # ---------------------------------------------------------------------------------------------------------------------
 
 MISMATCH = 1e-4         # k3, nats per token: bfloat16 has 1e-5, top-p .9 4e-4, a wrong temperature 2e-3 (experiments/kl.py)

@@ -9,8 +9,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from nanorl.data import consecutive_windows, response_mask, shift
-from nanorl.files import Prompt
+from nanorl.data import DATA, consecutive_windows, response_mask, shift
+from nanorl.files import Prompt, read_text
 from nanorl.gpt import GPT, ScalarGPT
 from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right, rows_of_logits
 from nanorl.rollout import (Experience, describe, learned_rewards, lenient_values, own_micro_batches, right_or_reward,
@@ -66,8 +66,8 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
 
 def evaluate_and_show(out: Run, model: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *,
                       reference: GPT | None = None, reward_model: ScalarGPT | None = None,
-                      stories: list[int] | None = None) -> dict[str, float]:
-    """`evaluate_policy` with the flags of a run, and some of its answers shown; with `stories`, also the loss on that text.
+                      stories: bool = False) -> dict[str, float]:
+    """`evaluate_policy` with the flags of a run, and some of its answers shown; with `stories`, also the loss on held-out ones.
     Best-of-n only before the first step."""
     cfg, best_of = out.cfg, getattr(out.cfg, "best_of", 0) if out.step == 0 else 0
     with autocast(model.head.weight.device, cfg.dtype):
@@ -75,7 +75,8 @@ def evaluate_and_show(out: Run, model: GPT, tokenizer: Tokenizer, task: Task, sa
                                            reference=reference, reward_model=reward_model, micro_batch=cfg.micro_batch,
                                            best_of=best_of)
         if stories:
-            metrics["eval/story_loss"] = text_loss(model, tokenizer, stories, STORY_WINDOW)["eval/text_loss"]
+            ids = tokenizer.encode(read_text(DATA / "stories_heldout.txt"))
+            metrics["eval/story_loss"] = text_loss(model, tokenizer, ids, STORY_WINDOW)["eval/text_loss"]
     show_answers(out, answers)
     return metrics
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from nanorl.errors import UserError, printable, user_errors_as_sentences
-from nanorl.log import read_metrics
+from nanorl.read_log import read_metrics
 from nanorl.run import parse
 from nanorl.scaling import Fit, fit
 

@@ -193,8 +193,9 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
 
 
 def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[str, float]:
-    """What the samples are like: reward and its parts, length, and reward by style of answering. A mean over no answers is
-    omitted; answers that could not be scored are left out of the means of rewards.
+    """What the samples are like: reward and its parts, length, and reward by style of answering; of a rollout, also how many
+    tokens were sampled. A mean over no answers is omitted; answers that could not be scored are left out of the means of
+    rewards.
 
     For a task without a verifier, the reward is the hidden one, and its features come with it.
     """
@@ -204,6 +205,8 @@ def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[s
     scored = ~reward.isnan()
     facts = {"reward": reward.nanmean(), "length": length.mean(),
              "truncated": 1 - experience.rollout.finished.cpu().double().mean()}
+    if kind == "rollout":
+        facts["tokens"] = experience.rollout.mask.sum() + experience.resampled_tokens
     P, G = experience.rewards.shape
     if G > 1:
         facts["distinct"] = sum(len(set(experience.texts[p * G : (p + 1) * G])) for p in range(P)) / P

@@ -3,8 +3,8 @@
     python -m nanorl.view runs/grpo [runs/other] [--out FILE]
 
 The page is a single HTML file that opens from disk and asks the network for nothing. Its data are those of metrics.jsonl and
-rollouts.jsonl (nanorl/kept.py says what is in there). Texts of a model are data: the page never parses them as markup, and its
-policy lets no script run but its own, which it knows by its hash.
+rollouts.jsonl (nanorl/view_data.py says what is in there). Texts of a model are data: the page never parses them as markup, and
+its policy lets no script run but its own, which it knows by its hash.
 """
 
 import base64
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanorl.errors import UserError, user_errors_as_sentences
-from nanorl.log import read_log
+from nanorl.read_log import read_log
 from nanorl.plot import PANELS
 from nanorl.run import parse, read_lines
 

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorl.data import (consecutive_windows, pad, random_windows, read_pairs, response_mask, shift, shuffled_batch,
-                         split_pairs, training_records, which_fit)
+from nanorl.data import (consecutive_windows, pad, random_windows, response_mask, shift, shuffled_batch, training_records,
+                         which_fit)
 from nanorl.errors import UserError
 from nanorl.files import read_records, read_text
+from nanorl.pairs import read_pairs, split_pairs
 from nanorl.tasks import is_heldout
 
 quick = settings(max_examples=50, deadline=None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from world import ROOT
 
 from nanorl import doctor
-from nanorl.log import SURE, TREND, Log, compare, standard_error
+from nanorl.read_log import SURE, TREND, Log, compare, standard_error
 
 NAMES = {function.__name__.replace("_", "-"): level for level, functions in doctor.FINDINGS.items() for function in functions}
 STEPS = 30

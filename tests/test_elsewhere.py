@@ -19,7 +19,7 @@ from nanorl import run
 FLAGS = "--steps 2 --prompts 2 --group 2 --eval-problems 2 --max-new-tokens 16 --quiet --device cpu"
 LOSS = "return -(weights * surrogate).sum(), metrics"
 DOUBLED = 'metrics["train/mine"] = 2.0 * mask.sum()\n    return -2.0 * (weights * surrogate).sum(), metrics'
-FEW_STORIES = ('read_text(DATA / "stories_heldout.txt")', 'read_text(DATA / "stories_heldout.txt")[:2000]')
+NO_STORIES = ('stories=not cfg.data and ".py:" not in cfg.task', "stories=False")
 TINY_STAGES = {
     "train_pretrain": [(f"steps: run.Count = {train_pretrain.Config().steps}", "steps: run.Count = 2"),
                        ('text: str = ""', 'text: str = "text.txt"'), ('= "nano"', '= "pico"'),
@@ -52,7 +52,7 @@ def run_there(folder, script, flags):
 def test_a_changed_copy_makes_its_stages_by_the_scripts_beside_it(elsewhere):
     """From nothing, in a folder that the checkout knows nothing of: the loss and the stages are those of the copies."""
     (elsewhere / "text.txt").write_text((ROOT / "data/text.txt").read_text()[:20_000])
-    copy("train_grpo", elsewhere / "mine.py", (LOSS, DOUBLED), FEW_STORIES)
+    copy("train_grpo", elsewhere / "mine.py", (LOSS, DOUBLED), NO_STORIES)
     for name, changes in TINY_STAGES.items():
         copy(name, elsewhere / f"{name}.py", *changes)
     result = run_there(elsewhere, "mine.py", FLAGS)
@@ -64,7 +64,7 @@ def test_a_changed_copy_makes_its_stages_by_the_scripts_beside_it(elsewhere):
 
 def test_a_changed_copy_starts_from_a_run_that_is_named(world, elsewhere):
     """No other stage is made, and its loss is the changed one: of twice the surrogate, the gradient is twice as large."""
-    copy("train_grpo", elsewhere / "mine.py", (LOSS, DOUBLED), FEW_STORIES)
+    copy("train_grpo", elsewhere / "mine.py", (LOSS, DOUBLED), NO_STORIES)
     flags = GRPO.replace("wanted.jsonl", str(world / "wanted.jsonl")).replace("--init sft", f"--init {world / 'sft'}")
     result = run_there(elsewhere, "mine.py", flags + " --out mine")
     assert result.returncode == 0, result.stderr
@@ -74,7 +74,7 @@ def test_a_changed_copy_starts_from_a_run_that_is_named(world, elsewhere):
 
 
 def test_a_value_error_in_an_objective_keeps_its_traceback(world, elsewhere):
-    copy("train_grpo", elsewhere / "mine.py", (LOSS, 'raise ValueError("my own mistake")'), FEW_STORIES)
+    copy("train_grpo", elsewhere / "mine.py", (LOSS, 'raise ValueError("my own mistake")'), NO_STORIES)
     result = run_there(elsewhere, "mine.py", f"{FLAGS} --init {world / 'sft'}")
     assert result.returncode == 1 and result.stderr.rstrip().endswith("ValueError: my own mistake")
     assert "Traceback" in result.stderr and re.search(r'mine\.py", line \d+, in objective', result.stderr)

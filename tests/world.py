@@ -15,7 +15,7 @@ import train_ppo
 import train_pretrain
 import train_reward
 import train_sft
-from nanorl import run
+from nanorl import heldout, run
 from nanorl.data import DATA
 from nanorl.files import read_text
 from nanorl.tasks import FileTask, Stories, Task
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 FRESH = multiprocessing.get_context("forkserver")       # its processes are forks of one that has imported torch and run nothing
 FRESH.set_forkserver_preload(["pytest", "nanorl.evaluate"])
 STORIES = read_text(DATA / "stories_heldout.txt")[:8000]
-train_grpo.read_text = lambda path: STORIES         # what every evaluation of GRPO reads: as much as a test has the time for
+heldout.read_text = lambda path: STORIES           # what every evaluation of GRPO reads: as much as a test has the time for
 TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
 EVAL = " --eval-problems 3 --max-new-tokens 16"
 PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --preset pico --vocab-size 300" + TINY

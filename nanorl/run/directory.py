@@ -287,7 +287,7 @@ class Run:
             self._append("samples.jsonl", {"step": self.step, **record})
 
     def rollouts(self, records: list[dict[str, Any]]) -> None:
-        """Add to rollouts.jsonl whole groups (nanorl/kept.py)."""
+        """Add to rollouts.jsonl whole groups (nanorl/view_data.py)."""
         for record in records:
             self._append("rollouts.jsonl", {"step": self.step, **record})
 

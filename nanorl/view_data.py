@@ -1,5 +1,5 @@
-"""Some groups of a training step, kept whole in rollouts.jsonl: what the update saw at each token, and what it did to it.
-`python -m nanorl.view` shows them. Kept are steps that begin with an evaluation, and the last.
+"""What `python -m nanorl.view` shows: some groups of a training step, kept whole in rollouts.jsonl, with what the update saw at
+each token and what it did to it. Kept are steps that begin with an evaluation, and the last.
 
 A line is a group, a prompt with its answers. Its lists have one entry for each token of the prompt or of the answer, stop token
 included. What an environment said between two actions belongs to the answer, but has no log-probs, and `mask` is false there.
@@ -33,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanorl.data import response_mask
 from nanorl.rollout import has_contrast, right_or_reward, score_rollout
 from nanorl.run import Run, autocast, ranks
 from nanorl.sample import Rollout
@@ -45,7 +44,7 @@ def keep_now(out: Run) -> int:
     return out.cfg.keep_groups if out.step % out.cfg.eval_every == 0 or out.step == out.cfg.steps - 1 else 0
 
 
-def kept_groups(out: Run, task: Task, rollout: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> "KeptGroups":
+def watch_groups(out: Run, task: Task, rollout: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> "WatchedGroups":
     """The first groups of a rollout whose rewards [P, G], the task's, differ, then the first of the others. `parts`: further
     numbers of each answer, [P, G] or [B] each."""
     contrast = has_contrast(rewards).tolist()
@@ -57,24 +56,17 @@ def kept_groups(out: Run, task: Task, rollout: Rollout, rewards: Tensor, parts: 
         labels += [style] if task.verifiable and (style := task.style(text)) else []
         return {"reward": columns["reward"][row], "parts": {name: columns[name][row] for name in parts}, "labels": labels}
 
-    return KeptGroups(out, rollout, sorted(range(len(contrast)), key=lambda p: not contrast[p])[: keep_now(out)], describe)
+    return WatchedGroups(out, rollout, sorted(range(len(contrast)), key=lambda p: not contrast[p])[: keep_now(out)], describe)
 
 
-def kept_pairs(out: Run, rollout: Rollout, pairs: Tensor, rewards: Tensor | None) -> "KeptGroups":
+def watch_pairs(out: Run, rollout: Rollout, pairs: Tensor, rewards: Tensor | None) -> "WatchedGroups":
     """The first pairs of a step: rows of a rollout, chosen and rejected [N, 2]. `rewards` by row, where a judge gave some."""
     chosen, given = set(pairs[:, 0].tolist()), None if rewards is None else numbers(rewards.flatten())
 
     def describe(row: int, text: str) -> dict[str, Any]:
         return {"reward": given and given[row], "parts": {}, "labels": ["chosen" if row in chosen else "rejected"]}
 
-    return KeptGroups(out, rollout, rollout.prompt_index[pairs[: keep_now(out), 0]].tolist(), describe)
-
-
-def given_rollout(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Rollout:
-    """Given pairs as a rollout that nobody sampled: the chosen responses, then the rejected ones, as in `pair_batch`."""
-    return Rollout(tokens, prompt_lengths, lengths, response_mask(prompt_lengths, lengths, tokens.shape[1]),
-                   torch.full(tokens[:, 1:].shape, torch.nan), torch.ones_like(lengths, dtype=torch.bool),
-                   torch.arange(len(tokens) // 2).repeat(2))
+    return WatchedGroups(out, rollout, rollout.prompt_index[pairs[: keep_now(out), 0]].tolist(), describe)
 
 
 def numbers(x: Tensor) -> list[float | bool | None]:
@@ -82,8 +74,8 @@ def numbers(x: Tensor) -> list[float | bool | None]:
     return [v if type(v) is bool else float(f"{v:.6g}") if math.isfinite(v) else None for v in x.tolist()]
 
 
-class KeptGroups:
-    """The groups of one training step: `watch` each micro-batch before its backward pass, `write` after the last update."""
+class WatchedGroups:
+    """The groups of one training step: `add` each micro-batch before its backward pass, `write` after the last update."""
 
     def __init__(self, out: Run, rollout: Rollout, groups: list[int], describe: Callable[[int, str], dict[str, Any]]):
         """groups: which of rollout.prompt_index, none where nothing is to be kept. describe(row, text) -> reward, parts and
@@ -93,11 +85,11 @@ class KeptGroups:
         self.rows = [row for p in groups for row, q in enumerate(self.group_of) if q == p]
         self.rollout = Rollout(**{name: x[self.rows] for name, x in vars(rollout).items()}) if groups else None
         self.before = self._score()
-        self.watched: list[tuple[int, dict[int, int], Tensor, dict[str, Tensor]]] = []
+        self.added: list[tuple[int, dict[int, int], Tensor, dict[str, Tensor]]] = []
         self.metrics: dict[int, dict[str, float | None]] = {}
 
-    def watch(self, update: int, rows: Tensor, logp: Tensor, entropy: Tensor, *, old: Tensor | None = None,
-              alone: Callable[[int], dict[str, Tensor]] | None = None, **columns: Tensor | None) -> None:
+    def add(self, update: int, rows: Tensor, logp: Tensor, entropy: Tensor, *, old: Tensor | None = None,
+            alone: Callable[[int], dict[str, Tensor]] | None = None, **columns: Tensor | None) -> None:
         """Before the backward pass of a micro-batch: `rows` of the rollout, with log-probs [R, T-1] that have a gradient.
 
         old: the log-probs that the ratio is to. columns: what else is known of each token, [R, T-1], or [R, 1] where it is the
@@ -108,8 +100,8 @@ class KeptGroups:
             return
         logp.retain_grad()
         columns = {"entropy": entropy, "ratio": None if old is None else (logp - old).exp()} | columns
-        self.watched.append((update, found, logp, {name: x.detach().expand_as(logp) for name, x in columns.items()
-                                                   if x is not None}))
+        self.added.append((update, found, logp, {name: x.detach().expand_as(logp) for name, x in columns.items()
+                                                 if x is not None}))
         for k, p in enumerate(dict.fromkeys(self.group_of[row] for row in rows.tolist()) if alone else ()):
             if p in self.groups:
                 with torch.no_grad():
@@ -157,9 +149,9 @@ class KeptGroups:
         return slice(int(self.rollout.prompt_lengths[i]) - 1, int(self.rollout.lengths[i]) - 1)
 
     def _passes(self) -> dict[int, list[dict[str, Any]]]:
-        """What this process has watched of each kept answer."""
+        """What this process has added of each kept answer."""
         passes = {}
-        for update, found, logp, columns in self.watched:
+        for update, found, logp, columns in self.added:
             gradient = torch.zeros_like(logp) if logp.grad is None else logp.grad     # None: the loss does not depend on it
             columns = {"logp": logp.detach(), **columns, "gradient": gradient}
             if "advantage" in columns:

@@ -15,10 +15,10 @@ import train_grpo
 import train_ppo
 from nanorl import run
 from nanorl.family import ALGORITHMS, KL_TERMS
-from nanorl.kept import kept_groups, numbers
 from nanorl.ops import clipped_away, importance_ratio
 from nanorl.sample import generate, token_log_probs
 from nanorl.tasks import make_task
+from nanorl.view_data import numbers, watch_groups
 
 pytestmark = pytest.mark.usefixtures("inside")
 FAMILY = ["grpo", "grpo-full", "stale", "masked", "reinforce"]
@@ -259,9 +259,9 @@ def test_parts_of_rewards_and_answers_that_could_not_be_scored():
     out = SimpleNamespace(cfg=cfg, step=0, model=(model := run.model_from(run.load_checkpoint("sft"), torch.device("cpu"))))
     rollout = generate(model, [[1, 2]] * 2, max_new_tokens=2, stop_ids={0}, samples_per_prompt=2)
     rewards, part = torch.tensor([[1.0, torch.nan], [0.0, 1 / 3]]), torch.tensor([[0.5, torch.nan], [2.0, 3.0]])
-    kept = kept_groups(out, make_task("addition"), rollout, rewards, {"format": part})
-    assert kept.groups == [1, 0]
-    assert [kept.describe(row, "Answer: 3") for row in range(4)] == [
+    watched = watch_groups(out, make_task("addition"), rollout, rewards, {"format": part})
+    assert watched.groups == [1, 0]
+    assert [watched.describe(row, "Answer: 3") for row in range(4)] == [
         {"reward": 1.0, "parts": {"format": 0.5}, "labels": ["right", "direct"]},
         {"reward": None, "parts": {"format": None}, "labels": ["not scored", "direct"]},
         {"reward": 0.0, "parts": {"format": 2.0}, "labels": ["wrong", "direct"]},
