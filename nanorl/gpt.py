@@ -150,12 +150,9 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, mask: Tens
     q, k, v [1, N, H or Hkv, D], N = P Tp + B Ta -> [1, N, H, D]
     """
     B, Ta, Tp = len(prefix), mask.shape[2], mask.shape[3] - mask.shape[2]
-
-    def apart(x: Tensor) -> tuple[Tensor, Tensor]:                          # [P, H, Tp, D], [B, H, Ta, D]
-        prefixes, rows = x[0].split((len(x[0]) - B * Ta, B * Ta))
-        return rearrange(prefixes, "(p t) h d -> p h t d", t=Tp), rearrange(rows, "(b t) h d -> b h t d", t=Ta)
-
-    (q_prefix, q), (k_prefix, k), (v_prefix, v) = map(apart, (q, k, v))
+    prefixes, rows = zip(*(x[0].split((len(x[0]) - B * Ta, B * Ta)) for x in (q, k, v)), strict=True)
+    q_prefix, k_prefix, v_prefix = (rearrange(x, "(p t) h d -> p h t d", t=Tp) for x in prefixes)
+    q, k, v = (rearrange(x, "(b t) h d -> b h t d", t=Ta) for x in rows)
     k, v = (torch.cat((shared.index_select(0, prefix), own), dim=2) for shared, own in ((k_prefix, k), (v_prefix, v)))
     parts = fused_attention(q_prefix, k_prefix, v_prefix), fused_attention(q, k, v, mask)
     return torch.cat([rearrange(y, "b h t d -> (b t) h d") for y in parts])[None]
@@ -334,13 +331,12 @@ class GPT(nn.Module):
         """
         if where is None:
             return self.hidden(tokens).flatten(0, 1), torch.arange(tokens.numel(), device=tokens.device)
-        device, (host, chosen) = tokens.device, torch.stack((tokens, where)).cpu().numpy()      # the one wait for the device
-        places = torch.from_numpy(chosen.ravel().nonzero()[0]).to(device)                   # [N]
-        if (shared := share_prefixes(host, chosen.astype(bool))) is None:
+        host, chosen = torch.stack((tokens, where)).cpu().numpy()                           # the one wait for the device
+        places = torch.from_numpy(chosen.ravel().nonzero()[0]).to(tokens.device)            # [N]
+        if (found := share_prefixes(host, chosen.astype(bool), self.embedding.weight)) is None:
             return self.hidden(tokens).flatten(0, 1).index_select(0, places), places
-        shared = shared.to(device)
-        layout = shared.prefix, shared.mask(self.embedding.weight.dtype)
-        return self._blocks(shared.tokens, shared.positions, shared=layout)[0].index_select(0, shared.wanted), places
+        hidden = self._blocks(found.tokens, found.positions, shared=(found.prefix, found.mask))
+        return hidden[0].index_select(0, found.wanted), places
 
     def _blocks(self, tokens: Tensor, positions: Tensor | slice, cache: KVCache | None = None,
                 shared: tuple | None = None) -> Tensor:

@@ -17,23 +17,12 @@ class Shared(NamedTuple):
     positions: Tensor       # [1, N] of these tokens in their rows
     wanted: Tensor          # [M] which of these N were asked for
     prefix: Tensor          # [B] the prefix of each row
-    lengths: Tensor         # [B] its length
-    widths: tuple[int, int]     # Tp, Ta
-
-    def to(self, device: torch.device) -> "Shared":
-        return Shared(*(x.to(device) for x in self[:-1]), self.widths)
-
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of the rows' tokens, -inf where they may not attend.       [B, 1, Ta, Tp + Ta]"""
-        B, (Tp, Ta), device = len(self.prefix), self.widths, self.prefix.device
-        held = (torch.arange(Tp, device=device) < self.lengths[:, None])[:, None].expand(B, Ta, Tp)
-        own = torch.ones(Ta, Ta, dtype=torch.bool, device=device).tril().expand(B, Ta, Ta)
-        blocked = ~torch.cat((held, own), dim=2)[:, None]
-        return torch.zeros(blocked.shape, dtype=dtype, device=device).masked_fill(blocked, -torch.inf)
+    mask: Tensor            # [B, 1, Ta, Tp + Ta] what is added to the rows' scores: -inf where a token may not attend
 
 
-def share_prefixes(tokens: np.ndarray, where: np.ndarray) -> Shared | None:
-    """Rows [B, T] that have the same tokens before their first True of `where` share them. None where that saves little."""
+def share_prefixes(tokens: np.ndarray, where: np.ndarray, like: Tensor) -> Shared | None:
+    """Rows [B, T] that have the same tokens before their first True of `where` share them. None where that saves little.
+    Its tensors are on the device of `like`, and the mask is of its dtype."""
     B, T = tokens.shape
     lengths = where.argmax(1)                                                               # [B], 0 of a row without a True
     if not lengths.any():
@@ -48,4 +37,8 @@ def share_prefixes(tokens: np.ndarray, where: np.ndarray) -> Shared | None:
     after = np.minimum(lengths[:, None] + np.arange(Ta), T - 1)                             # [B, Ta]
     parts = (np.append(tokens[readers, :Tp], np.take_along_axis(tokens, after, 1))[None],
              np.append(np.tile(np.arange(Tp), P), after)[None], P * Tp + row * Ta + at - lengths[row], prefix, lengths)
-    return Shared(*map(torch.from_numpy, parts), (Tp, Ta))
+    *parts, lengths = (torch.from_numpy(x).to(like.device) for x in parts)
+    read = (torch.arange(Tp, device=like.device) < lengths[:, None])[:, None].expand(B, Ta, Tp)
+    own = torch.ones(Ta, Ta, dtype=torch.bool, device=like.device).tril().expand(B, Ta, Ta)
+    blocked = ~torch.cat((read, own), dim=2)[:, None]
+    return Shared(*parts, like.new_zeros(blocked.shape).masked_fill(blocked, -torch.inf))

@@ -643,14 +643,14 @@ LOOPS = [
            "hidden, places = model.hidden_at(inputs, mask)", "hidden, places = model.hidden_at(inputs)"),
 
     # ---- Prefixes that are read once, and the cache ----
-    Mutant("a row reads beyond its prefix", PREFIXES, "(torch.arange(Tp, device=device) < self.lengths[:, None])",
-           "(torch.arange(Tp, device=device) <= self.lengths[:, None])"),
+    Mutant("a row reads beyond its prefix", PREFIXES, "(torch.arange(Tp, device=like.device) < lengths[:, None])",
+           "(torch.arange(Tp, device=like.device) <= lengths[:, None])"),
     Mutant("what follows a prefix begins at position 0", PREFIXES,
            "np.append(np.tile(np.arange(Tp), P), after)", "np.append(np.tile(np.arange(Tp), P), after - lengths[:, None])"),
     Mutant("rows continue each other's prefixes", GPT,
            "shared.index_select(0, prefix)", "shared.index_select(0, prefix.flip(0))"),
     Mutant("a row attends to the token after", PREFIXES,
-           "dtype=torch.bool, device=device).tril()", "dtype=torch.bool, device=device).tril(1)"),
+           "dtype=torch.bool, device=like.device).tril()", "dtype=torch.bool, device=like.device).tril(1)"),
     Mutant("prefixes of the same length are alike", PREFIXES, "tokens[b, :n].tobytes()", "int(n)"),
     Mutant("prefixes that differ in their last token are alike", PREFIXES,
            "tokens[b, :n].tobytes()", "(n, tokens[b, : n - 1].tobytes())"),
