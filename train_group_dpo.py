@@ -101,46 +101,56 @@ def main(cfg: Config) -> None:
     loss = functools.partial(objective, loss=cfg.loss, margin=cfg.margin)
     print(f"{cfg.loss} over groups on {task}: {cfg.prompts} prompts x {cfg.group} answers a step, on {device.type}.")
 
+    def score(tokens, mask):
+        with run.autocast(device, cfg.dtype):
+            return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)
+
+    def evaluate_now():
+        return evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference)
+
     for step in out.steps():
         # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
         if step % cfg.eval_every == 0:
-            out.log(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference))
+            out.log(evaluate_now())
 
-        # 3. Collect: G answers to each of P prompts, by the policy as it is now. A right one wins, a wrong one loses.
+        # 3. Collect: G answers to each of P prompts, by the policy as it is now.
         started = time.perf_counter()
         with run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), state=out.state)
-            rollout = fresh.rollout
-            ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)
-        scored = ~fresh.rewards.isnan().any(-1, keepdim=True)           # a group is scored whole, or left out
-        won = ((right_or_reward(task, fresh.rewards) == 1) & scored).to(device)             # [P, G]
         out.log(describe(fresh, "rollout"))
         out.log({"time/rollout_s": time.perf_counter() - started})
 
-        # 4. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
-        started, totals, watched = time.perf_counter(), {}, watch_groups(out, task, rollout, fresh.rewards, fresh.parts)
+        # 4. Compare: a right answer wins, a wrong one loses.
+        started = time.perf_counter()
+        rollout, rewards, parts = fresh.rollout, fresh.rewards, fresh.parts
+        with run.autocast(device, cfg.dtype):
+            ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch)  # [B, T-1]
+        scored = ~rewards.isnan().any(-1, keepdim=True)                 # a group is scored whole, or left out
+        won = ((right_or_reward(task, rewards) == 1) & scored).to(device)                   # [P, G]
+        watched = watch_groups(out, task, rollout, rewards, parts)      # for nanorl.view: a few, in a few steps
+
+        # 5. Update. A group stays together; the weights are the whole step's, so micro-batches add up.
+        totals = {}
         for groups in run.ranks.parts(torch.arange(cfg.prompts, device=device), max(1, cfg.micro_batch // cfg.group)):
             rows = (groups[:, None] * cfg.group + torch.arange(cfg.group, device=device)).flatten()
             T = int(rollout.lengths[rows].max())
-            mask = rollout.mask[rows, : T - 1]
-            with run.autocast(device, cfg.dtype):
-                logp, entropy = token_log_probs(policy, rollout.tokens[rows, :T], mask, temperature=cfg.temperature)
-            log_ratio = logp - ref_logp[rows, : T - 1]
-            rewards = cfg.beta * log_ratio.sum(-1).view(-1, cfg.group)                              # [groups, G]
-            micro_loss, metrics = loss(rewards, won[groups], torch.full((len(groups),), 1 / cfg.prompts, device=device))
-            watched.add(0, rows, logp, entropy, mask=mask, implicit_reward=cfg.beta * log_ratio,
-                       alone=lambda k, r=rewards, w=won[groups]: loss(r[k : k + 1], w[k : k + 1], r.new_ones(1))[1])
+            m, ref = rollout.mask[rows, : T - 1], ref_logp[rows, : T - 1]
+            logp, entropy = score(rollout.tokens[rows, :T], m)
+            log_ratio = logp - ref                                                          # [R, T-1]
+            r, w = cfg.beta * log_ratio.sum(-1).view(-1, cfg.group), won[groups]            # [groups, G]
+            micro_loss, metrics = loss(r, w, torch.full((len(groups),), 1 / cfg.prompts, device=device))
+            watched.add(0, rows, logp, entropy, mask=m, implicit_reward=cfg.beta * log_ratio,
+                        alone=lambda k, r=r, w=w: loss(r[k : k + 1], w[k : k + 1], r.new_ones(1))[1])
             micro_loss.backward()
-            metrics["train/entropy"] = masked_sum(entropy.detach(), mask)
-            metrics["train/kl"] = masked_sum(kl_k3(logp.detach(), ref_logp[rows, : T - 1]), mask)
+            metrics |= {"train/entropy": masked_sum(entropy.detach(), m), "train/kl": masked_sum(kl_k3(logp.detach(), ref), m)}
             add_metrics(totals, metrics)
         totals = sum_over_ranks(totals)
         lr = cfg.lr * out.schedule(warmup=0.05)
         grad_norm = optimizer.step(lr, grad_clip=1.0)
         watched.write()
 
-        # 5. Log: sums over tokens become means over tokens, sums over groups means over the groups that have both kinds.
+        # 6. Log: sums over tokens become means over tokens, sums over groups means over the groups that have both kinds.
         compared = max(int(totals.pop("train/groups")), 1)
         for name in ("train/entropy", "train/kl"):
             totals[name] = totals[name] / rollout.mask.sum()
@@ -149,8 +159,8 @@ def main(cfg: Config) -> None:
         out.log(totals | {"train/grad_norm": grad_norm, "train/lr": lr, "time/update_s": time.perf_counter() - started},
                 show=("rollout/reward", "rollout/worked", "train/margin"))
 
-    # 6. Held-out problems, before and after.
-    out.finish(evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference))
+    # 7. Held-out problems, before and after.
+    out.finish(evaluate_now())
     print(before_and_after(f"{len(heldout_problems(task, cfg.eval_problems, cfg.seed))} held-out problems", out.metrics()))
 
 
