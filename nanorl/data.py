@@ -40,10 +40,10 @@ def split_records(records: list[dict], source: str) -> tuple[list[int], list[int
     return training, heldout
 
 
-def training_records(path: str, task: Task, count: int = 20_000) -> list[dict[str, str]]:
-    """Demonstrations to learn from: those of a JSONL file that are not held out, or `count` of the task's own."""
+def training_records(path: str, task: Task) -> list[dict[str, str]]:
+    """Demonstrations to learn from: those of a JSONL file that are not held out, or 20,000 of the task's own."""
     if not path:
-        return task.demonstrations(count)
+        return task.demonstrations(20_000)
     records = read_records(path, "demonstrations")
     training, _ = split_records(records, path)
     return [records[i] for i in training]

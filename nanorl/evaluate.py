@@ -35,6 +35,7 @@ from nanorl.heldout import heldout_problems
 from nanorl.plot import check_can_draw, draw_search
 from nanorl.rollout import right_or_reward
 from nanorl.sample import Sampling
+from nanorl.scaling import quantile_of_t
 from nanorl.search import (ROWS, Answers, Style, autocorrelation, best_of_n, doublings, opening, power_sample,
                            sample_answers, vote_value)
 from nanorl.tasks import FileTask, Problem, Task, default_max_new_tokens, grade
@@ -106,13 +107,11 @@ def interval(values: Tensor, shares: bool = True) -> tuple[float, float]:
         (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)                   (Wilson 1927; Brown et al. 2001)
 
     with n = P coin flips; values that are means over several answers vary less, like n = P p(1-p) / Var(values) coin flips.
-    For anything else, mean +- t std / sqrt(P), t by Student's distribution, to 2 % from P = 5 on; for one value, anything.
+    For anything else, mean +- t std / sqrt(P), t by Student's distribution; for one value, anything.
     """
     n, mean, variance, z = len(values), float(values.double().mean()), float(values.double().var(correction=0)), 1.96
     if not shares:
-        f = n - 1           # degrees of freedom
-        t = z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2) if f else math.inf
-        half = t * (variance / f) ** 0.5 if f else math.inf
+        half = quantile_of_t(n - 1) * (variance / (n - 1)) ** 0.5 if n > 1 else math.inf
         return mean - half, mean + half
     if variance > 0:
         n *= mean * (1 - mean) / variance
@@ -264,7 +263,7 @@ def load_runs(cfg: Config) -> list[Evaluation]:
     trained = checkpoints[cfg.runs[0]]["config"]
     if not cfg.task and not cfg.data and trained.get("data"):
         raise UserError(f"{cfg.runs[0]}: was trained on {trained['data']}; say what to ask, with --task or --data")
-    name = cfg.task or "-".join(str(trained[flag]) for flag in ("task", "difficulty") if trained.get(flag)) or "addition"
+    name = cfg.task or trained.get("task") or "addition"
     verifier = cfg.verifier or (trained.get("verifier") if cfg.data and not cfg.reward else None)
     task = run.choose_task(name, cfg.data, needs_verifier=False, verifier=verifier, reward=cfg.reward)
     if comparing := {"majority", "weighted", "direct", "worked"}.intersection(cfg.method):

@@ -75,16 +75,11 @@ def majority_vote(ballots: Sequence[str | None], weights: Sequence[float] | None
     return sorted(ballot for ballot, total in totals.items() if total == max(totals.values()))
 
 
-def vote_value(ballots: Sequence[str | None], values: Sequence[float], weights: Sequence[float] | None = None,
-               ties: Literal["draw", "lost"] = "draw") -> float:
-    """The expected value of the winner of a vote; equal ballots have equal values. 0 without a winner.
-
-    ties: "draw" picks one of the tied answers, each equally likely; "lost" gives no answer at all.
-    """
+def vote_value(ballots: Sequence[str | None], values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """The expected value of the winner of a vote; equal ballots have equal values. Tied answers are equally likely to win; 0
+    without a winner."""
     winners = majority_vote(ballots, weights)
-    if not winners or (ties == "lost" and len(winners) > 1):
-        return 0.0
-    return sum(values[ballots.index(winner)] for winner in winners) / len(winners)
+    return sum(values[ballots.index(winner)] for winner in winners) / max(len(winners), 1)
 
 
 def doublings(most: int) -> list[int]:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shutil
 import unicodedata
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -355,8 +356,10 @@ def test_a_text_begins_with_what_stood_before_the_texts_of_pretraining(folders):
         assert tokenizer.bos == tokenizer.special[token]
 
 
-def test_plain_text_of_a_base_model_begins_as_its_tokenizer_begins_a_text(folders):
-    base, llama = read_tokenizer(folders["base"]), read_tokenizer(folders["llama3"], plain=True)
+def test_plain_text_of_a_base_model_begins_as_its_tokenizer_begins_a_text(folders, tmp_path):
+    shutil.copytree(folders["llama3"], tmp_path / "llama3")
+    (tmp_path / "llama3/chat_template.jinja").unlink()
+    base, llama = read_tokenizer(folders["base"]), read_tokenizer(tmp_path / "llama3")
     assert base.template == Template("plain") and base.render("7+5=") == base.encode("7+5=")
     assert base.render("") == [base.bos], "there is no distribution without a token to read"
     assert llama.render("7+5=") == library(folders["llama3"]).encode("7+5=").ids == [llama.bos, *llama.encode("7+5=")]

@@ -183,28 +183,25 @@ def test_weights_decide_a_vote():
 
 
 @pytest.mark.math
-@pytest.mark.parametrize(("ties", "share"), [("draw", 0.5), ("lost", 0.0)])
 @given(st.integers(1, 8), st.floats(0.05, 0.95))
-def test_the_accuracy_of_a_vote_is_binomial(ties, share, n, p):
+def test_the_accuracy_of_a_vote_is_binomial(n, p):
     """n independent answers, right with probability p and otherwise all wrong in the same way, over all outcomes:
-    sum_{k > n/2} C(n,k) p^k (1-p)^(n-k), and of a tie what the rule gives it."""
+    sum_{k > n/2} C(n,k) p^k (1-p)^(n-k), and half of a tie."""
     mean = 0.0
     for right in product((True, False), repeat=n):
         k = sum(right)
         votes, values = ["good" if r else "bad" for r in right], [float(r) for r in right]
-        mean += p**k * (1 - p) ** (n - k) * vote_value(votes, values, ties=ties)
-    formula = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) * (1.0 if 2 * k > n else share) for k in range(-(-n // 2), n + 1))
+        mean += p**k * (1 - p) ** (n - k) * vote_value(votes, values)
+    formula = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) * (1.0 if 2 * k > n else 0.5) for k in range(-(-n // 2), n + 1))
     assert mean == pytest.approx(formula, abs=1e-12)
 
 
 @pytest.mark.math
 def test_a_vote_of_ten_at_sixty_percent():
     """Strictly more than half are right in 63.3 % of cases; with ties drawn, 73.3 %."""
-    for ties, expected in (("lost", 0.633), ("draw", 0.733)):
-        found = sum(math.comb(10, k) * 0.6**k * 0.4 ** (10 - k) * vote_value(["a"] * k + ["b"] * (10 - k),
-                                                                            [1.0] * k + [0.0] * (10 - k), ties=ties)
-                    for k in range(11))
-        assert found == pytest.approx(expected, abs=5e-4)
+    found = sum(math.comb(10, k) * 0.6**k * 0.4 ** (10 - k) * vote_value(["a"] * k + ["b"] * (10 - k),
+                                                                        [1.0] * k + [0.0] * (10 - k)) for k in range(11))
+    assert found == pytest.approx(0.733, abs=5e-4)
 
 
 def test_no_winner_is_worth_nothing():

@@ -179,12 +179,11 @@ def all_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_tokenizer(directory: str | Path, plain: bool = False) -> PretrainedTokenizer:
+def read_tokenizer(directory: str | Path) -> PretrainedTokenizer:
     """The tokenizer of a model's directory: tokenizer.json, and with it, where they are there, tokenizer_config.json,
     special_tokens_map.json, chat_template.jinja and generation_config.json (else config.json).
 
-    With `plain`, prompts are written as they are, whatever the chat template. UserError, one sentence, where a file is damaged
-    or asks for something that nanorl does not do.
+    UserError, one sentence, where a file is damaged or asks for something that nanorl does not do.
     """
     folder, where = Path(directory), str(Path(directory, "tokenizer.json"))
 
@@ -197,11 +196,11 @@ def read_tokenizer(directory: str | Path, plain: bool = False) -> PretrainedToke
     if (folder / "chat_template.jinja").exists():
         settings["chat_template"] = read_text(folder / "chat_template.jinja")
     with _malformed_as_sentence(where):
-        return _tokenizer_from(file, settings | ({"chat_template": None} if plain else {}))
+        return _tokenizer_from(file, settings)
 
 
-def read_gguf_tokenizer(reader: Any, where: str, plain: bool = False) -> PretrainedTokenizer:
-    """The tokenizer of a GGUF file, from a gguf.GGUFReader; `where` names it in the errors, `plain` as in `read_tokenizer`."""
+def read_gguf_tokenizer(reader: Any, where: str) -> PretrainedTokenizer:
+    """The tokenizer of a GGUF file, from a gguf.GGUFReader; `where` names it in the errors."""
     with _malformed_as_sentence(where):
         get = {name.removeprefix("tokenizer."): field.contents() for name, field in reader.fields.items()
                if name.startswith("tokenizer.")}.get
@@ -220,7 +219,7 @@ def read_gguf_tokenizer(reader: Any, where: str, plain: bool = False) -> Pretrai
                     for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
         if get("ggml.add_bos_token"):
             file["post_processor"] = _puts_first(settings["bos_token"], get("ggml.bos_token_id"))
-        return _tokenizer_from(file, settings | {"chat_template": None if plain else get("chat_template"), "stop_ids": []})
+        return _tokenizer_from(file, settings | {"chat_template": get("chat_template"), "stop_ids": []})
 
 
 def _tokenizer_from(file: dict[str, Any], settings: dict[str, Any]) -> PretrainedTokenizer:
