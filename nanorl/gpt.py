@@ -183,14 +183,16 @@ class KVCache:
         self.visible = 0        # a step attends to so many columns; 0 is an empty cache
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v [B, Hkv, T, D], and attend: whole prompts causally, a step to all that its row has."""
+        """Store k, v [B, Hkv, T, D], and attend: whole prompts causally, next tokens to all that their row has, too."""
         keys, values, visible = self.keys[layer], self.values[layer], self.visible
         for memory, x in ((keys, k), (values, v)):
             memory[:, :, self.column if visible else slice(k.shape[2])] = x.to(memory.dtype)
         if not visible:
             return fused_attention(q, k, v)
-        seen = keys[:, :, :visible], values[:, :, :visible], self.mask[..., :visible]
-        return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, *seen)
+        seen, mask, T = (keys[:, :, :visible], values[:, :, :visible]), self.mask[..., :visible], q.shape[2]
+        if T > 1:       # they stand in the last columns, and none attends to those after it
+            return fused_attention(q, *seen, mask + torch.full_like(mask[0, 0], -torch.inf).expand(T, -1).triu(visible - T + 1))
+        return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, *seen, mask)
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
         """Start these rows over with the prompts that `other` has read: the first goes to the first rows, as many to each."""
@@ -318,12 +320,12 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm.       tokens [B, T] int64 -> [B, T, width]
 
-        Without a cache, whole sequences, causally; an empty cache keeps their keys and values. With a filled one, `tokens`
-        [B, 1] are the next of each row, at position cache.length.
+        Without a cache, whole sequences, causally; an empty cache keeps their keys and values. With a filled one, `tokens` are
+        the next of each row, from position cache.length on.
         """
         if cache is not None and cache.visible:
             cache.mask[..., cache.column] = 0.0
-            return self._blocks(tokens, cache.length[:, None], cache)
+            return self._blocks(tokens, cache.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device), cache)
         length, limit = tokens.shape[1], self.config.context
         if length > limit:
             raise ValueError(f"a sequence of {length} tokens does not fit the model's context of {limit}")
