@@ -1,4 +1,7 @@
-"""One step of decoding, for many rows at a time: from logits to tokens, and the slots in which the rows are decoded."""
+"""One step of sampling, for many rows at a time: from logits to tokens, and the slots that hold the rows.
+
+`generate` in nanorl/sample.py has the loop around it.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -77,7 +80,7 @@ def uniforms(seed: int, rows: int, count: int, first: int = 0) -> Tensor:
 
 READ_AT_ONCE = 2**24    # activations of an MLP while prompts are read
 SHARED_AT_LEAST = 64    # tokens that prompts must have in common to be read once
-GROWTH = 64             # columns after the prompts that the cache of eager decoding begins with, and grows by as they fill up
+GROWTH = 64             # columns after the prompts that the cache of eager decoding has at first, and grows by as they fill up
 
 
 def read_prompts(model: GPT, prompts: Tensor, dtype: torch.dtype) -> KVCache:
@@ -106,7 +109,7 @@ class Slots:
 
     def __init__(self, config: GPTConfig, slots: int, capacity: int, rows: int, columns: int, device: torch.device,
                  dtype: torch.dtype, first: int | None = None):
-        """`first`: how many columns the cache begins with, if fewer than `capacity`."""
+        """`first`: how many columns the cache has at first, if fewer than `capacity`."""
         self.cache, self.capacity = KVCache(config, slots, min(capacity, first or capacity), device, dtype), capacity
         self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
         self.logp, self.u = (torch.zeros(rows, columns, device=device) for _ in range(2))       # u draws the token that is here
@@ -232,13 +235,13 @@ class _Compiled:
 _compiled: weakref.WeakKeyDictionary[GPT, _Compiled] = weakref.WeakKeyDictionary()
 
 
-def engine(model: GPT, slots: int, capacity: int, rows: int, columns: int, prompt: int, dtype: torch.dtype,
+def engine(model: GPT, slots: int, prompt: int, steps: int, rows: int, columns: int,
            compile: bool) -> tuple[Callable, Slots, GPT]:
-    """A step of decoding, what it reads and writes, and the model that it runs, whose matrices are merged and in `dtype`.
-
-    Eagerly, the cache begins with `prompt` columns and GROWTH more. What is compiled is kept for as long as there is the model.
-    """
-    device = model.head.weight.device
+    """A decoding step; the slots that it works on, for so many columns of prompts and steps, and a rollout [rows, columns]; and
+    the model that it runs, with merged matrices, in autocast's dtype."""
+    device, capacity = model.head.weight.device, prompt + steps
+    on = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
     if not compile:
         state = Slots(model.config, slots, capacity, rows, columns, device, dtype, first=prompt + GROWTH)
         return Slots.step, state, merged(model, dtype)      # autocast would cast matrices again for every token

@@ -1,4 +1,4 @@
-"""Sampling answers, and scoring them: from a model to tokens, and to the log-probs of given ones.
+"""Sampling answers, and scoring them: from a model to sampled tokens, and to the log-probs of given ones.
 
 `generate` samples, a step of nanorl/decode.py at a time; `token_log_probs` says how likely given tokens are. Both divide the
 logits by the temperature before the softmax, in at least float32, so for equal weights the ratio of their probabilities is 1,
@@ -101,17 +101,15 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
     most = [max_episode_tokens or n for n in limits]        # all that may follow a prompt
     _check_request(model, prompts, most, temperature, top_k, top_p, G, slots)
     device = model.head.weight.device
-    on = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if on else model.head.weight.dtype
 
-    # Where the first answer of each row begins, where it and the row end at the latest.
-    prompt_ids, lengths = (x.repeat_interleave(G, dim=0) for x in pad(prompts))                # [B, W], [B]
+    # Where the first answer of each row begins, and where it and the row end at the latest.
+    prompt_ids, prompt_lengths = (x.repeat_interleave(G, dim=0) for x in pad(prompts))         # [B, W], [B]
     limits, most = (torch.tensor(x).repeat_interleave(G) for x in (limits, most))
-    begins, ends, last_ends = lengths.clone(), lengths + limits.minimum(most), lengths + most
-    (B, W), longest, steps = prompt_ids.shape, int(last_ends.max()), int(most.max())        # decoding steps of the longest row
+    begins, ends, last_ends = prompt_lengths.clone(), prompt_lengths + limits.minimum(most), prompt_lengths + most
 
+    (B, W), longest, steps = prompt_ids.shape, int(last_ends.max()), int(most.max())        # decoding steps of the longest row
     S = max(1, min(slots or B, B) // G) * G
-    step, state, decoder = engine(model, S, W - 1 + steps, B, longest + 1, W - 1, dtype, compile)
+    step, state, decoder = engine(model, S, W - 1, steps, B, longest + 1, compile)
     u = uniforms(seed, B, steps, first_row) if temperature else torch.zeros(B, steps)
     state.begin(prompt_ids, begins, u, temperature, stop_ids)
 
@@ -143,7 +141,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int | list
                 elif not compile:
                     state.keep(state.alive.nonzero().squeeze(-1))
     index = torch.arange(P, device=device).repeat_interleave(G)
-    return _written(state, lengths.to(device), begins.to(device), ends.to(device), index, longest, greedy=temperature == 0)
+    return _written(state, prompt_lengths.to(device), begins.to(device), ends.to(device), index, longest, not temperature)
 
 
 def _check_request(model: GPT, prompts: list[list[int]], limits: list[int], temperature: float, top_k: int, top_p: float,
