@@ -127,7 +127,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
     mask may also be what is added to the scores, 0 or -inf: the kernels make that of a bool mask at every call.
     """
-    if v.is_cpu and v.requires_grad and v.dtype == torch.bfloat16:      # the backward pass in float32 is four times as fast
+    if v.is_cpu and v.requires_grad and v.dtype == torch.bfloat16:      # PyTorch takes four times as long backward
         with torch.autocast("cpu", enabled=False):
             return fused_attention(q.float(), k.float(), v.float(), mask if mask is None else mask.float()).to(v.dtype)
     if mask is not None and q.is_cuda:      # there, no kernel knows a mask and shared key heads: PyTorch would hold the scores
@@ -183,17 +183,17 @@ class KVCache:
         self.visible = 0        # a step attends to so many columns; 0 is an empty cache
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v [B, Hkv, T, D], and attend: whole prompts causally, next tokens to all that their row has, too."""
+        """Store k, v [B, Hkv, T, D], and attend: causally within these, and to all that the row had before."""
         keys, values, visible = self.keys[layer], self.values[layer], self.visible
         for memory, x in ((keys, k), (values, v)):
             memory[:, :, self.column if visible else slice(k.shape[2])] = x.to(memory.dtype)
         if not visible:
             return fused_attention(q, k, v)
-        seen, mask, T = (keys[:, :, :visible], values[:, :, :visible]), self.mask[..., :visible], q.shape[2]
+        keys, values, mask, T = keys[:, :, :visible], values[:, :, :visible], self.mask[..., :visible], q.shape[2]
         if T > 1:       # the last columns are theirs, and none attends to those after it
             later = torch.ones(T, visible, dtype=torch.bool, device=q.device).triu(visible - T + 1)
-            return fused_attention(q, *seen, mask.masked_fill(later, -torch.inf))
-        return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, *seen, mask)
+            return fused_attention(q, keys, values, mask.masked_fill(later, -torch.inf))
+        return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, keys, values, mask)
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
         """Start these rows over with the prompts that `other` has read: the first goes to the first rows, as many to each."""

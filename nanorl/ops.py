@@ -529,7 +529,7 @@ class _LinearLogProbs(torch.autograd.Function):
         gradient = _compiled(_chunk_gradient) if ctx.compile else _chunk_gradient
         grad_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp
         grad_hidden, grad_weight = torch.empty_like(hidden), None
-        for start in range(0, max(1, len(ids)), ctx.chunk_size):
+        for start in range(0, max(1, len(ids)), ctx.chunk_size):        # the gradient of no tokens is 0
             rows = slice(start, start + ctx.chunk_size)
             grad_z = gradient(hidden[rows], weight, ids[rows], ctx.temperature, entropy[rows], grad_logp[rows],
                               None if grad_entropy is None else grad_entropy[rows])
