@@ -56,7 +56,8 @@ from benchmarks.measure import Stopwatch, ceilings, inside, machine, median_rati
 from nanorl import run
 from nanorl.batches import micro_batches, minibatches
 from nanorl.data import DATA
-from nanorl.gpt import GPT, PRESETS, GPTConfig, KVCache
+from nanorl.decode import read_prompts
+from nanorl.gpt import GPT, PRESETS, GPTConfig
 from nanorl.ops import entropy_from_logits, linear_log_probs, selective_log_softmax, token_weights
 from nanorl.plot import read_metrics, reward_by_tokens
 from nanorl.sample import Rollout, generate, token_log_probs
@@ -302,8 +303,7 @@ def grpo_at(bench: Benchmark, V: int, prompt: int, new: int, updates: int, P: in
         """The parts of a step, and the score that a reference or an old policy would ask for."""
         watch = Stopwatch(bench.device)
         with watch("prefill"), torch.no_grad():     # once more: it is a part of what follows
-            cache = KVCache(model.config, P, prompt, bench.device, getattr(torch, bench.dtype))
-            model.hidden(rollout.tokens[::G, :prompt], cache)
+            read_prompts(model, rollout.tokens[::G, :prompt], getattr(torch, bench.dtype))
         with watch("prefill and decode"):
             collect()
         parts = [rows for rows, _ in micro_batches(torch.arange(B, device=bench.device), rollout, size)]

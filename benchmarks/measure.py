@@ -20,18 +20,19 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def race(candidates: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, list[float]]:
+def race(candidates: dict[str, Callable[[], object]], device: torch.device, seconds: float,
+         clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
     """Seconds of each candidate in every round, after a round that is not counted: three, and on until `seconds` are over or
     there are fifty."""
     rounds, started = {name: [] for name in candidates}, None
     while started is None or len(next(iter(rounds.values()))) < 3 or time.perf_counter() - started < seconds:
         for name, run in candidates.items():
             synchronize(device)
-            begun = time.perf_counter()
+            begun = clock()
             run()
             synchronize(device)
             if started is not None:
-                rounds[name].append(time.perf_counter() - begun)
+                rounds[name].append(clock() - begun)
         started = started or time.perf_counter()
         if len(next(iter(rounds.values()))) >= 50:
             break
@@ -116,14 +117,14 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
         return None
 
 
-def ceilings(device: torch.device, seconds: float) -> dict[str, float]:
+def ceilings(device: torch.device, seconds: float, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """What this machine reaches: FLOP/s of a float32 and a bfloat16 matrix product, and bytes/s of a copy."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device) for _ in "ab")
     x = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
     y = torch.empty_like(x)
     a16, b16 = a.bfloat16(), b.bfloat16()
-    rounds = race({"float32": lambda: a @ b, "bfloat16": lambda: a16 @ b16, "copy": lambda: y.copy_(x)}, device, seconds)
+    rounds = race({"float32": lambda: a @ b, "bfloat16": lambda: a16 @ b16, "copy": lambda: y.copy_(x)}, device, seconds, clock)
     best = {name: min(times) for name, times in rounds.items()}
     return {"float32 FLOP/s": 2 * n**3 / best["float32"], "bfloat16 FLOP/s": 2 * n**3 / best["bfloat16"],
             "bytes/s": 2 * x.numel() * 4 / best["copy"]}

@@ -3,7 +3,8 @@
     python -m benchmarks.memory                 the table of docs/real-models.md: 8 prompts x 8 answers, 64 + 48 tokens
     python -m benchmarks.memory --answer 1024 --micro-batch 1
 
-What PyTorch allocates and this leaves out: 0.3 GB of the interpreter and its libraries, and what the allocator keeps.
+What PyTorch allocates and this leaves out: 0.3 GB of the interpreter and its libraries, what the allocator keeps, and the
+float32 that attention keeps for its backward pass in bfloat16 on a CPU.
 """
 
 from dataclasses import dataclass

@@ -40,7 +40,8 @@ from nanorl.read_log import Log, read_log
 from nanorl.ops import importance_ratio, log_softmax, logsumexp
 from nanorl.plot import PALETTE
 from nanorl.run import generator
-from nanorl.sample import generate, top_p_filter
+from nanorl.decode import top_p_filter
+from nanorl.sample import generate
 from nanorl.tabular import expectation, leaf, log_probs, num_prefixes, prefix_rows, randn, sequence_probs, sequences
 
 TOP_P = 0.9

@@ -29,7 +29,8 @@ from nanorl.ops import (
 )
 from nanorl.plot import PALETTE
 from nanorl.run import generator
-from nanorl.sample import sampling_logits, token_log_probs, top_k_filter, top_p_filter
+from nanorl.decode import sampling_logits, top_k_filter, top_p_filter
+from nanorl.sample import token_log_probs
 from nanorl.tabular import leaf
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = PALETTE

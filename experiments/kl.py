@@ -39,7 +39,8 @@ from nanorl.ops import importance_ratio, kl_divergence, kl_k1, kl_k2, kl_k3, log
 from nanorl.plot import PALETTE
 from nanorl.rollout import collect, score_rollout
 from nanorl.run import derive, generator
-from nanorl.sample import Sampling, generate, top_p_filter
+from nanorl.decode import top_p_filter
+from nanorl.sample import Sampling, generate
 from nanorl.tabular import expectation, fixed_prefix_kl, leaf, log_probs, num_prefixes, randn, sequence_kl, sequence_probs
 from nanorl.tasks import make_task
 

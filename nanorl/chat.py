@@ -29,7 +29,8 @@ from torch import Tensor
 from nanorl import run
 from nanorl.gpt import GPT
 from nanorl.ops import entropy_from_logits, log_softmax
-from nanorl.sample import generate, sampling_logits
+from nanorl.decode import sampling_logits
+from nanorl.sample import generate
 from nanorl.tasks import TASKS, Task, make_task
 from nanorl.tokenizer import Tokenizer
 from nanorl.turns import Episodes

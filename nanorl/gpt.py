@@ -127,6 +127,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
     mask may also be what is added to the scores, 0 or -inf: the kernels make that of a bool mask at every call.
     """
+    if v.is_cpu and v.requires_grad and v.dtype == torch.bfloat16:      # PyTorch takes four times as long backward
+        with torch.autocast("cpu", enabled=False):
+            return fused_attention(q.float(), k.float(), v.float(), mask if mask is None else mask.float()).to(v.dtype)
     if mask is not None and q.is_cuda:      # there, no kernel knows a mask and shared key heads: PyTorch would hold the scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
@@ -177,14 +180,17 @@ class KVCache:
         self.visible = 0        # a step attends to so many columns; 0 is an empty cache
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v [B, Hkv, T, D], and attend: whole prompts causally, a step to all that its row has."""
+        """Store k, v [B, Hkv, T, D], and attend: causally within these, and to all that the row had before."""
         keys, values, visible = self.keys[layer], self.values[layer], self.visible
         for memory, x in ((keys, k), (values, v)):
             memory[:, :, self.column if visible else slice(k.shape[2])] = x.to(memory.dtype)
         if not visible:
             return fused_attention(q, k, v)
-        seen = keys[:, :, :visible], values[:, :, :visible], self.mask[..., :visible]
-        return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, *seen)
+        keys, values, mask, T = keys[:, :, :visible], values[:, :, :visible], self.mask[..., :visible], q.shape[2]
+        if T > 1:       # the last columns are theirs, and none attends to those after it
+            later = torch.ones(T, visible, dtype=torch.bool, device=q.device).triu(visible - T + 1)
+            return fused_attention(q, keys, values, mask.masked_fill(later, -torch.inf))
+        return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, keys, values, mask)
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
         """Start these rows over with the prompts that `other` has read: the first goes to the first rows, as many to each."""
@@ -312,12 +318,12 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm.       tokens [B, T] int64 -> [B, T, width]
 
-        Without a cache, whole sequences, causally; an empty cache keeps their keys and values. With a filled one, `tokens`
-        [B, 1] are the next of each row, at position cache.length.
+        Without a cache, whole sequences, causally; an empty cache keeps their keys and values. With a filled one, `tokens` are
+        the next of each row, from position cache.length on.
         """
         if cache is not None and cache.visible:
             cache.mask[..., cache.column] = 0.0
-            return self._blocks(tokens, cache.length[:, None], cache)
+            return self._blocks(tokens, cache.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device), cache)
         length, limit = tokens.shape[1], self.config.context
         if length > limit:
             raise ValueError(f"a sequence of {length} tokens does not fit the model's context of {limit}")

@@ -512,6 +512,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, temperature, chunk_size, compile):
         scores, dtype = (_compiled(_chunk_scores) if compile else _chunk_scores), _at_least_float32(hidden).dtype
+        weight = weight.to(hidden.dtype)        # in here, so that its gradient is not rounded to that
         logp, entropy = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(2))
         for start in range(0, len(ids), chunk_size):
             rows = slice(start, start + chunk_size)
@@ -528,15 +529,14 @@ class _LinearLogProbs(torch.autograd.Function):
         gradient = _compiled(_chunk_gradient) if ctx.compile else _chunk_gradient
         grad_logp = torch.zeros_like(entropy) if grad_logp is None else grad_logp
         grad_hidden, grad_weight = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:         # else the head is a constant, as with adapters
-            grad_weight = torch.zeros_like(weight, dtype=entropy.dtype)
-        for start in range(0, len(ids), ctx.chunk_size):
+        for start in range(0, max(1, len(ids)), ctx.chunk_size):        # the gradient of no tokens is 0
             rows = slice(start, start + ctx.chunk_size)
             grad_z = gradient(hidden[rows], weight, ids[rows], ctx.temperature, entropy[rows], grad_logp[rows],
                               None if grad_entropy is None else grad_entropy[rows])
             grad_hidden[rows] = grad_z @ weight
-            if grad_weight is not None:
-                grad_weight += grad_z.T @ hidden[rows]
+            if ctx.needs_input_grad[1]:     # else the head is a constant, as with adapters
+                part = grad_z.T @ hidden[rows]
+                grad_weight = part.to(entropy.dtype) if grad_weight is None else grad_weight.add_(part)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -560,4 +560,4 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: f
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     chunk_size = chunk_size or rows_of_logits(len(weight))
-    return _LinearLogProbs.apply(hidden, weight.to(hidden.dtype), ids, temperature, chunk_size, compile)
+    return _LinearLogProbs.apply(hidden, weight, ids, temperature, chunk_size, compile)

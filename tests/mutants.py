@@ -52,7 +52,8 @@ STEPS = {"train_pretrain.py": "pretraining", "train_sft.py": "fine_tuning", "tra
 LOOP_FILES = ("test_gpt.py", "test_rollout.py", "test_heldout.py", "test_data.py", "test_tasks.py", "test_run.py",
               "test_sample.py", "test_ppo.py", "test_lora.py", "test_steps.py", "test_scripts.py")
 LOOP_FIRST = {**dict.fromkeys(("nanorl/rollout.py", "nanorl/batches.py", "nanorl/pairs.py"), "test_steps.py"),
-              **dict.fromkeys(("nanorl/gpt.py", "nanorl/prefixes.py"), "test_gpt.py"), "nanorl/sample.py": "test_sample.py",
+              **dict.fromkeys(("nanorl/gpt.py", "nanorl/prefixes.py"), "test_gpt.py"),
+              **dict.fromkeys(("nanorl/sample.py", "nanorl/decode.py"), "test_sample.py"),
               "nanorl/heldout.py": "test_heldout.py", "nanorl/data.py": "test_data.py",
               "nanorl/tasks/base.py": "test_tasks.py", "nanorl/lora.py": "test_lora.py"}
 PYTEST = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]

@@ -16,7 +16,7 @@ from world import ROOT
 
 import benchmarks.__main__ as command
 import nanorl.gpt
-from benchmarks import checks, memory, peers, plain
+from benchmarks import checks, memory, peers, plain, profile
 from benchmarks.__main__ import INSIDE, Benchmark, Config, Row, forward_flops, model_of, plain_of, settled
 from benchmarks.measure import Stopwatch, inside, median_ratio, race
 from nanorl.gpt import GPT
@@ -275,6 +275,17 @@ def test_the_race_beside_peers_runs(tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert [row["who"] for row in rows] == ["transformers", "nanorl", "TRL", "nanorl", "TRL", "nanorl"]
     assert all(row["seconds"] > 0 for row in rows[:4]) and all(row["memory"] > 0 for row in rows[4:])
+
+
+# ---- The profile of a step ----
+
+
+def test_the_profile_of_a_step_has_every_part():
+    cfg = memory.Config(prompts=2, group=2, prompt=5, answer=4, micro_batch=2, rank=2)
+    table = profile.table(memory.GPTConfig(64, layers=1, width=16, heads=2), cfg)
+    rows = [line.split(" | ") for line in table.splitlines()[4:]]
+    assert [row[0].removeprefix("| ") for row in rows] == list(profile.PARTS) and all(len(row) == 5 for row in rows)
+    assert all(float(cell.split(" s, ")[0]) >= 0 for row in rows[:5] for cell in row[1:])
 
 
 # ---- The memory of real models ----

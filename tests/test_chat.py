@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nanorl import chat, run
-from nanorl.sample import generate, sampling_logits, token_log_probs
+from nanorl.decode import sampling_logits
+from nanorl.sample import generate, token_log_probs
 
 
 @pytest.fixture

@@ -135,6 +135,23 @@ def test_fused_attention_is_attention(inputs):
     torch.testing.assert_close(fused_attention(*inputs), attention(*inputs), **exact)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_where_bfloat16_learns_on_a_cpu_attention_is_float32s_rounded_once(masked, autocast):
+    """Values and gradients, with shared key heads, autocast or not: to the bit those of float32, rounded."""
+    leaves = [torch.randn(2, H, 9, 8, generator=seeded(H), dtype=torch.bfloat16).requires_grad_() for H in (4, 2, 2)]
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    hidden = torch.rand(2, 1, 9, 9, generator=seeded(1)) < 0.3
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf) if masked else None
+    expected = fused_attention(*wide, mask)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = fused_attention(*leaves, mask if mask is None else mask.bfloat16())
+    assert torch.equal(found, expected.bfloat16())
+    g = torch.randn(expected.shape, generator=seeded(2)).bfloat16()
+    for ours, theirs in zip(torch.autograd.grad(found, leaves, g), torch.autograd.grad(expected, wide, g.float()), strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
+
+
 @given(attention_inputs())
 @quick
 def test_decoding_attention_is_attention_of_one_query(inputs):

@@ -503,6 +503,14 @@ def test_many_small_gradients_of_the_head_add_up(dtype):
     torch.testing.assert_close(many, N * once, rtol=torch.finfo(dtype).eps, atol=0.0)
 
 
+def test_under_autocast_the_gradient_of_a_float32_head_is_not_rounded():
+    """That of 3000 equal rows is 1500, which bfloat16 cannot hold."""
+    hidden, weight, ids = torch.ones(3000, 1), leaf(torch.zeros(2, 1)), torch.zeros(3000, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, _ = linear_log_probs(hidden, weight, ids, chunk_size=1)
+    assert torch.autograd.grad(logp.sum(), weight)[0].tolist() == [[1500.0], [-1500.0]]
+
+
 def test_autocast_rounds_the_head_and_nothing_after_it():
     """Under autocast, float32 hidden and weight are treated as if given in bfloat16; gradients are float32 again."""
     hidden, weight = torch.randn(16, 5, generator=torch.Generator().manual_seed(0)).split((9, 7))

@@ -15,7 +15,7 @@ from browser import Browser, needs_browser
 from torch import Tensor
 
 from nanorl.ops import clipped_away, clipped_surrogate, entropy_from_logits, kl_k1, kl_k2, kl_k3, log_softmax
-from nanorl.sample import sampling_logits, top_k_filter, top_p_filter
+from nanorl.decode import sampling_logits, top_k_filter, top_p_filter
 
 PAGE = (Path(__file__).parent.parent / "docs" / "playground.html").as_uri()
 

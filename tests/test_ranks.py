@@ -13,7 +13,7 @@ from world import ONE_OF_EACH, ROOT, SCRIPTS, files_of, metrics, rollouts, start
 
 from nanorl import run
 from nanorl.run import optimizer, ranks
-from nanorl.sample import uniforms
+from nanorl.decode import uniforms
 
 pytestmark = pytest.mark.usefixtures("inside")
 ALL = [*ONE_OF_EACH, "online", "grpo-full", "taught", "lora"]

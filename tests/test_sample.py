@@ -14,12 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanorl import sample
+from nanorl import decode, sample
 from nanorl.batches import add_metrics
 from nanorl.data import pad
+from nanorl.decode import draw, sampling_logits, top_k_filter, top_p_filter, uniforms
 from nanorl.gpt import GPT, PRESETS, GPTConfig, KVCache
 from nanorl.ops import kl_divergence, log_softmax
-from nanorl.sample import draw, generate, sampling_logits, token_log_probs, top_k_filter, top_p_filter, uniforms
+from nanorl.sample import generate, token_log_probs
 
 quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32)
@@ -144,7 +145,7 @@ def test_a_cumulative_sum_that_rises_where_nothing_is_draws_nothing_there(seed):
     def lifted(p):
         return p.cumsum(-1) + 0.05 * torch.arange(1, 10)
 
-    with patch.object(sample, "cumulative_sum", lifted):
+    with patch.object(decode, "cumulative_sum", lifted):
         for u in torch.rand(20, 4, generator=generator):
             drawn, logp = draw(z, u)
             assert (z.gather(-1, drawn[:, None]) > -INF).all() and logp.isfinite().all()
@@ -489,13 +490,48 @@ def test_a_cache_that_grows_as_it_fills_up_is_one_that_was_large_enough(model, r
     (prompts, how), model = request, tiny(**model)
     how["max_new_tokens"] = [1 + (seed + 5 * p) % 11 for p in range(len(prompts))]
     whole = generate(model, prompts, **how, slots=slots)
-    with patch.object(sample, "GROWTH", 2), patch.object(KVCache, "grow", autospec=True, side_effect=KVCache.grow) as grow:
+    with patch.object(decode, "GROWTH", 2), patch.object(KVCache, "grow", autospec=True, side_effect=KVCache.grow) as grow:
         parts = generate(model, prompts, **how, slots=slots)
         assert sum(call.args[1] for call in grow.call_args_list) <= max(0, max(how["max_new_tokens"]) - 2)
         grow.reset_mock()
         generate(model, prompts, **how | {"stop_ids": set(range(V))})
         assert not grow.called
     assert torch.equal(parts.tokens, whole.tokens) and torch.equal(parts.logp, whole.logp)
+
+
+common_prefixes = st.tuples(st.integers(0, 6), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 4))
+
+
+@given(models, common_prefixes, seeds)
+@quick
+def test_what_all_prompts_begin_with_is_read_once(model, prompts, seed):
+    """The same keys and values as of each prompt by itself, prompts that are equal or end within the prefix included; and the
+    model sees a prefix once, where it is long enough, and of each prompt what comes after it."""
+    (common, rests, at_least), model = prompts, tiny(**model)
+    ids = torch.randint(V, (1 + len(rests), 6), generator=torch.Generator().manual_seed(seed)).tolist()
+    tokens, lengths = pad([ids[0][:common] + rest[:n] for rest, n in zip(ids[1:], rests, strict=True)])
+    with torch.no_grad(), patch.object(decode, "SHARED_AT_LEAST", at_least), \
+            patch.object(model, "hidden", wraps=model.hidden) as hidden:
+        cache = decode.read_prompts(model, tokens, torch.float64)
+    for row, length in enumerate(lengths.tolist()):
+        alone = KVCache(model.config, 1, length, dtype=torch.float64)
+        model.hidden(tokens[row : row + 1, :length], alone)
+        for ours, theirs in zip(cache.keys + cache.values, alone.keys + alone.values, strict=True):
+            torch.testing.assert_close(ours[row, :, :length], theirs[0], rtol=0, atol=1e-12)
+    (P, T), equal = tokens.shape, [*(tokens == tokens[0]).all(0).tolist(), False].index(False)
+    prefix = min(T - 1, equal) if P > 1 else 0
+    shared = prefix if prefix >= at_least else 0
+    assert sum(call.args[0].numel() for call in hidden.call_args_list) == shared + P * (T - shared)
+
+
+@given(models, requests(), st.integers(1, 6), st.booleans())
+@quick
+def test_a_prefix_that_is_read_once_changes_no_answer(model, request, common, compile):
+    (prompts, how), model = request, tiny(**model)
+    prompts, how["samples_per_prompt"] = [[1, 0, 4, 2, 6, 3][:common] + prompt for prompt in prompts], 2
+    plain = generate(model, prompts, **how)
+    with fixed_slots, patch.object(decode, "SHARED_AT_LEAST", 1):
+        same_rollout(generate(model, prompts, **how, slots=6, compile=compile), plain, atol=1e-6)
 
 
 @given(models, requests())
@@ -505,7 +541,7 @@ def test_prompts_may_be_read_a_few_at_a_time(model, request):
     (prompts, how), model = request, tiny(**model)
     whole, rows = generate(model, prompts, **how), []
     model.head.register_forward_hook(lambda head, args, logits: rows.append(len(logits)))
-    with patch.object(sample, "READ_AT_ONCE", 1), patch.object(sample, "rows_of_logits", lambda V: 2), \
+    with patch.object(decode, "READ_AT_ONCE", 1), patch.object(decode, "rows_of_logits", lambda V: 2), \
             patch.object(model, "hidden", wraps=model.hidden) as hidden:
         parts = generate(model, prompts, **how)
     assert max(rows) <= 2 and all(len(tokens) == 1 for (tokens, cache), _ in hidden.call_args_list if not cache.visible)
@@ -516,7 +552,7 @@ def test_prompts_may_be_read_a_few_at_a_time(model, request):
 def test_one_long_answer_does_not_hold_the_others(compile):
     """In two slots, an answer of eight tokens beside seven of one: the seven take turns in the other slot."""
     model, prompts = tiny(), [[1]] * 8
-    with fixed_slots, patch.object(sample.Slots, "step", autospec=True, side_effect=sample.Slots.step) as step:
+    with fixed_slots, patch.object(decode.Slots, "step", autospec=True, side_effect=decode.Slots.step) as step:
         generate(model, prompts, max_new_tokens=[8, *[1] * 7], stop_ids=set(), slots=2, compile=compile)
     assert step.call_count == 8
 
@@ -587,7 +623,7 @@ def test_only_the_last_shapes_are_kept_for_compiled_steps():
     with fixed_slots:
         for rows in (1, 2, 3, 1, 4, 5, 6):
             generate(model, [[1]] * rows, max_new_tokens=3, stop_ids=STOPS, compile=True)
-    assert [shape[0] for shape in sample._compiled[model].steps] == [1, 4, 5, 6]
+    assert [shape[0] for shape in decode._compiled[model].steps] == [1, 4, 5, 6]
 
 
 def test_fixed_slots_follow_the_dtype():
@@ -603,15 +639,15 @@ def test_fixed_slots_follow_the_dtype():
             with torch.autocast("cpu", torch.bfloat16):
                 compiled = generate(model, [[1, 2], [3]], **how, compile=True)
                 same_rollout(compiled, generate(model, [[1, 2], [3]], **how), atol=1e-5)
-            for name, p in sample._compiled[model].cast.named_parameters():
+            for name, p in decode._compiled[model].cast.named_parameters():
                 assert (p.dtype == torch.bfloat16) == (p.ndim == 2 and name != "embedding.weight"), name
 
 
 def test_slots_that_are_too_large_are_not_kept():
     model = tiny()
-    with fixed_slots, patch.object(sample, "KEPT_BYTES", 100):
+    with fixed_slots, patch.object(decode, "KEPT_BYTES", 100):
         generate(model, [[1]], max_new_tokens=3, stop_ids=STOPS, compile=True)
-    assert not sample._compiled[model].steps
+    assert not decode._compiled[model].steps
 
 
 @pytest.mark.slow      # half a minute, nearly all of it the C++ compiler's

@@ -31,7 +31,7 @@ from nanorl.ops import (
     selective_log_softmax,
     zscore,
 )
-from nanorl.sample import sampling_logits, top_k_filter, top_p_filter
+from nanorl.decode import sampling_logits, top_k_filter, top_p_filter
 from nanorl.search import majority_vote, vote_value
 
 pytestmark = pytest.mark.math
