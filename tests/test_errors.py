@@ -45,7 +45,7 @@ def test_every_command_prints_what_the_user_named(name, encoding, console, tmp_p
         shutil.copy(file, tmp_path / (name + file))
     monkeypatch.chdir(tmp_path)
     start(train_pretrain, PRETRAIN.replace("text.txt", f"{name}text.txt"), f"{name}p", "--no-quiet")
-    start(train_sft, SFT.replace("letters", f"{name}letters").replace("40", "2") + f" --init {name}p", f"{name}s", "--no-quiet")
+    start(train_sft, SFT.replace("letters", f"{name}letters") + f" --init {name}p", f"{name}s", "--no-quiet")
     start(train_grpo, GRPO.replace("wanted", f"{name}wanted") + f" --steps 1 --init {name}s", f"{name}g", "--no-quiet")
     evaluate.main(run.parse(evaluate.Config, [f"{name}s", "--data", f"{name}wanted.jsonl", "--out", f"{name}.json",
                                               *EVALUATE.split()]))

@@ -695,7 +695,7 @@ def test_bfloat16_autocast_trains_on_a_cpu_with_weights_in_float32(name, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-@pytest.mark.parametrize("name", ["pretrain", "sft", "grpo-full", "reward", "dpo", "rlhf"])
+@pytest.mark.parametrize("name", ["pretrain", "tuned", "grpo-full", "reward", "dpo", "rlhf"])
 def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
     """Its kept groups, too; except for which pairs the first policy ranks right: it is the reference still, and all its margins
     are rounding."""

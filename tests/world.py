@@ -30,7 +30,7 @@ run.flags._help_and_groups = functools.cache(run.flags._help_and_groups)        
 TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
 EVAL = " --eval-problems 3 --max-new-tokens 16"
 PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --preset pico --vocab-size 300" + TINY
-SFT = "--steps 40 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY + " --eval-every 20"
+SFT = "--steps 3 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY
 GRPO = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --init sft --no-selfcheck" + EVAL + TINY
 SELDOM = " --eval-every 99 --save-every 99"         # for tests that read the steps alone
 BEST = EVAL + " --best-of 2"
@@ -39,7 +39,9 @@ ONLINE = "--steps 3 --batch 8 --online --init sft" + BEST + TINY
 GROUP = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --loss hinge --init sft" + BEST + TINY
 PPO = "--steps 3 --prompts 4 --group 2 --init sft" + BEST + TINY
 DISTILL = "--steps 3 --prompts 3 --group 2 --teacher grpo --init sft" + EVAL + TINY
-SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO + " --selfcheck"),
+SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "tuned": (train_sft, SFT),
+           "sft": (train_sft, SFT + " --steps 40 --eval-every 20 --save-every 20"),     # as many as it takes to say x or y
+           "grpo": (train_grpo, GRPO + " --selfcheck"),
            "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
                                             "--truncated mask --aggregate token_mean --advantage leave_one_out --eval-every 3"),
            "stale": (train_grpo, GRPO + " --algo cispo --stale 1 --kl-coef 0.1 --kl k1_weighted --refresh-reference 1 "
@@ -56,9 +58,9 @@ SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grp
            "taught": (train_distill, DISTILL + " --on data --data letters.jsonl --divergence jsd --tau 2 --top-k 3"),
            "reinforce": (train_grpo, GRPO + " --algo reinforce --advantage running_mean --likelihood-coef 0.1 --kl-coef 0.1 "
                                             "--kl k1_reward --eval-every 3")}
-STATES = [name for name in SCRIPTS if name != "masked"]     # whose checkpoints hold something of their own
+STATES = [name for name in SCRIPTS if name not in ("masked", "sft")]        # whose checkpoints hold something of their own
 
-ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo", "distill")   # one run of every script
+ONE_OF_EACH = ("pretrain", "tuned", "grpo", "reward", "dpo", "group", "ppo", "distill")   # one run of every script
 
 
 def start(script, flags, out, *extra):
