@@ -136,7 +136,7 @@ OTHER = {"lost rows": lambda records: lines(records[:-1]), "another order": lamb
 
 @pytest.mark.parametrize(("change", "name", "data"), [
     ("moved", "tuned", "letters.jsonl"), ("moved", "grpo", "wanted.jsonl"), ("one array", "grpo", "wanted.jsonl"),
-    ("keys the other way round", "taught", "letters.jsonl"), *((change, "dpo", "pairs.jsonl") for change in SAME)])
+    ("keys the other way round", "taught", "letters.jsonl"), *((change, "reward", "pairs.jsonl") for change in SAME)])
 def test_a_data_file_is_its_records_wherever_and_however_they_are_written(name, data, change, stopped, tmp_path):
     stopped(name, tmp_path / "run")
     resume(name, tmp_path / "run", f"--data {rewritten(data, SAME[change], tmp_path)}")
@@ -208,7 +208,7 @@ def test_a_resumed_run_stays_locked(stopped, tmp_path):
 # ---- more steps ----
 
 
-@pytest.mark.parametrize("name", ["grpo-full", "stale", "dpo", "group", "rlhf", "reinforce"])
+@pytest.mark.parametrize("name", ["stale", "dpo", "rlhf", "reinforce"])
 def test_a_finished_run_with_more_steps_is_the_longer_run(name, tmp_path):
     """Where the rate is constant: bit for bit, with the reference, the critic and the queue that it had."""
     script, flags = SCRIPTS[name]
