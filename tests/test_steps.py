@@ -913,7 +913,6 @@ ADAPTED = {
     "fine-tuning": test_fine_tuning_descends_the_mean_loss_of_all_response_tokens_of_a_step,
     "pairs": partial(test_dpo_descends_the_mean_loss_of_pairs_of_a_file, "dpo"),
     "groups": partial(test_group_dpo_descends_the_mean_loss_of_groups, "mean"),
-    "kl in the loss": partial(test_grpo_and_its_relatives_ascend_their_objective, "dr_grpo"),
     "kl in the reward": partial(test_grpo_and_its_relatives_ascend_their_objective, "reinforce"),
     "a critic of its own": partial(test_ppo_ascends_its_objective_with_policy_and_critic, "verifier"),
     "a shared critic": partial(test_ppo_ascends_its_objective_with_policy_and_critic, "learned reward"),
