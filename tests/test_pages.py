@@ -17,7 +17,7 @@ from nanorl import run
 from nanorl.interop import write_pretrained
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RL = TINY + " --steps 2 --eval-problems 3 --max-new-tokens 16"
+RL = TINY + " --steps 1 --eval-problems 3 --max-new-tokens 16"
 SMALL = {"train_pretrain": TINY + " --steps 2 --batch 2 --length 32 --preset pico --vocab-size 300",
          "train_sft": RL + " --batch 4",
          "train_grpo": RL + " --prompts 3 --group 4",
