@@ -22,7 +22,7 @@ SMALL = {"train_pretrain": TINY + " --steps 2 --batch 2 --length 32 --preset pic
          "train_sft": RL + " --batch 4",
          "train_grpo": RL + " --prompts 3 --group 4",
          "train_reward": TINY + " --steps 2 --batch 4 --data pairs.jsonl",
-         "train_dpo": TINY + " --steps 2 --batch 4 --best-of 2 --max-new-tokens 16",
+         "train_dpo": TINY + " --steps 2 --batch 4 --best-of 2 --eval-problems 3 --max-new-tokens 16",
          "train_group_dpo": RL + " --prompts 3 --group 4 --best-of 2",
          "train_ppo": RL + " --prompts 4 --group 2 --best-of 2",
          "train_distill": RL + " --prompts 3 --group 2",
