@@ -600,7 +600,7 @@ def test_dpo_starts_at_log_2_moves_the_margin_and_starts_anew_when_its_reference
 
 @pytest.mark.parametrize("loss", train_dpo.LOSSES)
 def test_every_loss_of_dpo_widens_the_margin(loss, tmp_path):
-    start(train_dpo, DPO + SELDOM + f" --loss {loss} --steps 12 --lr 1e-3 --nll-coef 0", tmp_path / "run")
+    start(train_dpo, DPO + SELDOM + f" --loss {loss} --steps 12 --micro-batch 8 --lr 1e-3 --nll-coef 0", tmp_path / "run")
     lines = metrics(tmp_path / "run")[:-1]
     assert lines[-1]["train/margin"] > lines[0]["train/margin"] and lines[-1]["train/loss"] < lines[0]["train/loss"]
 
