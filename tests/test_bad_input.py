@@ -230,7 +230,8 @@ def test_rows_that_are_too_long_are_named_by_their_lines_and_can_be_left_out(scr
     records = [json.loads(line) for line in Path(data).read_text().splitlines()]
     start(script, " ".join([*flags, data]), tmp_path / "plain")
     for n, long in enumerate((PROMPT, NO_ROOM, ANSWER)):
-        rows, (first, second) = [json.dumps(record) for record in records], [json.dumps(record | long) for record in records[:2]]
+        rows = [json.dumps(record) for record in records]
+        first, second = (json.dumps(record | long) for record in records[:2])
         Path("mixed.jsonl").write_text("\n".join(["", "", *rows[:2], first, *rows[2:77], second, *rows[77:]]))
         if long in fitting:
             start(script, " ".join([*flags, "mixed.jsonl"]), tmp_path / str(n))

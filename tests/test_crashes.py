@@ -112,7 +112,7 @@ def test_a_run_that_is_stopped_in_its_second_step_goes_on_whatever_stopped_it(na
     SIGTERM, which finish the step. One sentence names what was wrong and the checkpoint that is whole; at its end, it is the run
     that was left alone."""
     (script, flags), out = SCRIPTS[name], tmp_path / "run"
-    real_step, real_save, real_line, saved, named = run.Optimizers.step, run.Run.save, run.Run._write_line, [], []
+    real_step, save, line, saved, named = run.Optimizers.step, run.Run.save, run.Run._write_line, [], []
 
     def step(self, lr, grad_clip):
         if saved and not named:
@@ -129,7 +129,7 @@ def test_a_run_that_is_stopped_in_its_second_step_goes_on_whatever_stopped_it(na
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.Optimizers, "step", step)
-        patch.setattr(run.Run, "save", lambda self: (real_save(self), saved.append(1)))
+        patch.setattr(run.Run, "save", lambda self: (save(self), saved.append(1)))
         code, error, done = stopped(flags)
     assert (code, error.count("\n"), done) == (2, 1, 1)
     assert f"after 1 of 3 steps: the gradient of {named[0]} holds {bad}" in error and "has the first 1" in error
@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_in_its_second_step_goes_on_whatever_stopped_it(na
     assert "No space left on device" in error and "after 2 of" in error and "ckpt.pt, has the first 1" in error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "_write_line", lambda self: (self.step == 1 and os.kill(os.getpid(), number), real_line(self)))
+        patch.setattr(run.Run, "_write_line", lambda self: (self.step == 1 and os.kill(os.getpid(), number), line(self)))
         code, _, done = stopped("--resume --quiet --save-every 100")
     assert (code, done) == (128 + number, 2)
 
