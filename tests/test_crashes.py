@@ -109,8 +109,8 @@ def test_a_crash_inside_any_write_of_a_run_loses_nothing(name, moment, tmp_path)
     *zip(ONE_OF_EACH, [torch.nan, torch.inf] * 4, [signal.SIGINT, signal.SIGTERM] * 4, strict=True)])
 def test_a_run_that_is_stopped_in_its_second_step_goes_on_whatever_stopped_it(name, bad, number, tmp_path, capsys):
     """A gradient with an entry that is not finite; then, resumed, a disk without space for the checkpoint; then Ctrl-C or
-    SIGTERM, which finish the step. One sentence names what was wrong and the checkpoint that is whole; at its end, it is the run
-    that was left alone."""
+    SIGTERM, which finish the step. One sentence names what was wrong and the checkpoint that is whole; in the end it is the
+    run that was left alone."""
     (script, flags), out = SCRIPTS[name], tmp_path / "run"
     real_step, save, line, saved, named = run.Optimizers.step, run.Run.save, run.Run._write_line, [], []
 
