@@ -50,7 +50,7 @@ STEPS = {"train_pretrain.py": "pretraining", "train_sft.py": "fine_tuning", "tra
          "train_dpo.py": "test_dpo or online", "train_group_dpo.py": "group_dpo", "train_grpo.py": "grpo",
          "nanorl/family.py": "grpo", "train_ppo.py": "ppo", "train_distill.py": "distillation"}
 LOOP_FILES = ("test_gpt.py", "test_rollout.py", "test_heldout.py", "test_data.py", "test_tasks.py", "test_run.py",
-              "test_sample.py", "test_ppo.py", "test_lora.py", "test_steps.py", "test_scripts.py")
+              "test_sample.py", "test_ppo.py", "test_lora.py", "test_steps.py", "test_scripts.py", "test_crashes.py")
 LOOP_FIRST = {**dict.fromkeys(("nanorl/rollout.py", "nanorl/batches.py", "nanorl/pairs.py"), "test_steps.py"),
               **dict.fromkeys(("nanorl/gpt.py", "nanorl/prefixes.py"), "test_gpt.py"),
               **dict.fromkeys(("nanorl/sample.py", "nanorl/decode.py"), "test_sample.py"),

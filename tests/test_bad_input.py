@@ -216,7 +216,6 @@ PROMPT, NO_ROOM, ANSWER = {"prompt": "Say 1." + " x" * 500}, {"prompt": "Say 1."
 MADE = "--steps 1 --device cpu --init"
 
 
-@pytest.mark.parametrize("long", [PROMPT, NO_ROOM, ANSWER], ids=["prompt", "no room", "answer"])
 @pytest.mark.parametrize(("script", "flags", "fitting"), [
     (train_sft, f"{MADE} pretrain --max-new-tokens 40 --data letters.jsonl", ()),
     (train_reward, f"{MADE} sft --data pairs.jsonl", (NO_ROOM,)),
@@ -224,21 +223,25 @@ MADE = "--steps 1 --device cpu --init"
     (train_distill, f"{MADE} sft --on data --teacher grpo --eval-problems 3 --data letters.jsonl", (NO_ROOM,)),
     *((script, f"{MADE} sft --prompts 3 --eval-problems 3 --max-new-tokens 40 --data wanted.jsonl", (ANSWER,))
       for script in (train_grpo, train_ppo, train_group_dpo))])
-def test_rows_that_are_too_long_are_named_by_their_lines_and_can_be_left_out(script, flags, fitting, long, tmp_path, capsys):
+def test_rows_that_are_too_long_are_named_by_their_lines_and_can_be_left_out(script, flags, fitting, tmp_path, capsys):
     """Two of a hundred rows, in a file with blank lines: the prompt, what is to be sampled after it, or a response. Without
     them, the run is that of the file without them."""
     *flags, data = flags.split()
     records = [json.loads(line) for line in Path(data).read_text().splitlines()]
-    rows, (first, second) = [json.dumps(record) for record in records], [json.dumps(record | long) for record in records[:2]]
-    Path("mixed.jsonl").write_text("\n".join(["", "", *rows[:2], first, *rows[2:77], second, *rows[77:]]))
-    if long in fitting:
-        return start(script, " ".join([*flags, "mixed.jsonl"]), tmp_path / "mixed")
-    error = refused(capsys, script, [*flags, "mixed.jsonl"])
-    assert "mixed.jsonl, line 5: " in error and "; line 81: " in error and "--skip-long" in error and "more;" not in error
-    start(script, " ".join([*flags, "mixed.jsonl", "--skip-long"]), tmp_path / "mixed")
-    assert re.search(r"Left out 2 of \d+ records of mixed\.jsonl", capsys.readouterr().out)
     start(script, " ".join([*flags, data]), tmp_path / "plain")
-    assert metrics(tmp_path / "mixed") == metrics(tmp_path / "plain")
+    for n, long in enumerate((PROMPT, NO_ROOM, ANSWER)):
+        rows = [json.dumps(record) for record in records]
+        first, second = (json.dumps(record | long) for record in records[:2])
+        Path("mixed.jsonl").write_text("\n".join(["", "", *rows[:2], first, *rows[2:77], second, *rows[77:]]))
+        if long in fitting:
+            start(script, " ".join([*flags, "mixed.jsonl"]), tmp_path / str(n))
+            continue
+        capsys.readouterr()
+        error = refused(capsys, script, [*flags, "mixed.jsonl"])
+        assert "mixed.jsonl, line 5: " in error and "; line 81: " in error and "--skip-long" in error and "more;" not in error
+        start(script, " ".join([*flags, "mixed.jsonl", "--skip-long"]), tmp_path / str(n))
+        assert re.search(r"Left out 2 of \d+ records of mixed\.jsonl", capsys.readouterr().out)
+        assert metrics(tmp_path / str(n)) == metrics(tmp_path / "plain")
 
 
 def test_every_row_too_long_is_refused_also_with_skip_long(bad_files, capsys):

@@ -18,7 +18,7 @@ from nanorl.checks.__main__ import main as check
 from nanorl.errors import UserError, refuse
 
 pytestmark = pytest.mark.usefixtures("inside")
-CONSOLES = [("cp1252", "Ж"), ("ascii", "漢字"), *([("utf-8", "\udcff")] if os.name == "posix" else [])]     # a byte, no UTF-8
+CONSOLES = [("cp1252", "Ж漢字"), *([("utf-8", "\udcff")] if os.name == "posix" else [])]     # a byte, no UTF-8
 EVALUATE = "--problems 5 --method greedy --max-new-tokens 16 --device cpu"
 
 
@@ -45,7 +45,7 @@ def test_every_command_prints_what_the_user_named(name, encoding, console, tmp_p
         shutil.copy(file, tmp_path / (name + file))
     monkeypatch.chdir(tmp_path)
     start(train_pretrain, PRETRAIN.replace("text.txt", f"{name}text.txt"), f"{name}p", "--no-quiet")
-    start(train_sft, SFT.replace("letters", f"{name}letters").replace("40", "2") + f" --init {name}p", f"{name}s", "--no-quiet")
+    start(train_sft, SFT.replace("letters", f"{name}letters") + f" --init {name}p", f"{name}s", "--no-quiet")
     start(train_grpo, GRPO.replace("wanted", f"{name}wanted") + f" --steps 1 --init {name}s", f"{name}g", "--no-quiet")
     evaluate.main(run.parse(evaluate.Config, [f"{name}s", "--data", f"{name}wanted.jsonl", "--out", f"{name}.json",
                                               *EVALUATE.split()]))

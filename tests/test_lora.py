@@ -186,7 +186,7 @@ def test_blocks_with_adapters_compile_to_one_graph_and_those_without_to_another(
 
 # ---- Runs ----
 
-RUNS = {"sft": (train_sft, SFT.replace("--init pretrain", "--init sft")), "dpo": (train_dpo, DPO),
+RUNS = {"tuned": (train_sft, SFT.replace("--init pretrain", "--init sft")), "dpo": (train_dpo, DPO),
         "group": (train_group_dpo, GROUP), "grpo": (train_grpo, GRPO + " --kl-coef 0.1"), "distill": (train_distill, DISTILL),
         "separate": (train_ppo, PPO + " --data wanted.jsonl"),
         "shared": (train_ppo, PPO + " --data wanted.jsonl --critic shared")}
@@ -219,7 +219,7 @@ def test_a_checkpoint_holds_adapters_and_what_they_adapt_is_as_it_was(name, tmp_
 @pytest.mark.usefixtures("inside")
 def test_a_run_goes_on_from_one_with_adapters_as_from_any_other(tmp_path):
     """With adapters of its own, whose base is the merged policy, or with all weights."""
-    start(train_sft, RUNS["sft"][1] + LORA, tmp_path / "first")
+    start(train_sft, RUNS["tuned"][1] + LORA, tmp_path / "first")
     onward = GRPO.replace("--init sft", f"--init {tmp_path / 'first'}") + " --steps 2"
     start(train_grpo, onward + " --lora-rank 3 --kl-coef 0.1", tmp_path / "second")
     start(train_grpo, onward, tmp_path / "whole")
@@ -268,7 +268,7 @@ def test_adapters_are_refused_beside_another_base(change, tmp_path, capsys):
 @pytest.mark.usefixtures("inside")
 def test_the_base_of_a_run_may_move(tmp_path):
     """--init says where it is now, and the next checkpoint remembers it."""
-    script, flags = RUNS["sft"]
+    script, flags = RUNS["tuned"]
     shutil.copytree("sft", tmp_path / "base")
     start(script, flags.replace("--init sft", f"--init {tmp_path / 'base'}") + LORA, tmp_path / "run")
     cut_final_line(tmp_path / "run")
@@ -322,7 +322,7 @@ def test_flags_that_contradict_each_other_are_refused(script, flags, mention, ca
 def test_constants_are_in_bfloat16_where_products_are_and_the_run_is_the_same(tmp_path, monkeypatch):
     """To the bit: that is what autocast would round them to."""
     script, flags = RUNS["separate"]
-    flags = flags.replace("--steps 3", "--steps 2") + " --kl-coef 0.1 --dtype bfloat16 --reward-model reward --reward model"
+    flags += " --steps 1 --epochs 1 --best-of 0 --kl-coef 0.1 --dtype bfloat16 --reward-model reward --reward model"
     flags = flags.replace(" --data wanted.jsonl", "")
     for name in ("whole", "lora"):
         extra = " --lora-rank 2" if name == "lora" else ""

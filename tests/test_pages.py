@@ -17,12 +17,12 @@ from nanorl import run
 from nanorl.interop import write_pretrained
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RL = TINY + " --steps 2 --eval-problems 3 --max-new-tokens 16"
+RL = TINY + " --steps 1 --eval-problems 3 --max-new-tokens 16"
 SMALL = {"train_pretrain": TINY + " --steps 2 --batch 2 --length 32 --preset pico --vocab-size 300",
          "train_sft": RL + " --batch 4",
          "train_grpo": RL + " --prompts 3 --group 4",
          "train_reward": TINY + " --steps 2 --batch 4 --data pairs.jsonl",
-         "train_dpo": TINY + " --steps 2 --batch 4 --best-of 2 --max-new-tokens 16",
+         "train_dpo": TINY + " --steps 2 --batch 4 --best-of 2 --eval-problems 3 --max-new-tokens 16",
          "train_group_dpo": RL + " --prompts 3 --group 4 --best-of 2",
          "train_ppo": RL + " --prompts 4 --group 2 --best-of 2",
          "train_distill": RL + " --prompts 3 --group 2",

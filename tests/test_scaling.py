@@ -37,17 +37,17 @@ def test_a_curve_without_noise_is_recovered(floor, rise, where, steepness):
 
 
 def test_the_intervals_cover_the_truth_as_often_as_they_say():
-    """200 noisy curves: each 95 % interval holds its parameter in 90 to 100 % of them, and they are not wide for nothing."""
+    """100 noisy curves: each 95 % interval holds its parameter in 90 to 100 % of them, and they are not wide for nothing."""
     truth, g, hits, widths = (0.2, 0.9, 300.0, 2.0), generator(0, "coverage"), torch.zeros(4), []
     compute = torch.linspace(0, 1000, 40, dtype=torch.float64)
-    for _ in range(200):
+    for _ in range(100):
         fitted = fit(compute, planted(compute, *truth) + 0.03 * randn(g, 40))
         intervals = (fitted.predict(0.0), fitted.predict(torch.inf), fitted.interval(fitted.midpoint),
                      fitted.interval(fitted.steepness))
         hits += torch.tensor([low <= value <= high for value, (_, low, high) in zip(truth, intervals, strict=True)])
         widths.append(intervals[1][2] - intervals[1][1])
-    assert (hits >= 180).all(), hits
-    assert sorted(widths)[100] < 0.2
+    assert (hits >= 90).all(), hits
+    assert sorted(widths)[50] < 0.2
 
 
 def test_an_end_of_the_ceiling_s_interval_is_where_the_best_fit_has_become_too_bad():

@@ -60,29 +60,15 @@ pytestmark = pytest.mark.usefixtures("inside")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_leaves_its_files_and_one_line_a_step(name):
     assert {p.name for p in Path(name).iterdir()} == files_of(name)
-    steps = run.load_checkpoint(name)["config"]["steps"]
-    assert [line["step"] for line in metrics(name)] == list(range(steps + 1))
-    assert run.load_checkpoint(name)["step"] == steps
+    checkpoint = run.load_checkpoint(name)
+    assert [line["step"] for line in metrics(name)] == list(range(checkpoint["config"]["steps"] + 1))
+    assert checkpoint["step"] == checkpoint["config"]["steps"]
 
 
 def test_the_rewards_of_the_tiny_world_differ_within_groups():
     """Or else nothing in this file would train anything."""
     assert any(line["rollout/no_contrast"] < 1 for line in metrics("grpo")[:-1])
     assert max(line["train/grad_norm_max"] for line in metrics("grpo")[:-1]) > 0
-
-
-@pytest.mark.parametrize("name", STATES)
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(name, tmp_path):
-    """Whatever the global random generators were seeded with; and nobody seeds them anew."""
-    script, flags = SCRIPTS[name]
-    random.seed(7), np.random.seed(7), torch.manual_seed(7)
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.initial_seed()
-    start(script, flags, tmp_path / "again")
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.initial_seed())
-    start(script, flags, tmp_path / "other", "--seed", "1")
-    assert metrics(tmp_path / "again") == metrics(name)
-    assert same_parameters(tmp_path / "again", name)
-    assert not same_parameters(tmp_path / "other", name)
 
 
 def killed_in_the_third_step(name, out):
@@ -92,17 +78,29 @@ def killed_in_the_third_step(name, out):
         real(self)
 
     real, run.Run._write_line = run.Run._write_line, write_line
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
     start(*SCRIPTS[name], out)
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_kill_9_and_resume_is_the_uninterrupted_run_bit_for_bit(name, tmp_path):
-    """SIGKILL in the third step, after its update: resumed, parameters and metrics are those of a run left alone."""
+    """SIGKILL in the third step, after its update: resumed, parameters and metrics are those of a run left alone, whatever the
+    global random generators were seeded with."""
     assert exit_code(killed_in_the_third_step, name, tmp_path / "run") == -signal.SIGKILL
     assert len(metrics(tmp_path / "run")) == 2
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
     start(SCRIPTS[name][0], "--resume", tmp_path / "run")
     assert metrics(tmp_path / "run") == metrics(name)
     assert same_parameters(tmp_path / "run", name)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_another_seed_gives_another_run_and_seeds_no_global_generator(name, tmp_path):
+    script, flags = SCRIPTS[name]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.initial_seed()
+    start(script, flags, tmp_path / "other", "--seed", "1")
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.initial_seed())
+    assert not same_parameters(tmp_path / "other", name)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -163,7 +161,7 @@ def test_one_update_per_rollout_means_ratio_one_and_an_inert_clip():
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_row_of_the_table_trains(algo, tmp_path):
     """Two steps of two updates each: the weights move, and what the row's bound counts is logged."""
-    start(train_grpo, GRPO + f" --algo {algo} --minibatches 2 --steps 2", tmp_path / "run")
+    start(train_grpo, GRPO + SELDOM + f" --selfcheck --algo {algo} --minibatches 2 --steps 2", tmp_path / "run")
     lines = metrics(tmp_path / "run")
     assert max(line.get("train/grad_norm_max", 0) for line in lines) > 0
     row = ALGORITHMS[algo]
@@ -235,14 +233,14 @@ def test_weights_that_do_not_move_have_ratio_one_in_every_minibatch(tmp_path, mo
 
 def test_stale_rollouts_are_trained_on_that_many_steps_later(tmp_path):
     """The first steps only collect; then ratios leave 1 although there is one update per rollout."""
-    start(train_grpo, GRPO + " --stale 2 --steps 4", tmp_path / "stale")
+    start(train_grpo, GRPO + " --stale 2 --steps 4" + SELDOM, tmp_path / "stale")
     lines = metrics(tmp_path / "stale")
     assert ["train/lr" in line for line in lines] == [False, False, True, True, False]
     assert lines[2]["train/ratio_max"] < 1 + 1e-4 < lines[3]["train/ratio_max"]
 
 
 def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path):
-    start(train_grpo, GRPO + " --kl-coef 0.1 --refresh-reference 2 --steps 4", tmp_path / "refreshed")
+    start(train_grpo, GRPO + " --kl-coef 0.1 --refresh-reference 2 --steps 4" + SELDOM, tmp_path / "refreshed")
     kl = [line["train/kl"] for line in metrics(tmp_path / "refreshed")[:-1]]
     assert max(abs(kl[0]), abs(kl[2])) < 1e-6 < min(kl[1], kl[3])
 
@@ -250,7 +248,7 @@ def test_a_refreshed_reference_is_the_policy_of_that_step(tmp_path):
 def test_the_likelihood_term_learns_its_demonstrations(tmp_path):
     """With a coefficient that drowns the reward, the loss on new ones falls, whatever the micro-batches."""
     write_records(tmp_path / "new.jsonl", ({"prompt": f"Say {i}.", "answer": "x", "response": "So it is."} for i in range(20)))
-    flags = GRPO.replace("wanted.jsonl", str(tmp_path / "new.jsonl")) + " --steps 6 --lr 1e-3 --likelihood-coef 100"
+    flags = GRPO.replace("wanted.jsonl", str(tmp_path / "new.jsonl")) + SELDOM + " --steps 6 --lr 1e-3 --likelihood-coef 100"
     losses = {}
     for size in (64, 1):
         start(train_grpo, flags, tmp_path / f"held{size}", "--micro-batch", str(size))
@@ -264,10 +262,10 @@ def test_a_self_check_that_fails_ends_the_run_with_one_sentence(tmp_path, monkey
     """... before anything is trained; --no-selfcheck goes on."""
     monkeypatch.setattr(train_grpo, "tolerance", lambda *_: 0.0)
     with pytest.raises(SystemExit) as exit:
-        start(train_grpo, GRPO, tmp_path / "checked")
+        start(train_grpo, GRPO + " --selfcheck", tmp_path / "checked")
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and "first-step check: " in error and "--no-selfcheck" in error
-    start(train_grpo, GRPO + " --steps 1 --no-selfcheck", tmp_path / "unchecked")
+    start(train_grpo, GRPO + " --steps 1", tmp_path / "unchecked")
 
 
 def test_a_run_that_finds_no_contrast_is_saved_before_it_gives_up(tmp_path, monkeypatch, capsys):
@@ -287,7 +285,7 @@ def test_a_run_that_finds_no_contrast_is_saved_before_it_gives_up(tmp_path, monk
     assert metrics(tmp_path / "run") == metrics("grpo")
 
 
-@pytest.mark.parametrize("name", ["grpo", "grpo-full", "group", "ppo", "rlhf", "online", "distill"])
+@pytest.mark.parametrize("name", ["grpo-full", "group", "ppo", "rlhf", "online", "distill"])
 def test_every_script_reads_rewards_through_the_gate(name, tmp_path, monkeypatch):
     """Where a task's rewards can be made floats and nothing else, the run is the same."""
     seal_rewards(monkeypatch)
@@ -310,26 +308,32 @@ class Letter(Task):
         return self.right if final_answer(response) == problem.answer else self.wrong
 
 
-@pytest.mark.parametrize("script", [train_grpo, train_ppo, train_group_dpo], ids=lambda script: script.__name__)
-@pytest.mark.parametrize("right, wrong", [(True, False), (1, -1), (100, 0), (torch.tensor(0.7), np.float16(0.2)), (2, 1)])
-def test_a_task_of_ones_own_may_reward_as_it_likes(script, right, wrong, tmp_path, monkeypatch, capsys):
+REWARDS = [(torch.tensor(0.7), np.float16(0.2)), (2, 1)]
+
+
+@pytest.mark.parametrize(("script", "rewards"), [
+    (train_grpo, [(True, False), (1, -1), (100, 0), *REWARDS]), (train_ppo, REWARDS), (train_group_dpo, REWARDS)],
+    ids=["grpo", "ppo", "group"])
+def test_a_task_of_ones_own_may_reward_as_it_likes(script, rewards, tmp_path, monkeypatch, capsys):
     """What is right, and how often, does not depend on what a right answer gets."""
     flags, lines = " --init sft --task letter --steps 1 --max-new-tokens 9 --eval-problems 12 --quiet --device cpu", []
     flags = f"--prompts 4 --group 4 {flags}" + " --best-of 4" * (script is not train_grpo)
-    for name, values in (("plain", (1, 0)), ("own", (right, wrong))):
+    for n, values in enumerate([(1, 0), *rewards]):
         monkeypatch.setitem(TASKS, "letter", type("Own", (Letter,), dict(zip(("right", "wrong"), values, strict=True))))
-        start(script, flags, tmp_path / name)
-        lines.append(metrics(tmp_path / name)[0])
-    judged = [name for name in lines[0] if re.search("accuracy|correct|wrong|worked|direct|best_of_n", name)]
-    assert {name: lines[0][name] for name in judged} == {name: lines[1][name] for name in judged}
-    assert 0 < lines[0]["eval/accuracy_sampled"] < 1 and len(judged) > 5
-    assert lines[1]["rollout/reward"] == pytest.approx(
-        float(wrong) + lines[0]["rollout/reward"] * (float(right) - float(wrong)), rel=1e-3)
-    if script is train_group_dpo:           # which reads nothing of a reward but whether it is right
-        assert {name for name in lines[0] if lines[0][name] != lines[1][name]} <= {"rollout/reward"}
-        assert same_parameters(tmp_path / "plain", tmp_path / "own")
+        start(script, flags, tmp_path / str(n))
+        lines.append(metrics(tmp_path / str(n))[0])
+    plain, *own = lines
+    judged = [name for name in plain if re.search("accuracy|correct|wrong|worked|direct|best_of_n", name)]
+    assert 0 < plain["eval/accuracy_sampled"] < 1 and len(judged) > 5
+    for n, (line, (right, wrong)) in enumerate(zip(own, rewards, strict=True), 1):
+        assert {name: line[name] for name in judged} == {name: plain[name] for name in judged}
+        assert line["rollout/reward"] == pytest.approx(
+            float(wrong) + plain["rollout/reward"] * (float(right) - float(wrong)), rel=1e-3)
+        if script is train_group_dpo:           # which reads nothing of a reward but whether it is right
+            assert {name for name in plain if plain[name] != line[name]} <= {"rollout/reward"}
+            assert same_parameters(tmp_path / "0", tmp_path / str(n))
     tables = re.findall(r"12 held-out problems.*?accuracy, greedy +(\S+)", capsys.readouterr().out, re.S)
-    assert len(tables) == 2 and tables[0] == tables[1]
+    assert len(tables) == len(lines) and len(set(tables)) == 1
 
 
 class Long(Letter):
@@ -364,8 +368,8 @@ def test_a_task_without_right_answers_is_practised_on_and_measured_by_its_reward
 @pytest.mark.parametrize("flags", ["", " --algo dapo --group 8"])
 def test_a_file_is_trained_on_row_by_row_also_by_a_run_that_was_stopped(flags, tmp_path, monkeypatch):
     """Every row once an epoch, in the order of the seed; resumed, it goes on with the row that was next."""
-    write_records(tmp_path / "few.jsonl", ({"prompt": f"Say {n}.", "answer": "x"} for n in range(20)))
-    flags = GRPO + SELDOM + f" --data {tmp_path / 'few.jsonl'}" + flags
+    write_records(tmp_path / "few.jsonl", ({"prompt": f"Say {n}.", "answer": "x"} for n in range(12)))
+    flags = GRPO + f" --eval-every 99 --data {tmp_path / 'few.jsonl'}" + flags
     real, save, asked = train_grpo.collect, run.Run.save, []
 
     def collect(*args, **kwargs):
@@ -379,8 +383,8 @@ def test_a_file_is_trained_on_row_by_row_also_by_a_run_that_was_stopped(flags, t
             raise SystemExit(0)
 
     monkeypatch.setattr(train_grpo, "collect", collect)
-    start(train_grpo, flags + " --steps 8", tmp_path / "whole")
-    rows = [f"Say {n}." for n in range(20) if not is_heldout(f"Say {n}.")]
+    start(train_grpo, flags + " --steps 5", tmp_path / "whole")
+    rows = [f"Say {n}." for n in range(12) if not is_heldout(f"Say {n}.")]
     whole = [problem.prompt for problem in asked]
     epochs = [whole[i : i + len(rows)] for i in range(0, len(whole) - len(rows) + 1, len(rows))]
     assert epochs and all(sorted(epoch) == sorted(rows) for epoch in epochs)
@@ -390,7 +394,7 @@ def test_a_file_is_trained_on_row_by_row_also_by_a_run_that_was_stopped(flags, t
     asked.clear()
     monkeypatch.setattr(run.Run, "save", stop)
     with pytest.raises(SystemExit):
-        start(train_grpo, flags + " --steps 8", tmp_path / "stopped")
+        start(train_grpo, flags + " --steps 5", tmp_path / "stopped")
     monkeypatch.setattr(run.Run, "save", save)
     start(train_grpo, "--resume", tmp_path / "stopped")
     assert [problem.prompt for problem in asked] == whole
@@ -505,18 +509,17 @@ def test_a_stage_that_was_cut_short_is_continued_first(world, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("name", "model"), [("dpo", "sft"), ("online", "reward"), ("group", "sft"), ("rlhf", "reward"),
                                              ("grpo-full", "sft"), ("distill", "grpo")])
-def test_a_run_does_not_resume_with_another_model_than_it_began_with(name, model, tmp_path, capsys):
+def test_a_run_does_not_resume_with_another_model_than_it_began_with(name, model, world, tmp_path, monkeypatch, capsys):
     """The reference and the reward model are read again: one that was made anew in between would change everything."""
-    script, flags = SCRIPTS[name]
-    shutil.copytree(model, tmp_path / model)
-    flags = re.sub(rf"(--init|--reward-model|--teacher) {model}(?= |$)", rf"\1 {tmp_path / model}", flags)
-    start(script, flags, tmp_path / "run")
-    cut_final_line(tmp_path / "run")
-    checkpoint = run.load_checkpoint(tmp_path / model)
+    monkeypatch.chdir(tmp_path)
+    for path in world.iterdir():
+        shutil.copytree(path, path.name) if path.name in (name, model) else Path(path.name).symlink_to(path)
+    cut_final_line(name)
+    checkpoint = run.load_checkpoint(model)
     next(iter(checkpoint["model"].values()))[0] += 1.0
-    torch.save(checkpoint, tmp_path / model / "ckpt.pt")
+    torch.save(checkpoint, Path(model, "ckpt.pt"))
     with pytest.raises(SystemExit) as exit:
-        start(script, "--resume --quiet", tmp_path / "run")
+        start(SCRIPTS[name][0], "--resume --quiet", name)
     assert exit.value.code == 2 and "has changed since this run began" in capsys.readouterr().err
 
 
@@ -528,7 +531,7 @@ def test_skipping_rows_without_an_advantage_is_exact(flags, tmp_path, monkeypatc
         real, count = train_grpo.token_log_probs, []
         monkeypatch.setattr(train_grpo, "token_log_probs", lambda *args, real=real, count=count, **kw:
                             count.append(len(args[1])) or real(*args, **kw))
-        start(train_grpo, GRPO + flags + f" --no-selfcheck --prompts 6 --{how}" + SELDOM, tmp_path / how)
+        start(train_grpo, GRPO + flags + f" --prompts 6 --{how}" + SELDOM, tmp_path / how)
         monkeypatch.setattr(train_grpo, "token_log_probs", real)
         seen[how] = sum(count)
     a, b = (metrics(tmp_path / how) for how in ("skip", "no-skip"))
@@ -569,7 +572,7 @@ def test_identical_pairs_are_left_out_and_counted(tmp_path, capsys):
 
 def test_a_reward_model_learns_its_pairs_and_reports_what_it_is_worth(tmp_path, capsys):
     """x is always chosen over y: after a few steps it ranks held-out pairs, and so do word counts; length cannot."""
-    start(train_reward, SCRIPTS["reward"][1] + " --steps 20", tmp_path / "run")
+    start(train_reward, SCRIPTS["reward"][1] + SELDOM + " --steps 20", tmp_path / "run")
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     assert first["eval/pair_loss"] == pytest.approx(math.log(2)) and first["eval/agreement_model_labels"] == 0.5
     found = {name: last[f"eval/agreement_{name}_labels"] for name in ("model", "words", "length")}
@@ -589,7 +592,7 @@ def test_log_probs_of_a_fixed_reference_are_the_same_scored_once_or_at_every_ste
 
 
 def test_dpo_starts_at_log_2_moves_the_margin_and_starts_anew_when_its_reference_is_refreshed(tmp_path):
-    start(train_dpo, DPO + " --steps 4 --refresh-reference 2 --lr 1e-3", tmp_path / "run")
+    start(train_dpo, DPO + SELDOM + " --steps 4 --refresh-reference 2 --lr 1e-3", tmp_path / "run")
     margins = [line["train/margin"] for line in metrics(tmp_path / "run")[:-1]]
     assert max(abs(margins[0]), abs(margins[2])) < 1e-5 < 1e-3 < min(margins[1], margins[3])
     assert metrics(tmp_path / "run")[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -597,7 +600,7 @@ def test_dpo_starts_at_log_2_moves_the_margin_and_starts_anew_when_its_reference
 
 @pytest.mark.parametrize("loss", train_dpo.LOSSES)
 def test_every_loss_of_dpo_widens_the_margin(loss, tmp_path):
-    start(train_dpo, DPO + f" --loss {loss} --steps 12 --lr 1e-3 --nll-coef 0", tmp_path / "run")
+    start(train_dpo, DPO + SELDOM + f" --loss {loss} --steps 12 --micro-batch 8 --lr 1e-3 --nll-coef 0", tmp_path / "run")
     lines = metrics(tmp_path / "run")[:-1]
     assert lines[-1]["train/margin"] > lines[0]["train/margin"] and lines[-1]["train/loss"] < lines[0]["train/loss"]
 
@@ -632,7 +635,7 @@ def test_a_judge_that_gives_no_number_ends_the_run(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_a_critic_learns_what_answers_are_worth_with_or_without_a_trunk_of_its_own(critic, tmp_path):
     """All answers paid alike: the value loss falls towards zero; a shared trunk is the policy's in the checkpoint, too."""
-    flags = PPO + f" --data wanted.jsonl --critic {critic} --steps 12 --lr 1e-3 --epochs 4 --value-clip 10"
+    flags = PPO + SELDOM + f" --data wanted.jsonl --critic {critic} --steps 12 --lr 1e-3 --epochs 4 --value-clip 10"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanorl.tasks.FileTask.rewards", lambda _, problems, *__: [1.0] * len(problems))
         patch.setattr("nanorl.tasks.FileTask.scores_truncated", True)
@@ -646,7 +649,8 @@ def test_a_critic_learns_what_answers_are_worth_with_or_without_a_trunk_of_its_o
 
 def test_ppo_with_weights_that_do_not_move_has_ratio_one_everywhere(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
-    start(train_ppo, PPO + " --data wanted.jsonl --minibatches 3 --epochs 2 --micro-batch 1 --kl-coef 0.1", tmp_path / "still")
+    flags = " --steps 2 --data wanted.jsonl --minibatches 3 --epochs 2 --micro-batch 1 --kl-coef 0.1"
+    start(train_ppo, PPO + flags, tmp_path / "still")
     for line in metrics(tmp_path / "still")[:-1]:
         assert 1 - 1e-5 < line["train/ratio_min"] <= line["train/ratio_max"] < 1 + 1e-5
         assert abs(line["train/answer_kl"]) < 1e-6 and line["train/clipped_low"] == line["train/clipped_high"] == 0
@@ -665,7 +669,7 @@ def test_only_unscored_answers_are_continued_by_the_critic(tmp_path, monkeypatch
 
 def test_the_leash_of_ppo_steers_towards_its_target(tmp_path):
     """Far below the target, the coefficient falls by 2 % a step; a resumed run goes on from where it was."""
-    start(train_ppo, PPO + " --data wanted.jsonl --kl-coef 0.1 --kl-target 1000", tmp_path / "run")
+    start(train_ppo, PPO + SELDOM + " --data wanted.jsonl --kl-coef 0.1 --kl-target 1000", tmp_path / "run")
     assert [line["train/kl_coef"] for line in metrics(tmp_path / "run")[:-1]] == pytest.approx([0.1, 0.098, 0.09604])
     assert run.load_checkpoint(tmp_path / "run")["state"]["kl_coef"] == pytest.approx(0.0941192)
 
@@ -682,7 +686,7 @@ def test_groups_of_one_kind_train_nothing_and_are_counted(tmp_path, monkeypatch)
 def test_bfloat16_autocast_trains_on_a_cpu_with_weights_in_float32(name, tmp_path):
     """The norm of its first gradient is near that of float32, and not the same."""
     script, flags = SCRIPTS[name]
-    start(script, flags + " --dtype bfloat16", tmp_path / "run")
+    start(script, flags + " --dtype bfloat16 --steps 1", tmp_path / "run")
     key = next(key for key in ("train/grad_norm", "train/grad_norm_max") if key in metrics(name)[0])
     half, whole = metrics(tmp_path / "run")[0][key], metrics(name)[0][key]
     assert half != whole and half == pytest.approx(whole, rel=0.5)
@@ -691,7 +695,7 @@ def test_bfloat16_autocast_trains_on_a_cpu_with_weights_in_float32(name, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-@pytest.mark.parametrize("name", ["pretrain", "sft", "grpo-full", "reward", "dpo", "rlhf"])
+@pytest.mark.parametrize("name", ["pretrain", "tuned", "grpo-full", "reward", "dpo", "rlhf"])
 def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
     """Its kept groups, too; except for which pairs the first policy ranks right: it is the reference still, and all its margins
     are rounding."""
@@ -717,7 +721,7 @@ def test_a_compiled_run_is_the_eager_run_but_for_rounding(name, tmp_path):
 
 def test_a_student_learns_what_its_teacher_says(tmp_path, capsys):
     """The teacher has learned only text, its student says x or y: a few steps later, both divergences are smaller."""
-    flags = DISTILL.replace("--steps 3", "--steps 12 --lr 2e-3").replace("--teacher grpo", "--teacher pretrain")
+    flags = DISTILL.replace("--steps 3", "--steps 12 --lr 2e-3").replace("--teacher grpo", "--teacher pretrain") + SELDOM
     start(train_distill, flags, tmp_path / "run")
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     for name in ("eval/forward_kl", "eval/reverse_kl"):

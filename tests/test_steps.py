@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from statistics import fmean, pstdev, pvariance
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ SHORT = 12                  # so many where it also falls at the end: 8 of them 
 SOME = 1.5                  # a temperature at which the tiny policy says different things
 LIMIT = 12                  # tokens of an answer: at that temperature, some are cut
 
-COMMON = f"--steps {STEPS} --save-every 1 --eval-every 1000 --quiet --device cpu"
+COMMON = f"--steps {STEPS} --eval-every 1000 --quiet --device cpu"
 SAMPLING = f"--max-new-tokens {LIMIT} --temperature {SOME}"
 FEW = "--eval-problems 1"
 NO_BEST = "--best-of 0"
@@ -138,7 +138,7 @@ def play(monkeypatch, tmp_path):
         monkeypatch.setattr(Descent, "wanted", math.inf if samples else steps)
         if samples:
             monkeypatch.setattr(script, "collect", collect)
-        typed = [*COMMON.split(), *flags.split(), *ADAPTERS, "--out", str(tmp_path / "run")]
+        typed = [*COMMON.split(), "--save-every", str(steps), *flags.split(), *ADAPTERS, "--out", str(tmp_path / "run")]
         with pytest.raises(Enough):
             script.main(run.parse(script.Config, typed))
         lines = metrics(tmp_path / "run")
@@ -153,8 +153,11 @@ def play(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+saved = cache(run.load_checkpoint)
+
+
 def load(path):
-    return run.model_from(run.load_checkpoint(path), CPU)
+    return run.model_from(saved(path), CPU)
 
 
 class BesideBA(torch.nn.Module):
@@ -382,7 +385,7 @@ def inside(folder, monkeypatch):
 
 def learned_from(path, *keys):
     """The records of a file that are not held out and have something to choose, as prompts and responses in tokens."""
-    tokenizer, rows = run.tokenizer_from(run.load_checkpoint("policy")), []
+    tokenizer, rows = run.tokenizer_from(saved("policy")), []
     for record in map(json.loads, read_text(path).splitlines()):
         if not is_heldout(record["prompt"]) and (len(keys) == 1 or record[keys[0]] != record[keys[1]]):
             prompt = tokenizer.render(record["prompt"])
@@ -393,7 +396,7 @@ def learned_from(path, *keys):
 def test_pretraining_descends_the_mean_loss_of_all_tokens_of_a_step(play):
     _, lines, end = play(train_pretrain, 8, f"--steps {SHORT} --init policy --text text.txt --lr 0.5 --batch 2 --accumulate 3 "
                                             "--length 16", samples=False)
-    model, tokenizer = load("policy"), run.tokenizer_from(run.load_checkpoint("policy"))
+    model, tokenizer = load("policy"), run.tokenizer_from(saved("policy"))
     text = read_text("text.txt")
     ids = torch.tensor(tokenizer.encode(text[: int(0.95 * len(text))]))
     for step, line in enumerate(lines):
@@ -503,7 +506,7 @@ def test_dpo_descends_the_mean_loss_of_pairs_of_a_file(loss, play):
 def test_online_dpo_descends_the_mean_loss_of_the_pairs_that_a_judge_has_decided(judge, play):
     flags = f"--online --judge {judge} --refresh-reference 1" + (judge == "model") * " --reward-model judge"
     rollouts, lines, end = play(train_dpo, 2, f"{flags} --init policy --batch 6 {ROWS} 2 --lr 0.3 {SAMPLING} {FEW} {NO_BEST}")
-    policy, reference, reward_model = load("policy"), load("policy"), run.model_from(run.load_checkpoint("judge"), CPU)
+    policy, reference, reward_model = load("policy"), load("policy"), load("judge")
     ties = []
     for step, (line, batch) in enumerate(zip(lines, rollouts, strict=False)):
         drawn_from(policy, batch, SOME)
@@ -789,7 +792,7 @@ def test_ppo_ascends_its_objective_with_policy_and_critic(name, play):
     c = SimpleNamespace(**choices)
     flags += f" --init policy --prompts 3 --group 4 --epochs 2 --minibatches 2 --lr 1 {ROWS} 3"
     rollouts, lines, end = play(train_ppo, 3 if c.kl_target else 2, f"{flags} {SAMPLING} {FEW} {NO_BEST}")
-    policy, reference, judge = to_train(), load("policy"), run.model_from(run.load_checkpoint("judge"), CPU)
+    policy, reference, judge = to_train(), load("policy"), load("judge")
     critic, kl_coef = critic_of(policy, c.shared), c.kl_coef
     for step, (line, batch) in enumerate(zip(lines, rollouts, strict=False)):
         drawn_from(policy, batch, SOME)
@@ -913,7 +916,6 @@ ADAPTED = {
     "fine-tuning": test_fine_tuning_descends_the_mean_loss_of_all_response_tokens_of_a_step,
     "pairs": partial(test_dpo_descends_the_mean_loss_of_pairs_of_a_file, "dpo"),
     "groups": partial(test_group_dpo_descends_the_mean_loss_of_groups, "mean"),
-    "kl in the loss": partial(test_grpo_and_its_relatives_ascend_their_objective, "dr_grpo"),
     "kl in the reward": partial(test_grpo_and_its_relatives_ascend_their_objective, "reinforce"),
     "a critic of its own": partial(test_ppo_ascends_its_objective_with_policy_and_critic, "verifier"),
     "a shared critic": partial(test_ppo_ascends_its_objective_with_policy_and_critic, "learned reward"),

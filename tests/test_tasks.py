@@ -66,7 +66,7 @@ def test_both_styles_of_answering_are_right(level):
         assert task.name == "code" or final_answer(work) == final_answer(direct) == problem.answer
 
 
-@quick
+@settings(max_examples=25, deadline=None)
 @given(names, seeds)
 def test_demonstrations_are_right_train_problems_of_either_style(name, seed):
     """Never a held-out prompt, and three in ten are worked: of 200, within six standard deviations of 60. Only a direct
@@ -108,12 +108,12 @@ def test_attacks_score_zero_in_bounded_time(name):
     problem = task.draw(Random(0))
     assert task.verify(problem, task.direct(problem, None)) == 1.0
     for text in [MARKER + attack for attack in MARKED] + BARE + task.adversarial(problem):
-        seconds = []
         for _ in range(3):              # the best of three: a pause of the machine is not the verifier's
             start = time.process_time()         # of this process: a program has limits of its own
             assert task.verify(problem, text) == 0.0, text[:80]
-            seconds.append(time.process_time() - start)
-        assert min(seconds) < 0.05, text[:80]
+            if (seconds := time.process_time() - start) < 0.05:
+                break
+        assert seconds < 0.05, text[:80]
 
 
 @settings(max_examples=400, deadline=None)
@@ -306,7 +306,7 @@ def test_every_step_of_worked_sorting_and_reversal_is_right(seed):
 def test_a_split_is_a_property_of_the_prompt(name):
     """Whatever the rng, no prompt is ever drawn in both splits, and equal rngs draw equal problems."""
     task = make_task(name, needs_verifier=False)
-    train, heldout = ({task.problem(Random(seed), split).prompt for seed in range(1000)}
+    train, heldout = ({task.problem(Random(seed), split).prompt for seed in range(300)}
                       for split in ("train", "heldout"))
     assert train and heldout and not train & heldout
     assert task.problem(Random(7), "train") == task.problem(Random(7), "train")

@@ -178,12 +178,13 @@ def test_the_gradient_and_the_margin_of_a_group():
 def test_log_probs_are_the_models_before_and_after_the_step(name):
     """In the first step, those of --init; after the last, those of the checkpoint. And they differ."""
     kept = run.read_lines(Path(name, "rollouts.jsonl"))
+    models = {folder: run.model_from(run.load_checkpoint(folder), torch.device("cpu")) for folder in ("sft", name)}
 
     def scored(folder, group, answer):
-        model = run.model_from(run.load_checkpoint(folder), torch.device("cpu"))
         tokens = torch.tensor([group["prompt_ids"] + answer["ids"]])
         with torch.no_grad():
-            return token_log_probs(model, tokens, temperature=config(name)["temperature"])[0][0, len(group["prompt_ids"]) - 1 :]
+            logp, _ = token_log_probs(models[folder], tokens, temperature=config(name)["temperature"])
+        return logp[0, len(group["prompt_ids"]) - 1 :]
 
     last = max(group["step"] for group in kept)
     assert {group["step"] for group in kept} == ({2} if name == "stale" else {0, 2})

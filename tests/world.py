@@ -1,5 +1,6 @@
 """A tiny chain of every script, made once: what the tests of scripts, bad input and crashes start from."""
 
+import functools
 import json
 import multiprocessing
 from pathlib import Path
@@ -22,27 +23,30 @@ from nanorl.tasks import FileTask, Stories, Task
 
 ROOT = Path(__file__).parent.parent
 FRESH = multiprocessing.get_context("forkserver")       # its processes are forks of one that has imported torch and run nothing
-FRESH.set_forkserver_preload(["pytest", "nanorl.evaluate"])
+FRESH.set_forkserver_preload(["pytest", "hypothesis", "torch._dynamo", "nanorl.evaluate"])
 STORIES = read_text(DATA / "stories_heldout.txt")[:8000]
 heldout.read_text = lambda path: STORIES           # what every evaluation of GRPO reads: as much as a test has the time for
+run.flags._help_and_groups = functools.cache(run.flags._help_and_groups)        # else it reads the source for every run
 TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
 EVAL = " --eval-problems 3 --max-new-tokens 16"
 PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --preset pico --vocab-size 300" + TINY
-SFT = "--steps 40 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY + " --eval-every 20"
-GRPO = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --init sft" + EVAL + TINY
-SELDOM = " --eval-every 3"      # an evaluation of GRPO reads all held-out stories
+SFT = "--steps 3 --batch 16 --lr 5e-3 --data letters.jsonl --init pretrain" + EVAL + TINY
+GRPO = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --init sft --no-selfcheck" + EVAL + TINY
+SELDOM = " --eval-every 99 --save-every 99"         # for tests that read the steps alone
 BEST = EVAL + " --best-of 2"
 DPO = "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft --max-new-tokens 16" + TINY
 ONLINE = "--steps 3 --batch 8 --online --init sft" + BEST + TINY
 GROUP = "--steps 3 --prompts 3 --group 4 --data wanted.jsonl --loss hinge --init sft" + BEST + TINY
 PPO = "--steps 3 --prompts 4 --group 2 --init sft" + BEST + TINY
 DISTILL = "--steps 3 --prompts 3 --group 2 --teacher grpo --init sft" + EVAL + TINY
-SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grpo": (train_grpo, GRPO),
+SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "tuned": (train_sft, SFT),
+           "sft": (train_sft, SFT + " --steps 40 --eval-every 20 --save-every 20"),     # as many as it takes to say x or y
+           "grpo": (train_grpo, GRPO + " --selfcheck"),
            "grpo-full": (train_grpo, GRPO + " --minibatches 2 --epochs 2 --kl-coef 0.1 --entropy-coef 0.01 --groups drop "
-                                            "--truncated mask --aggregate token_mean --advantage leave_one_out" + SELDOM),
+                                            "--truncated mask --aggregate token_mean --advantage leave_one_out --eval-every 3"),
            "stale": (train_grpo, GRPO + " --algo cispo --stale 1 --kl-coef 0.1 --kl k1_weighted --refresh-reference 1 "
-                                        "--overlong 0.5 --no-selfcheck" + SELDOM),
-           "masked": (train_grpo, GRPO + " --algo masked_is" + SELDOM),
+                                        "--overlong 0.5 --eval-every 3"),
+           "masked": (train_grpo, GRPO + " --algo masked_is --eval-every 3"),
            "reward": (train_reward, "--steps 3 --batch 8 --micro-batch 3 --data pairs.jsonl --init sft" + TINY),
            "dpo": (train_dpo, DPO), "refreshed": (train_dpo, DPO + " --loss ipo --nll-coef 0.1 --refresh-reference 1"),
            "online": (train_dpo, ONLINE + " --judge model --reward-model reward"),
@@ -53,10 +57,10 @@ SCRIPTS = {"pretrain": (train_pretrain, PRETRAIN), "sft": (train_sft, SFT), "grp
            "distill": (train_distill, DISTILL + " --on student --divergence reverse --gradient sequence"),
            "taught": (train_distill, DISTILL + " --on data --data letters.jsonl --divergence jsd --tau 2 --top-k 3"),
            "reinforce": (train_grpo, GRPO + " --algo reinforce --advantage running_mean --likelihood-coef 0.1 --kl-coef 0.1 "
-                                            "--kl k1_reward" + SELDOM)}
-STATES = [name for name in SCRIPTS if name != "masked"]     # whose checkpoints hold something of their own
+                                            "--kl k1_reward --eval-every 3")}
+STATES = [name for name in SCRIPTS if name not in ("masked", "sft")]        # whose checkpoints hold something of their own
 
-ONE_OF_EACH = ("pretrain", "sft", "grpo", "reward", "dpo", "group", "ppo", "distill")   # one run of every script
+ONE_OF_EACH = ("pretrain", "tuned", "grpo", "reward", "dpo", "group", "ppo", "distill")   # one run of every script
 
 
 def start(script, flags, out, *extra):
