@@ -139,7 +139,7 @@ def main(cfg: Config) -> None:
     tokenizer, (student, _) = run.tokenizer_from(start), run.policy_from(cfg, checkpoint, start, device)
     teacher = run.load_frozen(teacher_run, "policy", tokenizer, device)
     prompts = [tokenizer.render(problem.conversation) for problem in task.examples()]
-    run.check_fits_context(prompts, cfg.max_new_tokens, student, teacher)
+    run.check_fits_context(prompts, task.response_limit(cfg.max_new_tokens), student, teacher)
     context = min(student.config.context, teacher.config.context)
     records, *demonstrations = render_records(records, tokenizer, context, cfg.data or str(task), "response",
                                               skip_long=cfg.skip_long)

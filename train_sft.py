@@ -65,7 +65,7 @@ def main(cfg: Config) -> None:
     source = cfg.data or str(task)
     if cfg.data:
         split_records(records, source)          # or refused, before minutes are spent on another stage
-    device, checkpoint, tokenizer, model, _, _ = run.begin(cfg, "pretrain")
+    device, checkpoint, tokenizer, model, _, _ = run.begin(cfg, "pretrain", task=task)
     records, prompts, responses = render_records(records, tokenizer, model.config.context, source, "response",
                                                  reserve=cfg.max_new_tokens, skip_long=cfg.skip_long)
     training, heldout = split_records(records, source) if cfg.data else (list(range(len(records))), [])

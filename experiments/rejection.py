@@ -2,9 +2,9 @@
 
     python -m experiments.rejection             three seeds, from runs/sorter, which is made if it is missing
 
-192 problems get eight answers each, as many as a run of experiments/family.py samples. The best of eight is a right one, drawn
-among the right; a problem without any is left out. The control takes one of the eight answers to the same problems, right or
-wrong. What the two differ by is what the verifier says: fine-tuning itself, on more text of the policy's own, is in both.
+192 problems get eight answers each, 60 % of the answers of a run of experiments/family.py. The best of eight is a right one,
+drawn among the right; a problem without any is left out. The control takes one of the eight answers to the same problems, right
+or wrong. What the two differ by is what the verifier says: fine-tuning itself, on more text of the policy's own, is in both.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def evaluated(init: str, seed: int) -> tuple[float, float]:
 
 
 def fine_tuned(init: str, records: list[dict[str, str]], seed: int) -> tuple[float, float]:
-    """The accuracies after as many updates as a run of experiments/family.py makes, 48, of 32 answers each."""
+    """The accuracies after 48 updates of 32 answers each, 60 % of the updates of a run of experiments/family.py."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data = Path(folder) / "answers.jsonl"
         data.write_text("".join(json.dumps(record) + "\n" for record in records))

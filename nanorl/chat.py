@@ -6,8 +6,8 @@
 
 Each line is a prompt of its own: these models have never seen a conversation. A pretrained one has not seen a prompt either;
 it continues the line. Where a run was trained on a task with turns, its environment answers what the model does, as with a
-calculator, and the model goes on. While talking, these lines change a flag or end the talk; --raw makes them prompts, like all
-others:
+calculator, and the model goes on; an environment of your own does where you name it, --task FILE.py:NAME. While talking, these
+lines change a flag or end the talk; --raw makes them prompts, like all others:
 
     /temperature 0.5    /top_k 10    /top_p 0.9    /max_new_tokens 50    /show probs    /quit
 
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from nanorl import run
+from nanorl.decode import sampling_logits
 from nanorl.gpt import GPT
 from nanorl.ops import entropy_from_logits, log_softmax
-from nanorl.decode import sampling_logits
 from nanorl.sample import generate
-from nanorl.tasks import TASKS, Task, make_task
+from nanorl.tasks import TASKS, make_task
 from nanorl.tokenizer import Tokenizer
 from nanorl.turns import Episodes
 
@@ -45,6 +45,7 @@ class Config:
     top_k: run.Natural = 0      # draw from the k likeliest tokens; 0 is from all
     top_p: TopP = 1.0           # draw from the likeliest tokens that have this probability together
     max_new_tokens: run.Count = 140    # an answer longer than this is cut
+    task: str = ""              # whose environment answers, if it has turns (default: the run's, but for FILE.py:NAME)
     show: Literal["text", "probs"] = "text"    # probs: each token with its probability, entropy and likeliest alternatives
     raw: bool = False           # no commands: every line is a prompt
     seed: run.Natural = 0       # of the answers
@@ -87,12 +88,12 @@ def prompts() -> Iterator[str]:
 
 
 @torch.no_grad()
-def probabilities(model: GPT, tokens: Tensor, start: int, cfg: Config, tokenizer: Tokenizer) -> str:
-    """A line for each token from `start` on: its probability, the entropy of the distribution that it was drawn from, and the
-    likeliest alternatives. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T]"""
-    logits = model.head(model.hidden(tokens[None, :-1])[0, start - 1 :])                    # [response, V]
+def probabilities(model: GPT, tokens: Tensor, mask: Tensor, cfg: Config, tokenizer: Tokenizer) -> str:
+    """A line for each token that was sampled: its probability, the entropy of the distribution that it was drawn from, and the
+    likeliest alternatives. Greedily nothing is drawn; then the distribution is the model's own.       tokens [T], mask [T-1]"""
+    logits = model.head(model.hidden(tokens[None, :-1])[0, mask])                           # [sampled, V]
     logits = sampling_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p) if cfg.temperature else logits.float()
-    logp, ids = log_softmax(logits), tokens[start:]
+    logp, ids = log_softmax(logits), tokens[1:][mask]
     best_logp, best = (x[:, :4] for x in logp.sort(descending=True, stable=True))           # the token may be one of them
     table = (ids, logp.gather(-1, ids[:, None]).squeeze(-1), entropy_from_logits(logits), best, best_logp)
     lines = [f"{'token':>14}  probability  entropy  instead"]
@@ -114,8 +115,9 @@ def main(cfg: Config) -> None:
     checkpoint = run.load_checkpoint(cfg.checkpoint, "policy")
     tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
     pretrained = "text" in checkpoint["config"]         # only train_pretrain.py has that flag
-    task = checkpoint["config"].get("task", "")
-    task = make_task(task) if TASKS.get(task.partition("-")[0], Task).max_actions > 1 else None      # its environment answers
+    trained = checkpoint["config"].get("task", "")
+    ours = trained.partition("-")[0] in TASKS           # else a file's, which runs only where --task names it
+    task = make_task(cfg.task or (trained if ours else "addition"), needs_verifier=False)
     piped = not at_the_keyboard()
     if not piped:
         print(f"{cfg.checkpoint} {'continues' if pretrained else 'answers'} what you write. /quit to leave; "
@@ -131,7 +133,7 @@ def main(cfg: Config) -> None:
             ids = [tokenizer.bos, *tokenizer.encode(line)] if pretrained else tokenizer.render(line)
             limit = max(1, min(cfg.max_new_tokens, model.config.context - len(ids)))
             turns = {}
-            if task:
+            if task.max_actions > 1:        # its environment answers
                 problem = replace(task.draw(Random(run.derive(cfg.seed, number))), prompt=line)
                 turns = {"observe": Episodes(task, tokenizer, [problem], [[]]).observe,
                          "max_episode_tokens": max(1, min(task.max_episode_tokens, model.config.context - len(ids)))}
@@ -139,7 +141,7 @@ def main(cfg: Config) -> None:
                 said = generate(model, [ids], max_new_tokens=limit, temperature=cfg.temperature, top_k=cfg.top_k,
                                 top_p=cfg.top_p, stop_ids=tokenizer.stop_ids, seed=run.derive(cfg.seed, number), **turns)
                 if cfg.show == "probs":
-                    text = probabilities(model, said.tokens[0], len(ids), cfg, tokenizer) + "\n" * piped
+                    text = probabilities(model, said.tokens[0], said.mask[0], cfg, tokenizer) + "\n" * piped
                 else:
                     text = tokenizer.decode(said.responses()[0]) + ("" if said.finished[0] else " ...")
                     text = text.replace("\n", r"\n") if piped else text

@@ -55,7 +55,7 @@ def training_records(path: str, task: Task) -> list[dict[str, str]]:
 
 
 def which_fit(rendered: list[list[list[int]]], places: list[str], source: str, context: int, reserve: int = 0,
-              skip_long: bool = False) -> list[int]:
+              reserved_by: str = "--max-new-tokens", skip_long: bool = False) -> list[int]:
     """Which records fit the model's context: the prompt with its longest response, and with `reserve` tokens to sample.
 
     rendered: token ids of the prompts, of their responses, of other responses. With `skip_long` a line says how many do not
@@ -67,7 +67,7 @@ def which_fit(rendered: list[list[list[int]]], places: list[str], source: str, c
         if len(prompt) + response <= context:
             kept.append(i)
         else:
-            more = f" + {'--max-new-tokens ' if response == reserve else ''}{response}" if len(prompt) < context else ""
+            more = f" + {f'{reserved_by} ' if response == reserve else ''}{response}" if len(prompt) < context else ""
             long.append(f"{places[i]}: {len(prompt)} tokens{more}")
     if long and not (skip_long and kept):
         refuse(source, long, f"prompt and response within the model's context of {context}; --skip-long leaves out the others")
@@ -94,7 +94,7 @@ def render_records(records: list[dict], tokenizer: Tokenizer, context: int, sour
     places = [getattr(record, "place", f"record {number}") for number, record in enumerate(records, start=1)]
     prompts = render_prompts(tokenizer, [record["prompt"] for record in records], places, source)
     rendered = [prompts, *([tokenizer.render_response(record[key]) for record in records] for key in keys)]
-    kept = which_fit(rendered, places, source, context, reserve, skip_long)
+    kept = which_fit(rendered, places, source, context, reserve, skip_long=skip_long)
     return *([part[i] for i in kept] for part in (records, *rendered)),
 
 

@@ -250,7 +250,9 @@ def one_update(log: Log) -> str | None:
 
 def loss_is_zero(log: Log) -> str | None:
     losses, gradients = log.values("train/loss"), log.values("train/grad_norm") + log.values("train/grad_norm_max")
-    known = log.one_update() and (log.flags.get("advantage"), log.flags.get("aggregate")) == ("zscore", "sequence_mean")
+    advantage, aggregate, bound, cut = map(log.flags.get, ("advantage", "aggregate", "bound", "truncated"))
+    known = (log.one_update() and (advantage, aggregate) == ("zscore", "sequence_mean") and bound in ("clip", "mask")
+             and cut != "mask" and not any(map(log.flag, ("kl_coef", "entropy_coef", "likelihood_coef"))))
     zero = max(map(abs, losses)) < 1e-6 if losses else known
     if zero and any(gradients) and log.values("rollout/reward"):
         return "The loss is 0 in every step, because the advantages of a group sum to 0; its gradient is not 0."

@@ -283,7 +283,7 @@ def load_runs(cfg: Config) -> list[Evaluation]:
         prompts = [tokenizer.render(problem.conversation) + (opening(task, tokenizer, problem, style) if style else [])
                    for problem in problems for style in styles]
         asked = [problem.prompt for problem in problems for _ in styles]
-        run.check_fits_context(prompts, sampling.max_new_tokens, model, reward_model, texts=asked)
+        run.check_fits_context(prompts, task.response_limit(sampling.max_new_tokens), model, reward_model, texts=asked)
         run.warn(run.cut_answers(task, tokenizer, sampling.max_new_tokens))
         evaluations.append(Evaluation(cfg, task, problems, path, model, tokenizer, reward_model, sampling))
     return evaluations

@@ -17,6 +17,7 @@ from torch import Tensor
 from nanorl.data import response_batch, shuffled_batch
 from nanorl.ops import AGGREGATES, center, leave_one_out, masked_sum, token_weights, zscore, zscore_batch
 from nanorl.run import Count, Natural, NonNegative, Positive, RolloutConfig, Share, flag_of, ranks
+from nanorl.tasks import make_task
 
 
 class Row(NamedTuple):
@@ -136,7 +137,10 @@ class FamilyConfig(RolloutConfig):
             self.require(value is not None or getattr(self, flag) is None, f"bound {flag}", "that bound does not use it")
             if value is not None:
                 self.default(flag, row.also.get(flag, value) if self.bound == row.bound else value)
-        self.default("overlong", row.also.get("overlong", 0.0))
+        turns = not self.data and make_task(self.task).max_actions > 1
+        self.default("overlong", 0.0 if turns else row.also.get("overlong", 0.0))
+        self.require(not (turns and self.overlong), "task overlong",
+                     "--max-new-tokens limits one action, not the episode; expected --overlong 0")
         if self.kl_coef:
             self.default("kl", row.also.get("kl", "k3"))
         for flag in ("kl", "refresh_reference"):

@@ -122,7 +122,7 @@ def first_step_check(experience: Experience, task: Task, stop_ids: set[int], sco
     off = (torch.stack([(t - g).norm() for t, g in zip(total, whole, strict=True)]).norm() / norm.clamp(min=0.01)).item()
     expect(off <= tol, f"the gradient of a batch and the sum of its parts' differ by {off:.2g} of the norm, expected at "
                              f"most {tol:.2g}: is something averaged inside the objective?")
-    unread = "" if task.reward or any(task.ballot(text) for text in experience.texts) else (
+    unread = "" if task.reward or any(task.ballot(text) for text in experience.answers) else (
         " But no response of this rollout has an answer that the verifier reads, so nothing can be learned from it: fine-tune "
         f"on responses like {task.direct(experience.problems[0], Random(0))[:60]!r} first.")
     return (f"First-step check: sampler and scorer agree to {parity:.1g} nats, ratios are 1 to {drift:.1g}, micro-batches add "

@@ -33,6 +33,7 @@ class Experience:
     rewards: Tensor             # [P, G], nan where a response could not be scored
     action_rewards: list[list[float]]       # [B] what they are sums of: a response is one action, an episode has several
     ends: list[str]             # [B] why no action follows: one of turns.ENDS
+    answers: list[str]          # [B] the last action of each episode: of one action, the whole text
     parts: dict[str, Tensor] = field(default_factory=dict)      # [P, G] each: what rewards are sums of, where it has names
     resampled: int = 0          # further groups that were sampled and not used ...
     resampled_tokens: int = 0   # ... and the tokens of their answers
@@ -55,7 +56,7 @@ def right_or_reward(task: Task, rewards: Tensor) -> Tensor:
 def lenient_values(experience: Experience) -> Tensor | None:
     """1 for an answer that is right in any format, else 0; None where the task reads one format only.       -> [P, G]"""
     P, G = experience.rewards.shape
-    values = [experience.task.lenient(experience.problems[row // G], text) for row, text in enumerate(experience.texts)]
+    values = [experience.task.lenient(experience.problems[row // G], text) for row, text in enumerate(experience.answers)]
     return None if None in values else torch.tensor(values).view(P, G)
 
 
@@ -90,9 +91,9 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
                            slots=sampling.slots, compile=sampling.compile, max_episode_tokens=task.max_episode_tokens,
                            observe=episodes.observe if task.max_actions > 1 else None)
         texts = [tokenizer.decode(openings[p] + ids) for p, ids in zip(rows, rollout.responses(), strict=True)]
-        each, parts, ends = episodes.grade(rollout)
+        each, parts, ends, answers = episodes.grade(rollout)
         rewards = torch.tensor([sum(row) for row in each]).view(len(mine), samples)
-        found = Experience(task, rollout, [problems[p] for p in mine], texts, rewards, each, ends,
+        found = Experience(task, rollout, [problems[p] for p in mine], texts, rewards, each, ends, answers,
                            {name: torch.tensor(part).view(len(mine), samples) for name, part in parts.items()})
     if ranks.count() == 1:
         return found
@@ -139,11 +140,11 @@ def _join(groups: list[tuple[Experience, int]]) -> Experience:
     tokens, mask, logp = (pad_sequence(rows(name), batch_first=True) for name in ("tokens", "mask", "logp"))
     prompt_lengths, lengths, finished = (torch.stack(rows(name)) for name in ("prompt_lengths", "lengths", "finished"))
     prompt_index = torch.arange(len(groups), device=tokens.device).repeat_interleave(G)
-    texts, action_rewards, ends = ([x for e, p in groups for x in getattr(e, name)[p * G : (p + 1) * G]]
-                                   for name in ("texts", "action_rewards", "ends"))
+    texts, action_rewards, ends, answers = ([x for e, p in groups for x in getattr(e, name)[p * G : (p + 1) * G]]
+                                            for name in ("texts", "action_rewards", "ends", "answers"))
     return Experience(first.task, Rollout(tokens, prompt_lengths, lengths, mask, logp, finished, prompt_index),
                       [e.problems[p] for e, p in groups], texts, torch.stack([e.rewards[p] for e, p in groups]),
-                      action_rewards, ends,
+                      action_rewards, ends, answers,
                       {name: torch.stack([e.parts.get(name, torch.full_like(e.rewards, torch.nan))[p] for e, p in groups])
                        for name in sorted({name for e, _ in groups for name in e.parts})})
 

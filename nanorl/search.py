@@ -139,7 +139,8 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task, problems: list[
         lenient.append(lenient_values(found))
         tokens.append(said.mask.sum(-1).cpu() + forced)
         logp.append(said.logp.sum(-1).cpu())
-        ballots += [task.ballot(text) if done else None for text, done in zip(found.texts, said.finished.tolist(), strict=True)]
+        ballots += [task.ballot(answer) if done else None
+                    for answer, done in zip(found.answers, said.finished.tolist(), strict=True)]
         if reward_model:
             learned.append(learned_rewards(reward_model, said, MICRO_BATCH).cpu())
     return Answers(torch.cat(values), torch.cat(tokens).view(shape), torch.cat(logp).view(shape),

@@ -43,13 +43,13 @@ class Episodes:
                 states.append(states[-1].after(action, text))
         return said
 
-    def grade(self, rollout: Rollout) -> tuple[list[list[float]], dict[str, list[float]], list[str]]:
+    def grade(self, rollout: Rollout) -> tuple[list[list[float]], dict[str, list[float]], list[str], list[str]]:
         """The rewards of each row's actions, nan where one could not be scored; what they are sums of, where it has names, for
-        the whole row; and why each row ended, one of ENDS."""
+        the whole row; why each row ended, one of ENDS; and the text of its last action."""
         actions, finished = rollout.actions(), rollout.finished.tolist()
         places = [(row, k) for row, said in enumerate(actions) for k in range(len(said))]
-        found, parts = grade(self.task, [self.states[row][k] for row, k in places],
-                             [self._text(row, k, actions[row][k]) for row, k in places],
+        texts = [self._text(row, k, actions[row][k]) for row, k in places]
+        found, parts = grade(self.task, [self.states[row][k] for row, k in places], texts,
                              [finished[row] or k < len(actions[row]) - 1 for row, k in places])
         rewards: list[list[float]] = [[] for _ in actions]
         sums = {name: [math.nan] * len(actions) for name in parts}
@@ -58,7 +58,9 @@ class Episodes:
             for name, part in parts.items():
                 if not math.isnan(part[i]):
                     sums[name][row] = part[i] + (0.0 if math.isnan(sums[name][row]) else sums[name][row])
-        return rewards, sums, [end if done else "truncated" for end, done in zip(self.ends, finished, strict=True)]
+        last = {row: text for (row, _), text in zip(places, texts, strict=True)}
+        ends = [end if done else "truncated" for end, done in zip(self.ends, finished, strict=True)]
+        return rewards, sums, ends, list(last.values())
 
     def _text(self, row: int, k: int, ids: list[int]) -> str:
         """The k-th action of a row, as the environment reads it."""

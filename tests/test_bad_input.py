@@ -99,6 +99,7 @@ BAD = [
         ("--advantage positive --kl-coef 0.1 --kl k1_reward", "--advantage positive"),
         ("--algo raft --group 1 --groups drop", "--group 1"),
         ("--task stories", "no verifier"), ("--overlong 2", "--overlong 2.0"),
+        ("--task calculator --overlong 0.1", "--overlong 0.1"),
         ("--skip --kl-coef 0.1", "--skip True --kl-coef"), ("--skip --entropy-coef 0.1", "--entropy-coef 0.1"),
         ("--init sft --likelihood-coef 0.1 --data longanswers.jsonl", "longanswers.jsonl, line ")]),
     *((train_reward, flags, named) for flags, named in [
@@ -113,6 +114,7 @@ BAD = [
         ("--online --data pairs.jsonl", "--data pairs.jsonl"), ("--online --judge verifier", "--judge verifier"),
         ("--online --task addition --judge model", "--judge model"), ("--task addition", "--task addition"),
         ("--task cooking", "--task cooking"), ("--init reward --data pairs.jsonl", "reward model"), ("--beta 0", "--beta 0.0"),
+        ("--loss kto --batch 1", "--batch 1"),
         ("--init sft --reward-model sft", "holds a policy"), ("--init sft --reward-model nowhere", "nowhere"),
         ("--online --init nowhere", "nowhere"), ("--data pairs.jsonl --reward-model reward", "--reward-model reward"),
         ("--init sft --data pairs.jsonl --max-new-tokens 999", "--max-new-tokens 999")]),

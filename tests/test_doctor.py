@@ -15,7 +15,8 @@ from nanorl.read_log import SURE, TREND, Log, compare, standard_error
 NAMES = {function.__name__.replace("_", "-"): level for level, functions in doctor.FINDINGS.items() for function in functions}
 STEPS = 30
 GRPO = {"lr": 1e-4, "epochs": 1, "minibatches": 1, "stale": 0, "advantage": "zscore", "aggregate": "sequence_mean",
-        "ratio": "token", "prompts": 32, "group": 8, "eval_problems": 500, "max_new_tokens": 80, "init": "nowhere"}
+        "ratio": "token", "bound": "clip", "prompts": 32, "group": 8, "eval_problems": 500, "max_new_tokens": 80,
+        "init": "nowhere"}
 
 
 def log(flags=(), evals=(), seed=0, steps=STEPS, noise=0.02, **metrics):
@@ -136,6 +137,12 @@ def test_a_healthy_run_has_notes_only():
     "solved": dict(rollout__reward=(0.8, 0.9), rollout__no_contrast=(0.3, 0.7))}.items()])
 def test_this_side_of_a_threshold_nothing_is_found(name, last_kept):
     assert name not in names(healthy(**last_kept))
+
+
+@pytest.mark.parametrize("flag, value", [("bound", "soft"), ("bound", "truncate"), ("bound", "none"), ("truncated", "mask"),
+                                         ("kl_coef", 0.1), ("entropy_coef", 0.01), ("likelihood_coef", 0.1)])
+def test_where_a_loss_is_not_known_to_be_zero_nothing_is_said(flag, value):
+    assert "loss-is-zero" not in names(healthy({flag: value}))
 
 
 @pytest.mark.parametrize("flags", [{"critic": "separate"}, {"teacher": "runs/grpo"}, {"advantage": "reward"}])

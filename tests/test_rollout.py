@@ -129,9 +129,9 @@ def test_whether_answers_fit_the_context_is_checked_with_the_longest_prompt():
     task = FileTask([(f"What is {n}?" + " and so on" * (n == 50), "1") for n in range(100)])
     prompts = [TOKENIZER.render(problem.prompt) for problem in task.examples()]
     longest = max(map(len, prompts))
-    run.check_fits_context(prompts, 64 - longest, MODEL)
+    run.check_fits_context(prompts, (64 - longest, "--limit"), MODEL)
     with pytest.raises(ValueError) as error:
-        run.check_fits_context(prompts, 65 - longest, MODEL)
+        run.check_fits_context(prompts, (65 - longest, "--limit"), MODEL)
     text = str(error.value)
     assert "\n" not in text and len(text) < 250 and str(65 - longest) in text and "64" in text
 
@@ -258,7 +258,7 @@ def experience_of(rewards: list[list[float]], lengths: list[int], finished: list
                       response_mask(torch.full((B,), 3), 3 + torch.tensor(lengths), T), torch.zeros(B, T - 1),
                       torch.tensor(finished), torch.arange(B) // len(rewards[0]))
     return Experience(task or Parity(), rollout, [Problem(f"p{n}", "") for n in range(len(rewards))], texts,
-                      torch.tensor(rewards), [[r] for row in rewards for r in row], ["done"] * B)
+                      torch.tensor(rewards), [[r] for row in rewards for r in row], ["done"] * B, texts)
 
 
 def described(experience):

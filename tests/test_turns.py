@@ -19,17 +19,22 @@ from test_rollout import TOKENIZER as ORDINARY
 from torch.testing import assert_close
 from world import ROOT, metrics, start
 
+import train_distill
 import train_dpo
+import train_group_dpo
 import train_grpo
 import train_ppo
+import train_sft
 from experiments.turns import encoded_again
 from nanorl import chat, evaluate, run
 from nanorl.data import response_mask
 from nanorl.first_step import FirstStepCheckFailed, first_step_check
 from nanorl.ops import gae, token_weights
-from nanorl.rollout import describe, sample_and_grade, score_rollout
+from nanorl.rollout import describe, lenient_values, sample_and_grade, score_rollout
 from nanorl.sample import Sampling, generate, token_log_probs
+from nanorl.search import sample_answers
 from nanorl.tasks import Problem, Task, make_task
+from nanorl.tasks.rewards import RewardFunction
 from nanorl.tokenizer import Tokenizer
 from nanorl.turns import ENDS, Episodes
 
@@ -379,7 +384,116 @@ def test_processes_share_episodes(monkeypatch):
         assert torch.equal(getattr(both.rollout, name), getattr(whole.rollout, name))
 
 
+def test_a_vote_and_a_lenient_reader_get_the_last_action():
+    """Not what was said before it, nor the observations."""
+    task = World()
+    task.ballot, task.lenient = (lambda text: text), (lambda problem, text: len(text))
+    found = play(task, prompts=8, seed=2)
+    last = [TOKENIZER.decode(said[-1]) for said in found.rollout.actions()]
+    assert found.answers == last != found.texts
+    assert lenient_values(found).flatten().tolist() == list(map(len, last))
+    problems = [task.draw(Random(f"2 {i}")) for i in range(8)]
+    votes = sample_answers(MODEL, TOKENIZER, task, problems, Sampling(5), samples=3, seed=0, purpose="x").ballots
+    again = sample_and_grade(MODEL, TOKENIZER, task, problems, Sampling(5), samples=3, seed=run.derive(0, "x", 0))
+    assert [ballot for each in votes for ballot in each] == [
+        text if done else None for text, done in zip(again.answers, again.rollout.finished, strict=True)]
+
+
+def test_a_reward_function_reads_the_record_of_the_question():
+    seen = []
+    judge = RewardFunction(lambda *given: seen.append(given), "judge")
+    for problem, record in ((Problem("2+2?", "4"), {"prompt": "2+2?", "answer": "4"}),
+                            (Problem("2+2?", "4", record={"level": 1}), {"level": 1})):
+        judge.score(problem, "calc(2+2)")
+        judge.score(problem.after("calc(2+2)", "four"), "4")
+        assert seen[-2:] == [("2+2?", "calc(2+2)", record), ("four", "4", record)]
+
+
 # ---- Runs ----
+
+OWN = '''
+from nanorl.tasks import FileTask, Problem, Task
+
+
+class Long(Task):
+    name, max_actions, max_episode_tokens = "long", 2, 300
+
+    def draw(self, rng):
+        return Problem(f"Say {rng.randrange(99)}.", "1")
+
+    def work(self, state, rng):
+        return "Answer: 1"
+
+    def observe(self, state, action):
+        return "more"
+
+
+class Short(Long):
+    max_episode_tokens = 40
+
+
+class Once(Long):
+    max_actions = 1
+
+
+class Endless(Long):
+    max_episode_tokens = None
+
+
+class Rows(FileTask):
+    max_actions, max_episode_tokens, observe = 3, 250, Long.observe
+
+
+rows = Rows([(f"Say {n}.", "1") for n in range(40)])
+'''
+
+
+@pytest.mark.parametrize("script, flags, name, says", [
+    (train_grpo, "--init sft", "Long", "task long, max_episode_tokens 300: with prompts of up to "),
+    (train_sft, "--init pretrain --demonstrations 9", "Long", "task long, max_episode_tokens 300: with prompts of up to "),
+    (train_distill, "--init sft --teacher sft", "Long", "task long, max_episode_tokens 300: with prompts of up to "),
+    (train_group_dpo, "--init sft", "rows", "tokens + task file, max_episode_tokens 250"),
+    (evaluate, "", "Long", "task long, max_episode_tokens 300: with prompts of up to "),
+    (train_grpo, "--init sft", "Once", "observe`, but max_actions is 1"),
+    (evaluate, "", "Endless", "expected max_episode_tokens")])
+def test_what_an_environment_says_of_its_limits_is_checked_before_it_is_played(script, flags, name, says, inside, tmp_path,
+                                                                               capsys):
+    (tmp_path / "own.py").write_text(OWN)
+    task = f"--task {tmp_path}/own.py:{name} --device cpu --max-new-tokens 8"
+    with pytest.raises(SystemExit):
+        if script == evaluate:
+            evaluate.main(run.parse(evaluate.Config, f"sft {task}".split()))
+        else:
+            start(script, f"{flags} {task}", tmp_path / "out")
+    assert says in capsys.readouterr().err and not (tmp_path / "out/ckpt.pt").exists()
+
+
+def test_an_episode_has_no_overlong_penalty():
+    assert [train_grpo.Config(init="x", algo="dapo", task=task).overlong for task in ("calculator", "addition")] == [0, 0.2]
+
+
+def test_a_chat_plays_the_environment_of_a_file_that_is_named(inside, tmp_path, monkeypatch, capsys):
+    """And shows the probabilities of what was sampled. A file that only the run names is not run."""
+    (tmp_path / "own.py").write_text(OWN)
+    checkpoint = run.load_checkpoint("sft", "policy")
+    checkpoint["config"]["task"] = f"{tmp_path}/own.py:Missing"
+    monkeypatch.setattr("nanorl.run.load_checkpoint", lambda *_: checkpoint)
+    tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, torch.device("cpu"))
+    shown = []
+    for flags in ("", f" --task {tmp_path}/own.py:Short"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Say 1.\n"))
+        chat.main(run.parse(chat.Config, f"sft --show probs --device cpu --max-new-tokens 12{flags}".split()))
+        shown.append(capsys.readouterr().out.splitlines())
+    task, ids = make_task(f"{tmp_path}/own.py:Short"), tokenizer.render("Say 1.")
+    alone, said = (generate(model, [ids], max_new_tokens=12, stop_ids=tokenizer.stop_ids, seed=run.derive(0, 0), **turns)
+                   for turns in ({}, {"observe": Episodes(task, tokenizer, [Problem("Say 1.", "")], [[]]).observe,
+                                      "max_episode_tokens": 40}))
+    for lines, mask, tokens in zip(shown, (alone.mask[0], said.mask[0]), (alone.tokens[0], said.tokens[0]), strict=True):
+        rows = lines[1 : lines.index("", 1)] if "" in lines else lines[1:]
+        assert len(rows) == int(mask.sum())
+        for row, token in zip(rows, tokens[1:][mask].tolist(), strict=True):
+            assert row.lstrip().startswith(chat.shown(tokenizer, token))
+    assert len(said.actions()[0]) == 2 and len(alone.actions()[0]) == 1
 
 TURNS = ("--steps 2 --prompts 3 --group 4 --init sft --eval-every 2 --eval-problems 3 --save-every 1 --quiet --device cpu "
          "--max-new-tokens 12 --task ")
@@ -400,6 +514,8 @@ def test_a_run_with_turns_resumes_bit_for_bit_and_shows_its_episodes(inside, tmp
             observed = [x is None for x in answer["before"]]
             assert observed == [x is None for x in answer["sampled"]] == [x is None for x in answer["after"]]
             assert all([not m for m in one["mask"]] == observed for one in answer["passes"])
+    example = re.search(r"```\n(import json\n.*?)```", (ROOT / "docs/view.md").read_text(), re.S)[1]
+    exec(example.replace("runs/grpo/rollouts.jsonl", str(tmp_path / "whole/rollouts.jsonl")), {})
 
 
 def test_the_environment_of_the_page_works():

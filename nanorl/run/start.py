@@ -113,14 +113,15 @@ def ensure_stage(cfg: RunConfig, stage: str, **flags: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_fits_context(prompts: list[list[int]], max_new_tokens: int, *models: GPT | ScalarGPT | None,
+def check_fits_context(prompts: list[list[int]], limit: tuple[int, str], *models: GPT | ScalarGPT | None,
                        texts: list[str] | None = None) -> None:
-    """UserError when these prompts and `max_new_tokens` do not fit the context of each of these models. Skips None. It shows
-    the longest of the `texts` of these prompts."""
+    """UserError when these prompts and responses up to the `limit`, a `Task.response_limit`, do not fit the context of each of
+    these models. Skips None. It shows the longest of the `texts` of these prompts."""
+    tokens, said_by = limit
     (longest, i), context = max((len(ids), i) for i, ids in enumerate(prompts)), min(m.config.context for m in models if m)
-    if longest + max_new_tokens > context:
+    if longest + tokens > context:
         shown = f", as {texts[i][:40]!r}" if texts else ""
-        raise UserError(f"--max-new-tokens {max_new_tokens}: with prompts of up to {longest} tokens{shown}, the model's "
+        raise UserError(f"{said_by} {tokens}: with prompts of up to {longest} tokens{shown}, the model's "
                         f"context of {context} has room for {max(0, context - longest)}")
 
 
@@ -187,13 +188,13 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     if task:
         asked = [problem.conversation for problem in task.examples()]
         places = task.places if isinstance(task, FileTask) else ["problem"] * len(asked)
-        prompts = render_prompts(tokenizer, asked, places, str(task))
+        prompts, limit = render_prompts(tokenizer, asked, places, str(task)), task.response_limit(cfg.max_new_tokens)
         if isinstance(task, FileTask):
             context = min(model.config.context for model in (start.policy, start.reward_model) if model)
-            task.keep(which_fit([prompts], task.places, task.name, context, cfg.max_new_tokens, cfg.skip_long))
+            task.keep(which_fit([prompts], task.places, task.name, context, *limit, skip_long=cfg.skip_long))
             print(f"{task.name}: {len(task.rows('train')):,} rows to train on; {len(task.rows('heldout')):,} are held out, by "
                   "the hash of their prompt, to evaluate with.")
         else:
-            check_fits_context(prompts, task.max_episode_tokens or cfg.max_new_tokens, start.policy, start.reward_model)
+            check_fits_context(prompts, limit, start.policy, start.reward_model)
         warn(cut_answers(task, tokenizer, cfg.max_new_tokens))
     return start

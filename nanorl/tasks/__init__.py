@@ -50,6 +50,11 @@ def make_task(name: str, needs_verifier: bool = True) -> Task:
         task = found() if callable(found) else found
         if not isinstance(task, Task):
             raise UserError(f"--task {name}: is {task!r:.60}; expected a Task, as nanorl.tasks has them, or Records(...)")
+        if task.max_actions == 1 and type(task).observe is not Task.observe:
+            raise UserError(f"--task {name}: it has `observe`, but max_actions is 1, so nothing is observed; expected more")
+        if task.max_actions > 1 and task.max_episode_tokens is None:
+            raise UserError(f"--task {name}: max_actions is {task.max_actions}, but the tokens of an episode have no limit; "
+                            "expected max_episode_tokens, of all actions and observations")
         return task
     family, dash, difficulty = name.partition("-")
     choices = {each: task for each, task in TASKS.items() if task.verifiable or not needs_verifier}

@@ -121,6 +121,12 @@ class Task:
         """What an evaluation means by the value of an answer."""
         return "accuracy" if self.right_reward is not None else "reward" if self.verifiable else "hidden reward"
 
+    def response_limit(self, max_new_tokens: int) -> tuple[int, str]:
+        """The most tokens that may follow a prompt, and what sets this limit: that of an episode, or else of one answer."""
+        if self.max_episode_tokens is None:
+            return max_new_tokens, "--max-new-tokens"
+        return self.max_episode_tokens, f"task {self}, max_episode_tokens"
+
     def draw(self, rng: Random) -> Problem:
         """A problem of either split."""
         raise NotImplementedError

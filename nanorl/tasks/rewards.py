@@ -34,7 +34,7 @@ class RewardFunction:
         return rewards
 
     def score(self, problem: Problem, response: str) -> Any:
-        record = problem.record or {"prompt": problem.prompt, "answer": problem.answer}
+        record = problem.record or {"prompt": problem.question or problem.prompt, "answer": problem.answer}
         try:
             return self.function(problem.prompt, response, dict(record))
         except (Exception, SystemExit) as e:
