@@ -261,9 +261,10 @@ def load_runs(cfg: Config) -> list[Evaluation]:
         check_can_draw(Path(cfg.plot))
     checkpoints = {path: run.load_checkpoint(path, "policy") for path in cfg.runs}
     trained = checkpoints[cfg.runs[0]]["config"]
-    if not cfg.task and not cfg.data and trained.get("data"):
-        raise UserError(f"{cfg.runs[0]}: was trained on {trained['data']}; say what to ask, with --task or --data")
     name = cfg.task or trained.get("task") or "addition"
+    own = trained.get("data") or (name if ".py:" in name else "")       # a program that a checkpoint names is not run unasked
+    if own and not cfg.task and not cfg.data:
+        raise UserError(f"{cfg.runs[0]}: was trained on {own}; say what to ask, with --task or --data")
     verifier = cfg.verifier or (trained.get("verifier") if cfg.data and not cfg.reward else None)
     task = run.choose_task(name, cfg.data, needs_verifier=False, verifier=verifier, reward=cfg.reward)
     if comparing := {"majority", "weighted", "direct", "worked"}.intersection(cfg.method):

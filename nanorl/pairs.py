@@ -47,10 +47,10 @@ def pair_rollout(prompts: list[list[int]], chosen: list[list[int]], rejected: li
     return _rollout(tokens, prompt_lengths, lengths, torch.arange(len(picks)).repeat(2)), rows
 
 
-def exchange(rollout: Rollout, asked: Tensor, answered: Tensor, limit: int) -> Rollout:
-    """The prompts of the rows `asked` [n], each followed by the response of a row of `answered` [n], cut at `limit` tokens."""
+def exchange(rollout: Rollout, prompt_rows: Tensor, response_rows: Tensor, limit: int) -> Rollout:
+    """The prompts of `prompt_rows` [n], each followed by the response of one of `response_rows` [n], cut at `limit` tokens."""
     starts = rollout.prompt_lengths
     rows = [torch.cat((rollout.tokens[i, : starts[i]], rollout.tokens[j, starts[j] : rollout.lengths[j]]))[:limit]
-            for i, j in zip(asked.tolist(), answered.tolist(), strict=True)]
+            for i, j in zip(prompt_rows.tolist(), response_rows.tolist(), strict=True)]
     lengths = rollout.lengths.new_tensor([len(row) for row in rows])
-    return _rollout(pad_sequence(rows, batch_first=True), starts[asked], lengths, rollout.prompt_index[asked])
+    return _rollout(pad_sequence(rows, batch_first=True), starts[prompt_rows], lengths, rollout.prompt_index[prompt_rows])

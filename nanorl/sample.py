@@ -40,7 +40,7 @@ class Rollout:
     lengths: Tensor          # [B] prompt and response, the stop token included
     mask: Tensor             # [B, T-1] True where tokens[:, t+1] was sampled: not in the prompt, nor in an observation
     logp: Tensor             # [B, T-1] log-prob of tokens[:, t+1] under the distribution it was drawn from; else 0
-    finished: Tensor         # [B] bool: the (last) answer has its stop token; else it was cut at max_new_tokens
+    finished: Tensor         # [B] bool: the (last) answer has its stop token; else it was cut at a limit
     prompt_index: Tensor     # [B] which prompt the row answers
 
     def to(self, device: str | torch.device) -> "Rollout":

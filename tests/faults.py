@@ -836,7 +836,7 @@ LOOPS = [
     Mutant("kto's reference point is that of the initial policy", DPO,
            "reference_point(rollout, pairs, reference)", "reference_point(rollout, pairs, initial_policy)"),
     Mutant("a response after another prompt keeps its own prompt's length", PAIRS,
-           "batch_first=True), starts[asked]", "batch_first=True), starts[answered]"),
+           "batch_first=True), starts[prompt_rows]", "batch_first=True), starts[response_rows]"),
     Mutant("DPO: chosen and rejected swapped where they are scored", DPO,
            "sums = *logp.sum(-1).chunk(2), *ref", "sums = *logp.sum(-1).chunk(2)[::-1], *ref"),
     Mutant("DPO: forgets the temperature", DPO,

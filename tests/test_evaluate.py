@@ -303,6 +303,16 @@ def test_the_figure_has_a_line_for_each_method(inside, tmp_path, monkeypatch):
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_program_that_a_checkpoint_names_is_not_run_unasked(inside, tmp_path, capsys):
+    (tmp_path / "theirs.py").write_text("raise SystemExit('ran')")
+    checkpoint = run.load_checkpoint("sft")
+    checkpoint["config"] |= {"task": f"{tmp_path}/theirs.py:Task", "data": ""}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(run.parse(evaluate.Config, [str(tmp_path)]))
+    assert exit.value.code == 2 and "theirs.py:Task; say what to ask, with --task or --data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flags", "named"), [
     ("", "runs"), ("nowhere", "nowhere"), ("reward", "policy"), ("sft --method best", "--method"),
     ("sft --alpha 2 0", "--alpha 2.0 0.0"), ("sft --n 0", "--n 0"), ("sft --steps x", "--steps"),

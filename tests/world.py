@@ -1,6 +1,5 @@
 """A tiny chain of every script, made once: what the tests of scripts, bad input and crashes start from."""
 
-import functools
 import json
 import multiprocessing
 from pathlib import Path
@@ -26,7 +25,6 @@ FRESH = multiprocessing.get_context("forkserver")       # its processes are fork
 FRESH.set_forkserver_preload(["pytest", "hypothesis", "torch._dynamo", "nanorl.evaluate"])
 STORIES = read_text(DATA / "stories_heldout.txt")[:8000]
 heldout.read_text = lambda path: STORIES           # what every evaluation of GRPO reads: as much as a test has the time for
-run.flags._help_and_groups = functools.cache(run.flags._help_and_groups)        # else it reads the source for every run
 TINY = " --eval-every 2 --save-every 1 --quiet --device cpu"
 EVAL = " --eval-problems 3 --max-new-tokens 16"
 PRETRAIN = "--steps 3 --batch 2 --length 32 --text text.txt --preset pico --vocab-size 300" + TINY

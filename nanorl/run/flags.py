@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -155,6 +156,7 @@ def _misfit(value: Any, hint: Any) -> str:
     return "" if type(value) is hint else f"a {hint.__name__}"
 
 
+@functools.cache
 def _help_and_groups(config_class: type) -> tuple[dict[str, str], dict[str, str]]:
     """The help text of each field, which is the comment after it, and its group, the last comment on a line of its own in the
     class that has the field first; "" if there is none."""
