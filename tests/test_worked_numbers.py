@@ -148,7 +148,8 @@ def chance_of_the_vote(n: int, p: float, ties: str) -> float:
     total = 0.0
     for k in range(n + 1):
         ballots, values = ["right"] * k + ["wrong"] * (n - k), [1.0] * k + [0.0] * (n - k)
-        won = float("right" in majority_vote(ballots)) if ties == "won" else vote_value(ballots, values, ties=ties)
+        winners = majority_vote(ballots)
+        won = {"won": "right" in winners, "draw": vote_value(ballots, values), "lost": list(winners) == ["right"]}[ties]
         total += math.comb(n, k) * p**k * (1 - p) ** (n - k) * won
     return total
 
