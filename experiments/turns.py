@@ -24,6 +24,7 @@ from nanorl.data import pad, response_mask
 from nanorl.log import read_metrics
 from nanorl.ops import token_weights
 from nanorl.plot import PALETTE
+from nanorl.rollout import collect as collect_episodes
 from nanorl.rollout import sample_and_grade
 from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import make_task
@@ -41,9 +42,8 @@ KEYS = {"calculator": (("eval/accuracy_sampled", "-"), ("eval/worked", "--")), "
 
 def make(out: Path, names: list[str]) -> None:
     """The runs whose names begin with one of these, from a fine-tuned model of their task."""
-    for name, flags in (("sft-guess", "--task guess"), ("sft-calculator-250", "--task calculator"),
-                        ("sft-calculator", f"--task calculator --steps 150 --init {out}/sft-calculator-250")):
-        train_all([(out / name, "train_sft.py", f"{flags} --eval-problems 200 --eval-every 1000")], 1)
+    for task in ("guess", "calculator"):
+        train_all([(out / f"sft-{task}", "train_sft.py", f"--task {task} --eval-problems 200 --eval-every 1000")], 1)
     train_all([(out / f"{name}-{seed}", command.split()[0],
                 f"{command.partition(' ')[2]} --init {out}/sft-{name.partition('-')[2]} --seed {seed}")
                for seed in SEEDS for name, command in RUNS.items() if name.startswith(tuple(names))], 1)
@@ -122,22 +122,30 @@ def faults(out: Path, task_name: str) -> dict[str, float]:
             "moved by counting observations in lengths": moved(gradient(policy, rollout, adv, mask, whole.sum(-1)))}
 
 
-def trained_on_observations(out: Path, steps: int = 8) -> list[float]:
-    """The rewards of the first steps of grpo-calculator, seed 0, whose mask has all that follows the prompt."""
-    sound, folder = train_grpo.collect, out / "trained-on-observations"
-
-    def collect(*args, **kwargs):
-        found = sound(*args, **kwargs)
-        mask = response_mask(found.rollout.prompt_lengths, found.rollout.lengths, found.rollout.tokens.shape[1])
-        return replace(found, rollout=replace(found.rollout, mask=mask))
-
-    train_grpo.collect = collect
+def run_with(out: Path, name: str, steps: int = 8, **faulty) -> list[float]:
+    """The rewards of the first steps of a run of GRPO, seed 0, with these functions in place of those of train_grpo."""
+    task, folder = name.partition("-")[2], out / "-".join([name, *faulty])
+    sound = {function: getattr(train_grpo, function) for function in faulty}
+    vars(train_grpo).update(faulty)
     try:
-        flags = f"--task calculator --steps {steps} --lr 3e-4 --eval-problems 20 --eval-every 100 --no-selfcheck --quiet"
-        train_grpo.main(run.parse(train_grpo.Config, [*flags.split(), "--init", f"{out}/sft-calculator", "--out", str(folder)]))
+        flags = f"{RUNS[name].partition(' ')[2]} --steps {steps} --eval-problems 20 --eval-every 100 --no-selfcheck --quiet"
+        train_grpo.main(run.parse(train_grpo.Config, [*flags.split(), "--init", f"{out}/sft-{task}", "--out", str(folder)]))
     finally:
-        train_grpo.collect = sound
+        vars(train_grpo).update(sound)
     return [line["rollout/reward"] for line in read_metrics(folder) if "rollout/reward" in line]
+
+
+def collect_with_observations(*args, **kwargs):
+    """Experience whose mask has all that follows the prompt."""
+    found = collect_episodes(*args, **kwargs)
+    mask = response_mask(found.rollout.prompt_lengths, found.rollout.lengths, found.rollout.tokens.shape[1])
+    return replace(found, rollout=replace(found.rollout, mask=mask))
+
+
+def weights_by_span(mask, *args):
+    """The weights of tokens, as if a row's length was counted from its first sampled token to its last."""
+    span = mask.shape[-1] - mask.int().argmax(-1) - mask.flip(-1).int().argmax(-1)
+    return token_weights(mask, *args) * (mask.sum(-1) / span)[:, None]
 
 
 def draw(results: dict) -> None:
@@ -166,7 +174,8 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}, "faults": {}}
     if args.faults:
         kept["faults"] = {task: faults(out, task) for task in ("calculator", "guess")}
-        kept["trained on observations"] = trained_on_observations(out)
+        kept["trained on observations"] = run_with(out, "grpo-calculator", collect=collect_with_observations)
+        kept["observations counted in lengths"] = run_with(out, "grpo-guess", token_weights=weights_by_span)
     elif args.draw:
         kept["runs"] = collect(out)
         draw(kept["runs"])
