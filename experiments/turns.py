@@ -24,17 +24,17 @@ from nanorl.data import pad, response_mask
 from nanorl.log import read_metrics
 from nanorl.ops import token_weights
 from nanorl.plot import PALETTE
-from nanorl.rollout import collect as collect_episodes
 from nanorl.rollout import sample_and_grade
 from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import make_task
 
 SEEDS = (0, 1, 2)
 EVALUATED = "--eval-problems 200 --eval-every"
-RUNS = {"grpo-calculator": f"train_grpo.py --task calculator --steps 30 --lr 3e-4 {EVALUATED} 10",
+RUNS = {"grpo-calculator": f"train_grpo.py --task calculator --steps 15 --lr 3e-4 {EVALUATED} 5",
         "ppo-calculator": f"train_ppo.py --task calculator --steps 15 --lr 3e-4 --best-of 0 {EVALUATED} 5",
-        "grpo-guess": f"train_grpo.py --task guess --steps 60 --lr 1e-3 --minibatches 2 {EVALUATED} 15",
-        "ppo-guess": f"train_ppo.py --task guess --steps 60 --lr 5e-4 --best-of 0 {EVALUATED} 15"}
+        "grpo-guess": f"train_grpo.py --task guess --steps 40 --prompts 64 --lr 5e-4 --minibatches 2 {EVALUATED} 20",
+        "ppo-guess": "train_ppo.py --task guess --steps 40 --lr 5e-4 --lam 0.95 --epochs 1 --minibatches 4 --best-of 0 "
+                     f"{EVALUATED} 20"}
 RESULTS, FIGURE = ROOT / "experiments/results/turns.json", ROOT / "docs/figures/turns.png"
 OPTIMUM = 135 / 32      # guesses by bisection
 KEYS = {"calculator": (("eval/accuracy_sampled", "-"), ("eval/worked", "--")), "guess": (("rollout/reward", "-"),)}    # drawn
@@ -59,8 +59,7 @@ def collect(out: Path) -> dict:
                 curves = {key: [[line["step"], line[key]] for line in lines if line.get(key) is not None]
                           for key in ("rollout/reward", "rollout/worked", "rollout/turns", "eval/accuracy_sampled",
                                       "eval/accuracy_greedy", "eval/reward", "eval/turns", "eval/worked")}
-                seconds = sum(line.get("time/step_s", 0) for line in lines)
-                results.setdefault(name, []).append({"seed": seed, "seconds": seconds} | {k: v for k, v in curves.items() if v})
+                results.setdefault(name, []).append({"seed": seed} | {k: v for k, v in curves.items() if v})
     return results
 
 
@@ -122,30 +121,22 @@ def faults(out: Path, task_name: str) -> dict[str, float]:
             "moved by counting observations in lengths": moved(gradient(policy, rollout, adv, mask, whole.sum(-1)))}
 
 
-def run_with(out: Path, name: str, steps: int = 8, **faulty) -> list[float]:
-    """The rewards of the first steps of a run of GRPO, seed 0, with these functions in place of those of train_grpo."""
-    task, folder = name.partition("-")[2], out / "-".join([name, *faulty])
-    sound = {function: getattr(train_grpo, function) for function in faulty}
-    vars(train_grpo).update(faulty)
+def trained_on_observations(out: Path, steps: int = 8) -> list[float]:
+    """The rewards of the first steps of grpo-calculator, seed 0, whose mask has all that follows the prompt."""
+    sound, folder = train_grpo.collect, out / "trained-on-observations"
+
+    def collect(*args, **kwargs):
+        found = sound(*args, **kwargs)
+        mask = response_mask(found.rollout.prompt_lengths, found.rollout.lengths, found.rollout.tokens.shape[1])
+        return replace(found, rollout=replace(found.rollout, mask=mask))
+
+    train_grpo.collect = collect
     try:
-        flags = f"{RUNS[name].partition(' ')[2]} --steps {steps} --eval-problems 20 --eval-every 100 --no-selfcheck --quiet"
-        train_grpo.main(run.parse(train_grpo.Config, [*flags.split(), "--init", f"{out}/sft-{task}", "--out", str(folder)]))
+        flags = f"--task calculator --steps {steps} --lr 3e-4 --eval-problems 20 --eval-every 100 --no-selfcheck --quiet"
+        train_grpo.main(run.parse(train_grpo.Config, [*flags.split(), "--init", f"{out}/sft-calculator", "--out", str(folder)]))
     finally:
-        vars(train_grpo).update(sound)
+        train_grpo.collect = sound
     return [line["rollout/reward"] for line in read_metrics(folder) if "rollout/reward" in line]
-
-
-def collect_with_observations(*args, **kwargs):
-    """Experience whose mask has all that follows the prompt."""
-    found = collect_episodes(*args, **kwargs)
-    mask = response_mask(found.rollout.prompt_lengths, found.rollout.lengths, found.rollout.tokens.shape[1])
-    return replace(found, rollout=replace(found.rollout, mask=mask))
-
-
-def weights_by_span(mask, *args):
-    """The weights of tokens, as if a row's length was counted from its first sampled token to its last."""
-    span = mask.shape[-1] - mask.int().argmax(-1) - mask.flip(-1).int().argmax(-1)
-    return token_weights(mask, *args) * (mask.sum(-1) / span)[:, None]
 
 
 def draw(results: dict) -> None:
@@ -174,8 +165,7 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}, "faults": {}}
     if args.faults:
         kept["faults"] = {task: faults(out, task) for task in ("calculator", "guess")}
-        kept["trained on observations"] = run_with(out, "grpo-calculator", collect=collect_with_observations)
-        kept["observations counted in lengths"] = run_with(out, "grpo-guess", token_weights=weights_by_span)
+        kept["trained on observations"] = trained_on_observations(out)
     elif args.draw:
         kept["runs"] = collect(out)
         draw(kept["runs"])
