@@ -30,10 +30,11 @@ from nanorl.tasks import make_task
 
 SEEDS = (0, 1, 2)
 EVALUATED = "--eval-problems 200 --eval-every"
-RUNS = {"grpo-calculator": f"train_grpo.py --task calculator --steps 30 --lr 3e-4 {EVALUATED} 10",
+RUNS = {"grpo-calculator": f"train_grpo.py --task calculator --steps 15 --lr 3e-4 {EVALUATED} 5",
         "ppo-calculator": f"train_ppo.py --task calculator --steps 15 --lr 3e-4 --best-of 0 {EVALUATED} 5",
-        "grpo-guess": f"train_grpo.py --task guess --steps 60 --lr 1e-3 --minibatches 2 {EVALUATED} 15",
-        "ppo-guess": f"train_ppo.py --task guess --steps 60 --lr 5e-4 --best-of 0 {EVALUATED} 15"}
+        "grpo-guess": f"train_grpo.py --task guess --steps 40 --prompts 64 --lr 5e-4 --minibatches 2 {EVALUATED} 20",
+        "ppo-guess": "train_ppo.py --task guess --steps 40 --lr 5e-4 --lam 0.95 --epochs 1 --minibatches 4 --best-of 0 "
+                     f"{EVALUATED} 20"}
 RESULTS, FIGURE = ROOT / "experiments/results/turns.json", ROOT / "docs/figures/turns.png"
 OPTIMUM = 135 / 32      # guesses by bisection
 KEYS = {"calculator": (("eval/accuracy_sampled", "-"), ("eval/worked", "--")), "guess": (("rollout/reward", "-"),)}    # drawn
@@ -41,9 +42,8 @@ KEYS = {"calculator": (("eval/accuracy_sampled", "-"), ("eval/worked", "--")), "
 
 def make(out: Path, names: list[str]) -> None:
     """The runs whose names begin with one of these, from a fine-tuned model of their task."""
-    for name, flags in (("sft-guess", "--task guess"), ("sft-calculator-250", "--task calculator"),
-                        ("sft-calculator", f"--task calculator --steps 150 --init {out}/sft-calculator-250")):
-        train_all([(out / name, "train_sft.py", f"{flags} --eval-problems 200 --eval-every 1000")], 1)
+    for task in ("guess", "calculator"):
+        train_all([(out / f"sft-{task}", "train_sft.py", f"--task {task} --eval-problems 200 --eval-every 1000")], 1)
     train_all([(out / f"{name}-{seed}", command.split()[0],
                 f"{command.partition(' ')[2]} --init {out}/sft-{name.partition('-')[2]} --seed {seed}")
                for seed in SEEDS for name, command in RUNS.items() if name.startswith(tuple(names))], 1)
@@ -59,8 +59,7 @@ def collect(out: Path) -> dict:
                 curves = {key: [[line["step"], line[key]] for line in lines if line.get(key) is not None]
                           for key in ("rollout/reward", "rollout/worked", "rollout/turns", "eval/accuracy_sampled",
                                       "eval/accuracy_greedy", "eval/reward", "eval/turns", "eval/worked")}
-                seconds = sum(line.get("time/step_s", 0) for line in lines)
-                results.setdefault(name, []).append({"seed": seed, "seconds": seconds} | {k: v for k, v in curves.items() if v})
+                results.setdefault(name, []).append({"seed": seed} | {k: v for k, v in curves.items() if v})
     return results
 
 

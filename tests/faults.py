@@ -1076,6 +1076,8 @@ LOOPS = [
     Mutant("an episode goes on beyond its number of actions", TURNS, " or len(states) == self.task.max_actions", ""),
     Mutant("only the last action's reward counts", ROLLOUT, "sum(row) for row in each", "row[-1] for row in each"),
     Mutant("the guessing game says higher for lower", ENVIRONMENTS, '"higher" if guess < number', '"higher" if guess > number'),
+    Mutant("the guessing game forgets earlier guesses", ENVIRONMENTS,
+           '[*(text for role, text in state.before if role == "assistant"), action]', "[action]"),
     Mutant("the calculator answers what is no call", ENVIRONMENTS, "if not call:\n            return None",
            'if not call:\n            return "error"'),
     Mutant("a demonstrated episode ends after its first action", TASKS,

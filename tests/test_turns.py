@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_ranks import assert_same_run, on_two_processes
 from test_rollout import MODEL
 from test_rollout import TOKENIZER as ORDINARY
 from torch.testing import assert_close
-from world import ROOT, metrics, start
+from world import ROOT, SCRIPTS, metrics, start
 
 import train_distill
 import train_dpo
@@ -33,7 +34,7 @@ from nanorl.ops import gae, token_weights
 from nanorl.rollout import describe, lenient_values, sample_and_grade, score_rollout
 from nanorl.sample import Sampling, generate, token_log_probs
 from nanorl.search import sample_answers
-from nanorl.tasks import Problem, Task, make_task
+from nanorl.tasks import Guess, Problem, Task, make_task
 from nanorl.tasks.rewards import RewardFunction
 from nanorl.tokenizer import Tokenizer
 from nanorl.turns import ENDS, Episodes
@@ -278,7 +279,7 @@ def test_environments_are_total_and_bounded_on_any_string(name, action, rest):
         state = task.draw(Random(0))
         for _ in range(3):
             said = task.observe(state, text)
-            assert said is None or len(said) <= 13
+            assert said is None or len(said) <= 18
             assert 0 <= task.verify(state, text) <= 1
             state = state.after(text, said or "")
 
@@ -300,12 +301,24 @@ def test_bisection_of_32_numbers_takes_4_22_guesses():
     for number in range(1, 33):
         state, low, high = Problem("", str(number)), 1, 32
         while len(state.before) < 20 and (said := task.observe(state, guess := str((low + high) // 2))):
-            low, high = (int(guess) + 1, high) if said == "higher" else (low, int(guess) - 1)
+            low, high = (int(guess) + 1, high) if "higher" in said else (low, int(guess) - 1)
             state = state.after(guess, said)
         guesses.append(1 + len(state.before) // 2)
         assert task.verify(state, guess) == pytest.approx(1 - (guesses[-1] - 1) / 10)
     assert sum(guesses) == 135
     assert sorted(guesses) == [1, *[2] * 2, *[3] * 4, *[4] * 8, *[5] * 16, 6]       # a tree of yes and no can hold no more
+
+
+@given(st.integers(1, 32), st.lists(st.one_of(st.integers(0, 40).map(str), st.text(max_size=3)), min_size=1, max_size=9))
+def test_what_guess_says_can_still_be_is_what_would_have_said_the_same(number, guesses):
+    """Of 1 to 32, the numbers that would have had every guess so far higher or lower as it was."""
+    task, state = make_task("guess"), Problem("", str(number))
+    valid = [int(guess) for guess in guesses if re.fullmatch("[1-9]|[12][0-9]|3[0-2]", guess) and int(guess) != number]
+    for guess in guesses:
+        state = state.after(guess, task.observe(state, guess) or "")
+    left = [n for n in range(1, 33) if all((guess < n) == (guess < number) and guess != n for guess in valid)]
+    said = task.observe(state, "")
+    assert said == f"no number, {left[0]} to {left[-1]}" and left == list(range(left[0], left[-1] + 1))
 
 
 def test_demonstrations_of_an_episode_are_one_record_for_each_action():
@@ -316,7 +329,11 @@ def test_demonstrations_of_an_episode_are_one_record_for_each_action():
         prompt = record["prompt"]
         if not isinstance(prompt, str):
             assert [m["role"] for m in prompt] == ["user", *["assistant", "user"] * (len(prompt) // 2)]
-            assert len(prompt) < 20 and all(m["content"] in ("higher", "lower") for m in prompt[2::2])
+            assert len(prompt) < 20
+            assert all(re.fullmatch("(higher|lower), [0-9]+ to [0-9]+", m["content"]) for m in prompt[2::2])
+    missed = sum(not low <= int(r["response"]) <= high for r in records if not isinstance(r["prompt"], str)
+                 for low, high in [map(int, re.findall("[0-9]+", r["prompt"][-1]["content"]))])
+    assert 0 < missed < 40          # most of one in ten
     calls = [r["response"] for r in make_task("calculator").demonstrations(300)]
     assert 0 < sum(c.startswith("calc") and "-" in c for c in calls) < sum(c.startswith("calc") for c in calls) < 150
 
@@ -496,19 +513,20 @@ def test_a_chat_plays_the_environment_of_a_file_that_is_named(inside, tmp_path, 
     assert len(said.actions()[0]) == 2 and len(alone.actions()[0]) == 1
 
 TURNS = ("--steps 2 --prompts 3 --group 4 --init sft --eval-every 2 --eval-problems 3 --save-every 1 --quiet --device cpu "
-         "--max-new-tokens 12 --task ")
+         "--max-new-tokens 12 --entropy-coef 0.1 --task guess ")
 
 
-@pytest.mark.parametrize("script, more", [(train_grpo, "guess --minibatches 2 --micro-batch 5"),
-                                          (train_ppo, "calculator --best-of 0")])
-def test_a_run_with_turns_resumes_bit_for_bit_and_shows_its_episodes(inside, tmp_path, script, more):
-    """A run of two steps, and one that stops after the first. What it keeps to look at has log-probs of actions alone."""
+@pytest.mark.parametrize("script, more, steps", [(train_grpo, "--minibatches 2 --micro-batch 5", 2),
+                                                 (train_grpo, "--stale 1", 3), (train_ppo, "--best-of 0", 2)])
+def test_a_run_with_turns_resumes_bit_for_bit_and_shows_its_episodes(inside, tmp_path, monkeypatch, script, more, steps):
+    """One that stops a step early goes on with its queue. What a run keeps to look at has log-probs of actions alone."""
+    monkeypatch.setattr(Guess, "max_actions", 3)
     flags = TURNS + more
-    start(script, flags, tmp_path / "whole")
-    start(script, flags.replace("--steps 2", "--steps 1"), tmp_path / "half")
-    start(script, "--resume --steps 2", tmp_path / "half")
-    assert metrics(tmp_path / "whole")[1] == metrics(tmp_path / "half")[-2]
-    assert metrics(tmp_path / "whole")[0]["rollout/turns"] >= 1
+    start(script, f"{flags} --steps {steps}", tmp_path / "whole")
+    start(script, f"{flags} --steps {steps - 1}", tmp_path / "half")
+    start(script, f"--resume --steps {steps}", tmp_path / "half")
+    assert metrics(tmp_path / "whole")[-2] == metrics(tmp_path / "half")[-2]
+    assert metrics(tmp_path / "whole")[-2]["train/grad_norm_max"] > 0 and metrics(tmp_path / "whole")[0]["rollout/turns"] > 1
     for line in map(json.loads, (tmp_path / "whole/rollouts.jsonl").read_text().splitlines()):
         for answer in line["answers"]:
             observed = [x is None for x in answer["before"]]
@@ -516,6 +534,17 @@ def test_a_run_with_turns_resumes_bit_for_bit_and_shows_its_episodes(inside, tmp
             assert all([not m for m in one["mask"]] == observed for one in answer["passes"])
     example = re.search(r"```\n(import json\n.*?)```", (ROOT / "docs/view.md").read_text(), re.S)[1]
     exec(example.replace("runs/grpo/rollouts.jsonl", str(tmp_path / "whole/rollouts.jsonl")), {})
+
+
+@pytest.mark.slow
+def test_a_run_with_turns_does_on_two_processes_what_it_does_on_one(inside, tmp_path):
+    names = ("grpo", "ppo")
+    on_two_processes(tmp_path, [(name, TURNS, tmp_path / f"{name}-two", None) for name in names])
+    for name in names:
+        start(SCRIPTS[name][0], TURNS, tmp_path / name)
+        assert_same_run(tmp_path / f"{name}-two", tmp_path / name)
+        first = metrics(tmp_path / name)[0]
+        assert first["rollout/turns"] > 1 and first["train/grad_norm_max"] > 0
 
 
 def test_the_environment_of_the_page_works():
@@ -542,7 +571,7 @@ def test_actions_that_are_encoded_again_may_be_other_ids():
 
 def test_chat_and_evaluate_play_episodes(inside, tmp_path, monkeypatch, capsys):
     """A chat with a run on the calculator shows what it said; power sampling and pairs refuse."""
-    start(train_grpo, TURNS.replace("--steps 2", "--steps 1") + "guess --no-selfcheck", tmp_path / "run")
+    start(train_grpo, TURNS + "--steps 1 --no-selfcheck", tmp_path / "run")
     checkpoint = run.load_checkpoint(tmp_path / "run", "policy")
     tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, torch.device("cpu"))
     monkeypatch.setattr("sys.stdin", io.StringIO("Guess.\n"))
