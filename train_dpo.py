@@ -153,7 +153,7 @@ class Config(run.PolicyConfig):
         self.require(self.online or self.judge is None, "judge", "pairs from a file are judged already; requires --online")
         self.require(not (self.online and self.data), "data", "with --online, pairs are sampled; leave one of the two out")
         self.require(not (self.data and self.reward_model), "reward_model", "it knows stories; leave it out with --data")
-        self.require(self.loss != "kto" or self.batch > 1, "loss batch", "z needs the prompt of another pair; expected 2")
+        self.require(self.loss != "kto" or self.batch > 1, "loss batch", "z needs another pair's prompt; expected 2 or more")
         if self.online:
             self.default("judge", "verifier" if task.verifiable else "model")
             self.require((self.judge == "verifier") == task.verifiable, "judge",
