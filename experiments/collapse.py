@@ -34,7 +34,7 @@ import torch
 import train_grpo
 from experiments.findings import Finding, main, mean_and_interval, panels, save, stage
 from experiments.runs import sorter
-from nanorl import family, rollout
+from nanorl import family, heldout, rollout
 from nanorl.doctor import diagnose
 from nanorl.read_log import Log, read_log
 from nanorl.ops import importance_ratio, log_softmax, logsumexp
@@ -149,7 +149,7 @@ def practise(init, faults, beta, seed, selfcheck, **flags):
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         for stream in (contextlib.redirect_stdout, contextlib.redirect_stderr):
             stack.enter_context(stream(io.StringIO()))
-        stack.enter_context(mock.patch.object(train_grpo, "read_text", return_value="No story."))
+        stack.enter_context(mock.patch.object(heldout, "read_text", return_value="No story."))
         if "k1" in faults:
             stack.enter_context(mock.patch.dict(family.KL_TERMS, {"k3": family.KLTerm("k1", "loss", "nothing")}))
         if "top-p" in faults:

@@ -28,6 +28,7 @@ import torch
 
 import train_grpo
 from experiments.findings import Finding, main, mean_and_interval, panels, save, stage
+from nanorl import heldout
 from nanorl.family import BANDS
 from nanorl.ops import center, log_softmax
 from nanorl.read_log import read_metrics
@@ -91,7 +92,7 @@ def exact_gap():
 def practise(init, lr, flags, lag, seed, updates, **tiny):
     """The share of right answers before each update of a GPT, and the mean share of tokens that the bound holds back."""
     with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
-          mock.patch.object(train_grpo, "read_text", return_value="No story.")):            # that it is evaluated on, too
+          mock.patch.object(heldout, "read_text", return_value="No story.")):            # that it is evaluated on, too
         cfg = train_grpo.Config(out=f"{folder}/run", init=init, seed=seed, lr=lr, stale=lag, steps=updates + lag, prompts=8,
                                 eval_every=1000, eval_problems=1, selfcheck=False, quiet=True, device="cpu", **flags, **tiny)
         train_grpo.main(cfg)
