@@ -78,7 +78,8 @@ def assert_same_run(out, name):
     assert [line.keys() for line in found] == [line.keys() for line in expected]
     for a, b in zip(found, expected, strict=True):
         for key in a:
-            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), (name, a["step"], key)
+            tied = a["step"] == 0 and key == "eval/pair_accuracy"       # of margins that are 0 but for rounding
+            assert tied or a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), (name, a["step"], key)
     a, b = (run.load_checkpoint(folder)["model"] for folder in (out, name))
     for key in a:
         assert a[key].isfinite().all() and ((a[key] - b[key]).abs() > 3e-3).float().mean() <= 1e-3, key
