@@ -137,8 +137,9 @@ class FamilyConfig(RolloutConfig):
             self.require(value is not None or getattr(self, flag) is None, f"bound {flag}", "that bound does not use it")
             if value is not None:
                 self.default(flag, row.also.get(flag, value) if self.bound == row.bound else value)
-        turns = not self.data and make_task(self.task).max_actions > 1
-        self.default("overlong", 0.0 if turns else row.also.get("overlong", 0.0))
+        penalty = row.also.get("overlong", 0.0)
+        turns = (self.overlong or penalty) and not self.data and make_task(self.task).max_actions > 1
+        self.default("overlong", 0.0 if turns else penalty)
         self.require(not (turns and self.overlong), "task overlong",
                      "--max-new-tokens limits one action, not the episode; expected --overlong 0")
         if self.kl_coef:

@@ -207,7 +207,7 @@ def describe(experience: Experience, kind: Literal["rollout", "eval"]) -> dict[s
     facts = {"reward": reward.nanmean(), "length": length.mean(),
              "truncated": 1 - experience.rollout.finished.cpu().double().mean()}
     if kind == "rollout":
-        facts["tokens"] = experience.rollout.mask.sum() + experience.resampled_tokens
+        facts["tokens"] = length.sum() + experience.resampled_tokens
     P, G = experience.rewards.shape
     if G > 1:
         facts["distinct"] = sum(len(set(experience.texts[p * G : (p + 1) * G])) for p in range(P)) / P
