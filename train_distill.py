@@ -99,7 +99,7 @@ class Config(run.PolicyConfig):
     top_k: run.Natural = 0      # compare only the teacher's k likeliest tokens, and the others as one; 0 is all
     prompts: run.Count = 32     # P, prompts per step
     group: run.Count = 4        # G, answers per prompt; with --on data, P x G demonstrations
-    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: 80; code 120)
+    max_new_tokens: run.Count | None = None    # an answer longer than this is cut (default: the task's own; addition 80)
     micro_batch: run.Count = 64  # rows in memory at a time, but at least one whole group
     eval_problems: run.Count = 500    # held-out problems
 
@@ -160,7 +160,7 @@ def main(cfg: Config) -> None:
           f"{teacher_value:.3f}.")
 
     def evaluate_now() -> dict[str, float]:
-        metrics = evaluate_and_show(out, student, tokenizer, task, sampling, reference=teacher)
+        metrics = evaluate_and_show(out, task, sampling, reference=teacher)
         metrics["eval/reverse_kl"] = metrics.pop("eval/answer_kl")
         with run.autocast(device, cfg.dtype):
             metrics["eval/forward_kl"] = answer_kl(teacher, student, teacher_answers.rollout, 1.0, cfg.micro_batch)
@@ -211,7 +211,7 @@ def main(cfg: Config) -> None:
 
     # 6. What the student has learned.
     out.finish(evaluate_now())
-    print(before_and_after(f"{cfg.eval_problems} held-out problems", out.metrics()))
+    print(before_and_after(out, task))
     print(f"  {'the teacher, sampled':37s} {teacher_value:8.3f}")
 
 

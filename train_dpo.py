@@ -42,7 +42,7 @@ from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import render_records, shuffled_batch
 from nanorl.heldout import before_and_after, evaluate_and_show, show_responses
 from nanorl.ops import bradley_terry, ranked_right
-from nanorl.pairs import PAIRS, exchange, pair_rollout, read_pairs, split_pairs
+from nanorl.pairs import PAIRS, pair_rollout, read_pairs, reference_point, split_pairs
 from nanorl.rollout import collect, describe, learned_rewards
 from nanorl.sample import Sampling, token_log_probs
 from nanorl.tasks import default_max_new_tokens, make_task
@@ -183,7 +183,7 @@ def main(cfg: Config) -> None:
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=32 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, loss=cfg.loss, beta=cfg.beta, label_noise=cfg.label_noise, delta=cfg.delta,
                              gamma=cfg.gamma, nll_coef=cfg.nll_coef)
-    source = f"fresh pairs, judged by the {cfg.judge}" if cfg.online else f"{len(training):,} pairs of {cfg.data or str(task)}"
+    source = f"fresh pairs, judge: {cfg.judge}" if cfg.online else f"{len(training):,} pairs of {cfg.data or str(task)}"
     print(f"{cfg.loss} on {source}, {cfg.batch} a step, on {device.type}."
           + (f" {len(heldout):,} are held out; {identical} more have equal responses and are left out." if records else ""))
 
@@ -211,16 +211,13 @@ def main(cfg: Config) -> None:
         reference_cache[picks] = reference_log_probs(initial_policy, *from_file(picks))
     reference_cache = run.ranks.summed(reference_cache)
 
-    @torch.no_grad()
-    def reference_point(rollout, pairs, ref_model):
-        """KTO's z: the mean of log(pi/ref) over all responses, each after the prompt of the next pair; never negative."""
-        total = torch.zeros((), device=device)
-        rows = torch.stack((pairs.roll(-1, 0), pairs), dim=-1).flatten(0, 1)        # [2N, 2] the prompt's, the response's
-        for part in run.ranks.parts(rows, 2 * cfg.micro_batch):
-            exchanged = exchange(rollout, *part.T, policy.config.context)
-            logp, ref_logp = (score(model, exchanged, slice(None))[0].sum(-1) for model in (policy, ref_model))
-            total += (logp - ref_logp).sum()
-        return max(0.0, float(sum_over_ranks({"z": total})["z"]) / max(pairs.numel(), 1))
+    def kto_z(rollout, pairs, ref_model):
+        """The reference point of kto on these pairs."""
+        def log_ratio(rollout):
+            logp, ref_logp = (score(model, rollout, slice(None))[0].sum(-1) for model in (policy, ref_model))
+            return logp - ref_logp
+
+        return reference_point(log_ratio, rollout, pairs, policy.config.context, 2 * cfg.micro_batch)
 
     def pair_loss(rollout, pairs, references, count, z, watched=None):
         """Loss and metrics of a few of `count` pairs."""
@@ -235,11 +232,10 @@ def main(cfg: Config) -> None:
     def evaluate_now():
         metrics, totals = {}, {}
         if cfg.data:
-            show_responses(out, policy, tokenizer, [records[i]["prompt"] for i in (heldout or training)[:4]])
+            show_responses(out, [records[i]["prompt"] for i in (heldout or training)[:4]])
         else:
-            metrics = evaluate_and_show(out, policy, tokenizer, task, sampling, reference=initial_policy,
-                                        reward_model=reward_model)
-        z = reference_point(*from_file(heldout), initial_policy) if cfg.loss == "kto" and heldout else 0.0
+            metrics = evaluate_and_show(out, task, sampling, reference=initial_policy, reward_model=reward_model)
+        z = kto_z(*from_file(heldout), initial_policy) if cfg.loss == "kto" and heldout else 0.0
         with torch.no_grad():
             for picks in run.ranks.parts(heldout, cfg.micro_batch):
                 add_metrics(totals, pair_loss(*from_file(picks), reference_cache[picks], len(heldout), z)[1])
@@ -272,7 +268,7 @@ def main(cfg: Config) -> None:
 
         # 4. Update. Both responses of a pair stay together; micro-batches add up to the step.
         started, totals = time.perf_counter(), {}
-        z = reference_point(rollout, pairs, reference) if cfg.loss == "kto" else 0.0
+        z = kto_z(rollout, pairs, reference) if cfg.loss == "kto" else 0.0
         for part in run.ranks.parts(pairs, cfg.micro_batch):
             if cfg.online or cfg.refresh_reference:
                 references = reference_log_probs(reference, rollout, part)
@@ -294,7 +290,7 @@ def main(cfg: Config) -> None:
 
     # 6. Held-out prompts and pairs, before and after.
     out.finish(evaluate_now())
-    print(before_and_after("held out", out.metrics()) + f"\nSaved in {cfg.out}.")
+    print(before_and_after(out) + f"\nSaved in {cfg.out}.")
 
 
 if __name__ == "__main__":

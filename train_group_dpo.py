@@ -29,7 +29,7 @@ import torch
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
-from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
+from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import bradley_terry, kl_k3, masked_sum
 from nanorl.rollout import collect, describe, right_or_reward, score_rollout
 from nanorl.sample import Sampling, token_log_probs
@@ -106,7 +106,7 @@ def main(cfg: Config) -> None:
             return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)
 
     def evaluate_now():
-        return evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference)
+        return evaluate_and_show(out, task, sampling, reference=reference)
 
     for step in out.steps():
         # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
@@ -161,7 +161,7 @@ def main(cfg: Config) -> None:
 
     # 7. Held-out problems, before and after.
     out.finish(evaluate_now())
-    print(before_and_after(f"{len(heldout_problems(task, cfg.eval_problems, cfg.seed))} held-out problems", out.metrics()))
+    print(before_and_after(out, task))
 
 
 if __name__ == "__main__":

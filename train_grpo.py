@@ -39,7 +39,7 @@ from nanorl import family, run
 from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
 from nanorl.data import render_records
 from nanorl.first_step import first_step_check, tolerance
-from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
+from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import (clipped_away, clipped_surrogate, importance_ratio, kl_k1, kl_k2, kl_k3, masked_sum, masked_surrogate,
                         overlong_penalty, sequence_ratio, soft_surrogate, token_weights, truncated_surrogate, zscore_batch)
 from nanorl.rollout import NoContrast, collect, describe, has_contrast, score_rollout
@@ -68,14 +68,14 @@ def objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None
     metrics = {"train/ratio_max": rho.max().clamp(min=1), "train/ratio_min": rho.min().clamp(max=1)}
     if bound == "clip":
         surrogate = clipped_surrogate(new, old, adv, clip_low, clip_high)                   # [B, T]
-        for name, held in zip(("low", "high"), clipped_away(rho, adv, clip_low, clip_high), strict=True):
-            metrics[f"train/clipped_{name}"] = masked_sum(held.float(), mask)
+        low, high = clipped_away(rho, adv, clip_low, clip_high)
+        metrics |= {"train/clipped_low": masked_sum(low, mask), "train/clipped_high": masked_sum(high, mask)}
     elif bound == "truncate":
         surrogate = truncated_surrogate(new, old, adv, cap=1 + clip_high)
-        metrics["train/capped"] = masked_sum((rho > 1 + clip_high).float(), mask)
+        metrics["train/capped"] = masked_sum(rho > 1 + clip_high, mask)
     elif bound == "mask":
         surrogate = masked_surrogate(new, old, adv, 1 - clip_low, 1 + clip_high)
-        metrics["train/masked"] = masked_sum(((rho < 1 - clip_low) | (rho > 1 + clip_high)).float(), mask)
+        metrics["train/masked"] = masked_sum((rho < 1 - clip_low) | (rho > 1 + clip_high), mask)
     elif bound == "soft":
         surrogate = soft_surrogate(new, old, adv)
     else:
@@ -161,7 +161,7 @@ def main(cfg: Config) -> None:
             return token_log_probs(policy, tokens, mask, temperature=cfg.temperature)
 
     def evaluate_now():
-        return evaluate_and_show(out, policy, tokenizer, task, sampling, stories=not cfg.data and ".py:" not in cfg.task)
+        return evaluate_and_show(out, task, sampling, stories=not cfg.data and ".py:" not in cfg.task)
 
     for step in out.steps():
         # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
@@ -174,27 +174,24 @@ def main(cfg: Config) -> None:
         with out.saved_on(NoContrast), run.autocast(device, cfg.dtype):
             fresh = collect(policy, tokenizer, task, sampling, prompts=cfg.prompts, samples=cfg.group,
                             seed=run.derive(cfg.seed, "rollout", step), resample=cfg.groups == "resample", state=out.state)
-        out.log(describe(fresh, "rollout"))
-        out.log({"rollout/resampled": fresh.resampled})
+        out.log(describe(fresh, "rollout") | {"rollout/resampled": fresh.resampled})
         out.log({"time/rollout_s": time.perf_counter() - started})
         if cfg.selfcheck and step == first_step:
             out.say(first_step_check(fresh, task, tokenizer.stop_ids, score, loss, list(policy.parameters()), cfg.aggregate,
                                      cfg.max_new_tokens, tolerance(device, cfg.dtype) / min(1.0, cfg.temperature)))
 
-        # 4. Compare: how much better is each answer than the rest of its group? --stale n: on the rollout of n steps ago.
+        # 4. Compare: how much better is each answer than the rest of its group?
         started = time.perf_counter()
+        rollout, rewards, parts, old_logp = fresh.rollout, fresh.rewards, fresh.parts, None
         with run.autocast(device, cfg.dtype):
-            fresh_logp = fresh.rollout.logp         # replaced below where the sampler's rounding would matter
-            if not cfg.on_policy or cfg.kl == "k1_reward":
-                fresh_logp = score_rollout(policy, fresh.rollout, cfg.temperature, cfg.micro_batch)
-            queue = out.state.setdefault("queue", [])
-            queue.append({"rollout": vars(fresh.rollout), "rewards": fresh.rewards, "parts": fresh.parts,
-                          "old_logp": fresh_logp})
-            if len(queue) <= cfg.stale:
-                continue
-            entry = queue.pop(0)
-            rollout, rewards, parts = Rollout(**entry["rollout"]).to(device), entry["rewards"], entry["parts"]
-            old_logp = entry["old_logp"].to(device)                                         # [B, T-1]
+            if not cfg.on_policy or cfg.kl == "k1_reward":          # else nothing needs them: every ratio is 1
+                old_logp = score_rollout(policy, rollout, cfg.temperature, cfg.micro_batch)     # [B, T-1]
+            if cfg.stale:       # go on with an earlier rollout, as it was then
+                entry = family.delayed(out.state, cfg.stale, (vars(rollout), rewards, parts, old_logp))
+                if entry is None:
+                    continue
+                earlier, rewards, parts, old_logp = entry
+                rollout, old_logp = Rollout(**earlier).to(device), old_logp.to(device)
             ref_logp = score_rollout(reference, rollout, cfg.temperature, cfg.micro_batch) if reference else None
         adv, mask = advantages(cfg, rollout, rewards, old_logp, ref_logp, out.state)
         watched = watch_groups(out, task, rollout, rewards, parts)      # for nanorl.view: a few, in a few steps
@@ -211,7 +208,7 @@ def main(cfg: Config) -> None:
                                                cfg.max_new_tokens)
             # Rows with a token to train on; with --skip, only those with an advantage: the others' gradient is 0.
             trained = mask[minibatch].any(-1) & ((adv[minibatch] != 0).any(-1) | (not cfg.skip))
-            for rows, T in micro_batches(minibatch[trained], rollout, cfg.micro_batch):
+            for rows, T in micro_batches(rollout, cfg.micro_batch, minibatch[trained]):
                 m, w = mask[rows, : T - 1], weights[rows, : T - 1]
                 logp, entropy = score(rollout.tokens[rows, :T], m)
                 old = logp.detach() if cfg.on_policy else old_logp[rows, : T - 1]           # so that ratios are exactly 1
@@ -237,7 +234,7 @@ def main(cfg: Config) -> None:
 
     # 7. Held-out problems, before and after.
     out.finish(evaluate_now())
-    print(before_and_after(f"{len(heldout_problems(task, cfg.eval_problems, cfg.seed))} held-out problems", out.metrics()))
+    print(before_and_after(out, task))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch import nn
 from nanorl import run
 from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
 from nanorl.gpt import ScalarGPT
-from nanorl.heldout import before_and_after, evaluate_and_show, heldout_problems
+from nanorl.heldout import before_and_after, evaluate_and_show
 from nanorl.ops import (clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1, masked_sum,
                         token_weights, whiten)
 from nanorl.rollout import collect, describe, learned_rewards, score_rollout, state_values
@@ -52,11 +52,11 @@ def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns
     adv, values, old_values, returns = (x.masked_fill(~mask, 0.0) for x in (adv, values, old_values, returns))
     rho = importance_ratio(logp.detach(), old_logp)                                         # [B, T]
     metrics = {"train/ratio_max": rho.max().clamp(min=1), "train/ratio_min": rho.min().clamp(max=1)}
-    for name, held in zip(("low", "high"), clipped_away(rho, adv, clip_low, clip_high), strict=True):
-        metrics[f"train/clipped_{name}"] = masked_sum(held.float(), mask)
+    low, high = clipped_away(rho, adv, clip_low, clip_high)
+    metrics |= {"train/clipped_low": masked_sum(low, mask), "train/clipped_high": masked_sum(high, mask)}
     value_loss = clipped_value_loss(values, old_values, returns, value_clip)                # [B, T]
     metrics["train/value_loss"] = value_loss.detach().sum()
-    metrics["train/value_clipped"] = masked_sum(((values - old_values).detach().abs() > value_clip).float(), mask)
+    metrics["train/value_clipped"] = masked_sum((values - old_values).detach().abs() > value_clip, mask)
     surrogate = clipped_surrogate(logp, old_logp, adv, clip_low, clip_high) - value_coef * value_loss
     if entropy_coef:
         surrogate = surrogate + entropy_coef * entropy.masked_fill(~mask, 0.0)
@@ -64,13 +64,13 @@ def objective(logp, old_logp, adv, mask, weights, *, values, old_values, returns
 
 
 def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef, gamma, lam):
-    """What each token did better than the critic expected, and what the critic should have expected.
+    """The advantage of each token, and the return that the critic should have expected, by GAE.
 
         r_t = -kl_coef log(pi / ref)(y_t) + R_t
 
     rewards R [B, T], each at the last token of its action and 0 elsewhere; ended [B] bool; last_value [B]; logp, ref_logp,
-    values, mask [B, T] -> (advantages, returns), [B, T] each. Of an answer that has ended, the reward is final and nothing
-    follows. One that has not gets no reward at its last token, and last_value stands for the rest.
+    values, mask [B, T] -> (advantages, returns), [B, T] each. Where an answer has ended, its reward is final and nothing
+    follows. Where it has not, its last token gets no reward, and last_value stands for the rest.
     """
     last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
     token_rewards = -kl_coef * kl_k1(logp, ref_logp) + rewards.masked_fill(last & ~ended[:, None], 0.0)
@@ -156,8 +156,8 @@ def main(cfg: Config) -> None:
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, slots=16 * cfg.micro_batch, compile=compiled)
     loss = functools.partial(objective, clip_low=cfg.clip_low, clip_high=cfg.clip_high, value_clip=cfg.value_clip,
                              value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)
-    print(f"PPO on {task}, {'a reward model' if reward_model else 'the verifier'} scores: {cfg.prompts} prompts x "
-          f"{cfg.group} answers a step, {cfg.epochs * cfg.minibatches} updates each, on {device.type}.")
+    print(f"PPO on {task}, reward: {cfg.reward}, {cfg.prompts} prompts x {cfg.group} answers a step, "
+          f"{cfg.epochs * cfg.minibatches} updates each, on {device.type}.")
 
     def score(tokens, mask):
         with run.autocast(device, cfg.dtype):
@@ -165,7 +165,7 @@ def main(cfg: Config) -> None:
             return *token_log_probs(policy, tokens, mask, temperature=cfg.temperature), critic(tokens[:, :-1], mask).float()
 
     def evaluate_now():
-        return evaluate_and_show(out, policy, tokenizer, task, sampling, reference=reference, reward_model=reward_model)
+        return evaluate_and_show(out, task, sampling, reference=reference, reward_model=reward_model)
 
     for step in out.steps():
         # 2. Evaluate: held-out problems, answered once by sampling and once greedily.
@@ -212,7 +212,7 @@ def main(cfg: Config) -> None:
             minibatch = minibatch.to(device)
             weights = torch.zeros(mask.shape, device=device)
             weights[minibatch] = token_weights(mask[minibatch], rollout.prompt_index[minibatch], "token_mean")
-            for rows, T in micro_batches(minibatch, rollout, cfg.micro_batch):
+            for rows, T in micro_batches(rollout, cfg.micro_batch, minibatch):
                 m, w = mask[rows, : T - 1], weights[rows, : T - 1]
                 logp, entropy, values = score(rollout.tokens[rows, :T], m)
                 old, a, v, R = (x[rows, : T - 1] for x in (old_logp, adv, old_values, returns))
@@ -229,14 +229,13 @@ def main(cfg: Config) -> None:
             out.state["kl_coef"] = adapt_kl_coef(kl_coef, kl, cfg.kl_target)
 
         # 6. Log: sums over tokens become means over tokens.
-        out.log(per_token(totals))
-        out.log({"train/answer_kl": kl, "train/kl_coef": kl_coef})
+        out.log(per_token(totals) | {"train/answer_kl": kl, "train/kl_coef": kl_coef})
         out.log({"train/lr": lr, "time/update_s": time.perf_counter() - started},
                 show=("rollout/reward", "rollout/learned_reward", "rollout/hidden_reward", "rollout/length", "train/answer_kl"))
 
     # 7. Held-out problems, before and after.
     out.finish(evaluate_now())
-    print(before_and_after(f"{len(heldout_problems(task, cfg.eval_problems, cfg.seed))} held-out problems", out.metrics()))
+    print(before_and_after(out, task))
 
 
 if __name__ == "__main__":

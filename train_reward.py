@@ -22,9 +22,9 @@ from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
 from nanorl.data import render_records, shuffled_batch
 from nanorl.gpt import ScalarGPT
-from nanorl.heldout import agreement, calibration_error, hidden_margins, length_margins, ranking_table, word_margins
 from nanorl.ops import bradley_terry, ranked_right
-from nanorl.pairs import PAIRS, pair_rollout, read_pairs, split_pairs
+from nanorl.pairs import (PAIRS, agreement, calibration_error, hidden_margins, length_margins, pair_rollout, ranking_table,
+                          read_pairs, split_pairs, word_margins)
 from nanorl.tasks import Stories
 
 

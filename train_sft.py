@@ -44,12 +44,12 @@ class Config(run.PolicyConfig):
     demonstrations: run.Count = 20_000    # of the task; data/TASK.jsonl shows the first 4,000
     batch: run.Count = 64       # records per step
     micro_batch: run.Count = 64  # records in memory at a time
-    max_new_tokens: run.Count | None = None    # of an answer in the evaluation (default: 80; code 120; stories 140)
+    max_new_tokens: run.Count | None = None    # of an answer in the evaluation (default: the task's own; addition 80)
     eval_problems: run.Count = 500    # held-out problems in an evaluation
 
     def __post_init__(self):
         super().__post_init__()
-        make_task(self.task, needs_verifier=False)          # or an error: with --data nobody else asks for it
+        make_task(self.task, needs_verifier=False)          # fails on an unknown task even where --data makes it unused
         self.default("out", run.stage_dir("sft", self.task))
         self.default("max_new_tokens", default_max_new_tokens(self.task))
 
@@ -64,7 +64,7 @@ def main(cfg: Config) -> None:
         records = task.demonstrations(cfg.demonstrations)
     source = cfg.data or str(task)
     if cfg.data:
-        split_records(records, source)          # or refused, before minutes are spent on another stage
+        split_records(records, source)          # fails before minutes are spent on another stage
     device, checkpoint, tokenizer, model, _, _ = run.begin(cfg, "pretrain", task=task)
     records, prompts, responses = render_records(records, tokenizer, model.config.context, source, "response",
                                                  reserve=cfg.max_new_tokens, skip_long=cfg.skip_long)
@@ -80,8 +80,8 @@ def main(cfg: Config) -> None:
     def evaluate_now() -> dict[str, float]:
         """Answers to held-out problems; with --data, responses to held-out records and the loss on them."""
         if task:
-            return evaluate_and_show(out, model, tokenizer, task, sampling)
-        show_responses(out, model, tokenizer, [records[i]["prompt"] for i in (heldout or training)[:4]])
+            return evaluate_and_show(out, task, sampling)
+        show_responses(out, [records[i]["prompt"] for i in (heldout or training)[:4]])
         if not heldout:
             return {}
         tokens, mask = response_batch(prompts, responses, heldout, tokenizer.pad)

@@ -291,7 +291,7 @@ def grpo_at(bench: Benchmark, V: int, prompt: int, new: int, updates: int, P: in
     def step(share: int = 1) -> None:
         collect()
         for minibatch in shuffles:
-            for rows, _ in micro_batches(minibatch[: len(minibatch) // share], rollout, size):
+            for rows, _ in micro_batches(rollout, size, minibatch[: len(minibatch) // share]):
                 loss(rows).backward()
             optimizer.step(1e-4, 1.0)
 
@@ -306,7 +306,7 @@ def grpo_at(bench: Benchmark, V: int, prompt: int, new: int, updates: int, P: in
             read_prompts(model, rollout.tokens[::G, :prompt], getattr(torch, bench.dtype))
         with watch("prefill and decode"):
             collect()
-        parts = [rows for rows, _ in micro_batches(torch.arange(B, device=bench.device), rollout, size)]
+        parts = [rows for rows, _ in micro_batches(rollout, size)]
         with watch("score, if asked for"), torch.no_grad():
             for rows in parts:
                 token_log_probs(model, rollout.tokens[rows], mask[rows])

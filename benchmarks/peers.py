@@ -97,7 +97,7 @@ def our_step(work: Work) -> Callable[[], None]:
         rollout = generate(model, prompts.tolist(), max_new_tokens=work.new, stop_ids=set(), samples_per_prompt=work.group)
         adv = zscore(torch.rand(work.prompts, work.group)).view(-1, 1)
         weights = token_weights(rollout.mask, rollout.prompt_index, "token_mean")
-        for rows, _ in micro_batches(torch.arange(len(adv)), rollout, work.rows):
+        for rows, _ in micro_batches(rollout, work.rows):
             logp, _ = token_log_probs(model, rollout.tokens[rows], rollout.mask[rows])
             objective(logp, logp.detach(), adv[rows], rollout.mask[rows], weights[rows])[0].backward()
         optimizer.step(1e-4, 1.0)

@@ -17,7 +17,8 @@ import torch
 
 from experiments.runs import ROOT, cell, directory, train_all
 from nanorl import run
-from nanorl.heldout import RANKERS, heldout_problems
+from nanorl.heldout import heldout_problems
+from nanorl.pairs import RANKERS
 from nanorl.read_log import read_metrics
 from nanorl.plot import PALETTE, pyplot
 from nanorl.sample import Sampling

@@ -22,13 +22,15 @@ def minibatches(seed: int, step: int, count: int, epochs: int, parts: int) -> It
         yield from shuffle.tensor_split(parts)
 
 
-def micro_batches(rows: Tensor, rollout: Rollout, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
-    """At most `micro_batch` of these rows at a time, fewer where they are longer than LONG, but at least one; of several
-    processes, each has its share of the prompts. Yields (rows, longest length).
+def micro_batches(rollout: Rollout, micro_batch: int, rows: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:
+    """At most `micro_batch` of these rows at a time (default: of all), fewer where they are longer than LONG, but at least
+    one; of several processes, each gets its share of the prompts. Yields (rows, longest length).
 
     The rows of one prompt stay together, for the model reads their prompt once (GPT.hidden_at), and prompts whose longest
     answers are alike.
     """
+    if rows is None:
+        rows = torch.arange(len(rollout.lengths), device=rollout.lengths.device)
     prompt, length = rollout.prompt_index[rows].tolist(), rollout.lengths[rows].tolist()
     longest: dict[int, int] = {}
     for p, n in zip(prompt, length, strict=True):

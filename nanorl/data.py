@@ -95,7 +95,7 @@ def render_records(records: list[dict], tokenizer: Tokenizer, context: int, sour
     prompts = render_prompts(tokenizer, [record["prompt"] for record in records], places, source)
     rendered = [prompts, *([tokenizer.render_response(record[key]) for record in records] for key in keys)]
     kept = which_fit(rendered, places, source, context, reserve, skip_long=skip_long)
-    return *([part[i] for i in kept] for part in (records, *rendered)),
+    return tuple([part[i] for i in kept] for part in (records, *rendered))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

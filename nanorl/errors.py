@@ -1,5 +1,4 @@
-"""What is said when something that the user gave is wrong: one sentence, no traceback; and how anything is said at all.
-Imports nothing of ours."""
+"""Users' errors as one sentence, without a traceback, and printing that cannot fail. Imports nothing of ours."""
 
 import functools
 import re

@@ -124,7 +124,7 @@ class FamilyConfig(RolloutConfig):
     epochs: Count = 1           # passes over a rollout
     minibatches: Count = 1      # optimizer steps per pass
     stale: Natural = 0          # train on rollouts that are this many steps old, so that ratios leave 1 on purpose
-    skip: bool = False          # leave out rows whose advantage, hence gradient, is 0; train/ metrics are then of the others
+    skip: bool = False          # leave out rows whose advantage, hence gradient, is 0; train/ metrics then cover the rest
     selfcheck: bool = True      # check the first rollout, and the gradient of its loss, before training on it
 
     def __post_init__(self) -> None:
@@ -196,6 +196,13 @@ def less_running_mean(rewards: Tensor, valid: Tensor, state: dict[str, Any], dec
     if valid.any():
         state["running_mean"] = (decay * total + (1 - decay) * float(rewards[valid].mean()), decay * weight + (1 - decay))
     return rewards - (total / weight if weight else 0.0)
+
+
+def delayed(state: dict[str, Any], steps: int, entry: Any) -> Any:
+    """The entry of so many steps ago, None in the first steps. What waits is in `state`, and so in checkpoints."""
+    queue = state.setdefault("queue", [])
+    queue.append(entry)
+    return queue.pop(0) if len(queue) > steps else None
 
 
 def demonstrate(cfg: FamilyConfig, score: Callable, demonstrations: tuple[list, list], pad_id: int, update: int,

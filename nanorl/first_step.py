@@ -50,7 +50,7 @@ def check_verifier(task: Task) -> str:
     if task.reward:
         return f"answers are judged by {task.reward.name}, and none is right or wrong"
     if type(task).right_reward is None:
-        return f"no answer to {task} is right or wrong, by its own word"
+        return f"no answer to {task} is right or wrong, as its class declares"
     graded = list(task.graded_examples())
     if not graded:
         return f"{task} has no gold responses to try its verifier on"

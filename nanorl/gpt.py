@@ -193,7 +193,7 @@ class KVCache:
         return (decoding_attention if torch.compiler.is_compiling() else fused_attention)(q, keys, values, mask)
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
-        """Start these rows over with the prompts that `other` has read: the first goes to the first rows, as many to each."""
+        """Start these rows over with the prompts that `other` has read, each repeated for as many of the rows."""
         times, width = len(rows) // len(other.length), other.mask.shape[-1]
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for x, y in zip(mine, theirs, strict=True):
@@ -305,7 +305,7 @@ class GPT(nn.Module):
     def _initialise(self, generator: torch.Generator | None) -> None:
         """Embeddings of variance 1, and matrices of variance 1 / fan-in: what goes in with variance 1 comes out so. What writes
         into the residual stream is scaled by 1/sqrt(2 layers), so that its variance does not grow with depth. The head, and
-        embeddings that are tied to it, start small: a fresh model has hardly an opinion, and its loss is close to log V."""
+        embeddings that are tied to it, start small: a fresh model predicts almost uniformly, and its loss is close to log V."""
         std = {"embedding.weight": 0.02 if self.config.tie_embeddings else 1.0, "head.weight": 0.02}
         for name, weight in self.named_parameters():
             if weight.ndim == 2:

@@ -1,24 +1,22 @@
-"""What held-out problems, texts and pairs say about a model: evaluations, their tables, and answers to read."""
+"""What held-out problems and texts say about a model: evaluations, their table, and answers to read."""
 
 import math
-import re
-from collections import Counter
 from dataclasses import replace
 from random import Random
 
 import torch
 from torch import Tensor
 
+from nanorl.batches import micro_batches
 from nanorl.data import DATA, consecutive_windows, response_mask, shift
 from nanorl.files import Prompt, read_text
 from nanorl.gpt import GPT, ScalarGPT
-from nanorl.ops import bradley_terry, kl_divergence, masked_sum, ranked_right, rows_of_logits
-from nanorl.rollout import (Experience, describe, learned_rewards, lenient_values, own_micro_batches, right_or_reward,
-                            sample_and_grade)
+from nanorl.ops import kl_divergence, masked_sum, rows_of_logits
+from nanorl.rollout import Experience, describe, learned_rewards, lenient_values, right_or_reward, sample_and_grade
 from nanorl.run import Run, autocast, derive, ranks
 from nanorl.sample import Rollout, Sampling, generate, token_log_probs
 from nanorl.search import best_of_n_curve
-from nanorl.tasks import Problem, Stories, Task
+from nanorl.tasks import Problem, Task
 from nanorl.tokenizer import Tokenizer
 
 STORY_WINDOW = 64       # tokens: no longer than what pretraining has seen, so that only forgetting is measured
@@ -47,7 +45,7 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
     metrics = describe(sampled, "eval")
     if task.right_reward is not None:
         greedy = sample_and_grade(model, tokenizer, task, heldout, replace(sampling, temperature=0.0), seed=draw)
-        metrics.pop("eval/reward", None)        # of answers that could not be scored, there is none
+        metrics.pop("eval/reward", None)        # its place is taken by accuracies; absent where nothing was scored
         metrics["eval/accuracy_sampled"] = float(right_or_reward(task, sampled.rewards).double().nanmean())
         metrics["eval/accuracy_greedy"] = float(right_or_reward(task, greedy.rewards).nanmean())
         for name, answers in (("sampled", sampled), ("greedy", greedy)):
@@ -64,12 +62,12 @@ def evaluate_policy(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Samp
     return metrics, sampled
 
 
-def evaluate_and_show(out: Run, model: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling, *,
-                      reference: GPT | None = None, reward_model: ScalarGPT | None = None,
-                      stories: bool = False) -> dict[str, float]:
-    """`evaluate_policy` with the flags of a run, and some of its answers shown; with `stories`, also the loss on held-out ones.
-    Best-of-n only before the first step."""
-    cfg, best_of = out.cfg, getattr(out.cfg, "best_of", 0) if out.step == 0 else 0
+def evaluate_and_show(out: Run, task: Task, sampling: Sampling, *, reference: GPT | None = None,
+                      reward_model: ScalarGPT | None = None, stories: bool = False) -> dict[str, float]:
+    """`evaluate_policy` with the model and the flags of a run, and some of its answers shown; with `stories`, also the loss on
+    held-out ones. Best-of-n only before the first step."""
+    cfg, model, tokenizer = out.cfg, out.model, out.tokenizer
+    best_of = getattr(cfg, "best_of", 0) if out.step == 0 else 0
     with autocast(model.head.weight.device, cfg.dtype):
         metrics, answers = evaluate_policy(model, tokenizer, task, sampling, problems=cfg.eval_problems, seed=cfg.seed,
                                            reference=reference, reward_model=reward_model, micro_batch=cfg.micro_batch,
@@ -91,7 +89,7 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
     alone are unbiased, too, but a policy that no longer gives some answers hardly ever samples what would show it.
     """
     total, mask = 0.0, rollout.mask
-    for rows, T in own_micro_batches(rollout, micro_batch):
+    for rows, T in micro_batches(rollout, micro_batch):
         inputs, _ = shift(rollout.tokens[rows, :T])
         m = mask[rows, : T - 1]
         size = rows_of_logits(model.config.vocab_size)
@@ -101,8 +99,10 @@ def answer_kl(model: GPT, other: GPT, rollout: Rollout, temperature: float, micr
     return sum(ranks.gathered(total)) / len(mask)
 
 
-def before_and_after(title: str, lines: list[dict[str, float | None]]) -> str:
-    """The evaluations in the first and the last of these lines of metrics.jsonl, as a table."""
+def before_and_after(out: Run, task: Task | None = None) -> str:
+    """The first and the last evaluation of a run, as a table."""
+    lines = out.metrics()
+    title = f"{len(heldout_problems(task, out.cfg.eval_problems, out.cfg.seed))} held-out problems" if task else "held out"
     table, worth = [f"\n{title:30s}   before    after"], "accuracy" if "eval/accuracy_sampled" in lines[-1] else "reward"
     for name, label in (("accuracy_sampled", "accuracy, sampled"), ("accuracy_greedy", "accuracy, greedy"),
                         ("lenient_sampled", "lenient accuracy, sampled"), ("lenient_greedy", "lenient accuracy, greedy"),
@@ -138,8 +138,9 @@ def show_answers(out: Run, experience: Experience, count: int = 4) -> None:
     out.say(f"\nAfter {out.step} steps ({legend}):\n" + "\n".join(lines) + "\n")
 
 
-def show_responses(out: Run, model: GPT, tokenizer: Tokenizer, prompts: list[Prompt]) -> None:
-    """Print what the model says to these prompts, and keep it in samples.jsonl."""
+def show_responses(out: Run, prompts: list[Prompt]) -> None:
+    """Print what the run's model says to these prompts, and keep it in samples.jsonl."""
+    model, tokenizer = out.model, out.tokenizer
     with autocast(model.head.weight.device, out.cfg.dtype):
         rollout = generate(model, [tokenizer.render(prompt) for prompt in prompts], max_new_tokens=out.cfg.max_new_tokens,
                            stop_ids=tokenizer.stop_ids, seed=derive(out.cfg.seed, "sample"))
@@ -171,93 +172,3 @@ def text_loss(model: GPT, tokenizer: Tokenizer, ids: list[int], width: int) -> d
     nats, count = total_loss(model, tokens, mask), int(mask.sum())
     return {"eval/text_loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / tokenizer.num_bytes(ids),
             "eval/perplexity": math.exp(min(nats / count, 700.0))}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs: what margins r(chosen) - r(rejected) say
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def agreement(name: str, margin: Tensor, hidden: Tensor | None = None) -> dict[str, float]:
-    """Share of pairs that margins [N] rank like the labels; where hidden margins [N] are known, also like those, and like those
-    that exceed one label temperature."""
-    def share(right: Tensor) -> float:
-        return float(right.mean()) if len(right) else 0.5
-
-    metrics = {f"eval/agreement_{name}_labels": share(ranked_right(margin))}
-    if hidden is not None:
-        right = ranked_right(margin * hidden)
-        metrics[f"eval/agreement_{name}_hidden"] = share(right[hidden != 0])
-        metrics[f"eval/agreement_{name}_clear"] = share(right[hidden.abs() > Stories.label_temperature])
-    return metrics
-
-
-def calibration_error(margin: Tensor, bins: int = 10) -> float:
-    """How far predicted and actual preference are apart: |mean confidence - accuracy| in bins of confidence, weighted by
-    size. Confidence is sigma(|margin|), the probability of the response that the model prefers.       [N] -> float"""
-    confidence, right = margin.abs().sigmoid(), ranked_right(margin)
-    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    parts = [index == b for b in range(bins) if (index == b).any()]
-    return sum(abs(float(confidence[part].mean() - right[part].mean())) * int(part.sum()) for part in parts) / len(margin)
-
-
-def hidden_margins(records: list[dict]) -> Tensor:
-    """By how much the hidden reward prefers what was chosen.       -> [N]"""
-    reward = Stories().hidden_reward
-    return torch.tensor([reward(r["prompt"], r["chosen"]) - reward(r["prompt"], r["rejected"]) for r in records])
-
-
-def length_margins(training: list[dict], heldout: list[dict]) -> Tensor:
-    """Longer is better, or shorter, whichever the training pairs say. In characters.       -> [N]"""
-    def margins(records: list[dict]) -> Tensor:
-        return torch.tensor([float(len(record["chosen"]) - len(record["rejected"])) for record in records])
-
-    return margins(heldout) * (1 if ranked_right(margins(training)).mean() >= 0.5 else -1)
-
-
-def word_margins(training: list[dict], heldout: list[dict]) -> Tensor:
-    """A weight for every word, fitted by logistic regression to the differences in word counts.       -> [N]
-
-    The penalty on weights is the one, of five, that does best on the last fifth of the training pairs.
-    """
-    def words(text: str) -> list[str]:
-        return re.findall(r"\w+|[^\w\s]", text.lower())
-
-    frequent = Counter(word for r in training for key in ("chosen", "rejected") for word in words(r[key])).most_common(5000)
-    vocabulary = {word: i for i, (word, _) in enumerate(frequent)}
-
-    def counts(text: str) -> Tensor:
-        known = [vocabulary[word] for word in words(text) if word in vocabulary]
-        return torch.bincount(torch.tensor(known, dtype=torch.long), minlength=len(vocabulary))
-
-    def differences(records: list[dict]) -> Tensor:
-        return torch.stack([counts(r["chosen"]) - counts(r["rejected"]) for r in records]).double()
-
-    def fit(x: Tensor, penalty: float) -> Tensor:
-        w = torch.zeros(len(vocabulary), dtype=torch.float64, requires_grad=True)
-        solver = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure():
-            solver.zero_grad()
-            loss = bradley_terry(x @ w).mean() + penalty * w.square().sum()
-            loss.backward()
-            return loss
-
-        solver.step(closure)
-        return w.detach()
-
-    x, cut = differences(training), len(training) * 4 // 5
-    best = max((10.0**-k for k in range(1, 6)), key=lambda penalty: ranked_right(x[cut:] @ fit(x[:cut], penalty)).mean())
-    return differences(heldout) @ fit(x, best)
-
-
-RANKERS = {"model": "the reward model", "words": "word counts", "length": "length", "ceiling": "the hidden reward itself"}
-
-
-def ranking_table(metrics: dict[str, float], count: int) -> str:
-    """How often each of RANKERS ranks held-out pairs like the labels, and like the hidden reward."""
-    lines = [f"{f'{count} held-out pairs ranked like ...':38s} the labels  hidden reward  clear pairs"]
-    for name, label in RANKERS.items():
-        cells = (metrics.get(f"eval/agreement_{name}_{column}") for column in ("labels", "hidden", "clear"))
-        lines.append(f"  {label:35s}" + "".join("            -" if x is None else f"{x:13.3f}" for x in cells))
-    return "\n".join(lines) if count else "No pair is held out."

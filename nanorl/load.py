@@ -1,4 +1,4 @@
-"""Python of the user's own: the object NAME in FILE.py."""
+"""The user's own Python: the object NAME in FILE.py."""
 
 import importlib
 import inspect

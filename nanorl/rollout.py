@@ -3,7 +3,6 @@
 P prompts with G samples each make B = P * G rows, prompt-major: the samples of a prompt stand side by side.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from random import Random
@@ -31,10 +30,10 @@ class Experience:
     problems: list[Problem]     # [P]
     texts: list[str]            # [B] the responses, decoded for the reader, observations included; training uses the ids
     rewards: Tensor             # [P, G], nan where a response could not be scored
-    action_rewards: list[list[float]]       # [B] what they are sums of: a response is one action, an episode has several
+    action_rewards: list[list[float]]       # [B] the rewards of its actions, whose sum is its reward: a response is one action
     ends: list[str]             # [B] why no action follows: one of turns.ENDS
     answers: list[str]          # [B] the last action of each episode: of one action, the whole text
-    parts: dict[str, Tensor] = field(default_factory=dict)      # [P, G] each: what rewards are sums of, where it has names
+    parts: dict[str, Tensor] = field(default_factory=dict)      # [P, G] each: named terms of the rewards, if any
     resampled: int = 0          # further groups that were sampled and not used ...
     resampled_tokens: int = 0   # ... and the tokens of their answers
 
@@ -154,16 +153,11 @@ def _join(groups: list[tuple[Experience, int]]) -> Experience:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def own_micro_batches(rollout: Rollout, micro_batch: int) -> Iterator[tuple[Tensor, int]]:
-    """The micro-batches of this process's share of a whole rollout."""
-    return micro_batches(torch.arange(len(rollout.lengths), device=rollout.lengths.device), rollout, micro_batch)
-
-
 @torch.no_grad()
 def score_rollout(model: GPT, rollout: Rollout, temperature: float, micro_batch: int) -> Tensor:
     """log-probs of a rollout's sampled tokens under `model`, 0 elsewhere.       -> [B, T-1]"""
     logp, mask = torch.zeros_like(rollout.logp), rollout.mask
-    for rows, T in own_micro_batches(rollout, micro_batch):
+    for rows, T in micro_batches(rollout, micro_batch):
         scores, _ = token_log_probs(model, rollout.tokens[rows, :T], mask[rows, : T - 1], temperature=temperature)
         logp[rows, : T - 1] = scores.to(logp.dtype)
     return ranks.summed(logp)
@@ -173,7 +167,7 @@ def score_rollout(model: GPT, rollout: Rollout, temperature: float, micro_batch:
 def learned_rewards(reward_model: ScalarGPT, rollout: Rollout, micro_batch: int) -> Tensor:
     """The learned reward of each answer, read at its last token.       -> [B]"""
     rewards = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
-    for rows, T in own_micro_batches(rollout, micro_batch):
+    for rows, T in micro_batches(rollout, micro_batch):
         rewards[rows] = reward_model.at_end(rollout.tokens[rows, :T], rollout.lengths[rows]).float()
     return ranks.summed(rewards)
 
@@ -185,7 +179,7 @@ def state_values(critic: ScalarGPT, rollout: Rollout, micro_batch: int) -> tuple
     -> values [B, T-1], of which [:, t] belongs to tokens[:, t+1], 0 where nothing was sampled; last_value [B]
     """
     values, last_value = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp[:, 0])
-    for rows, T in own_micro_batches(rollout, micro_batch):
+    for rows, T in micro_batches(rollout, micro_batch):
         mask, end = rollout.mask[rows, : T - 1], rollout.lengths[rows, None] - 1
         v = critic(rollout.tokens[rows, :T], F.pad(mask, (0, 1)).scatter(-1, end, True)).float()        # [rows, T]
         values[rows, : T - 1] = v[:, :-1].masked_fill(~mask, 0.0)

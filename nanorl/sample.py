@@ -38,7 +38,7 @@ class Rollout:
     tokens: Tensor           # [B, T] int64, left-aligned; 0 beyond a row's length, which is an ordinary id
     prompt_lengths: Tensor   # [B]
     lengths: Tensor          # [B] prompt and response, the stop token included
-    mask: Tensor             # [B, T-1] True where tokens[:, t+1] was sampled: not in the prompt, nor in an observation
+    mask: Tensor             # [B, T-1] True where tokens[:, t+1] was sampled, stop tokens included (data.response_mask)
     logp: Tensor             # [B, T-1] log-prob of tokens[:, t+1] under the distribution it was drawn from; else 0
     finished: Tensor         # [B] bool: the (last) answer has its stop token; else it was cut at a limit
     prompt_index: Tensor     # [B] which prompt the row answers
@@ -163,7 +163,7 @@ def _check_request(model: GPT, prompts: list[list[int]], limits: list[int], temp
 
 def _go_on(state: Slots, stopped: Tensor, observe: Observe, begins: Tensor, ends: Tensor, last_ends: Tensor,
            limits: Tensor) -> None:
-    """Ask what is said to the answers that have just ended in the slots `stopped`, and let those rows go on.
+    """Ask the environment what it says to the answers that have just ended in the slots `stopped`; those rows go on.
 
     begins, ends [B]: where the newest answer of a row begins, and ends at the latest: set anew. last_ends, limits [B]: where a
     row ends at the latest, and how long an answer may be.

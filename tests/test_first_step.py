@@ -132,7 +132,7 @@ class Lenient(Moody):
 
 
 @pytest.mark.parametrize("task, says", [(Signed(), "the verifier pays for gold answers only"), (Lenient(), "pays for gold"),
-                                        (Points(), "no answer to generous is right or wrong, by its own word")])
+                                        (Points(), "no answer to generous is right or wrong, as its class declares")])
 def test_right_is_what_the_task_calls_so(task, says):
     assert says in check_verifier(task)
 

@@ -18,8 +18,8 @@ import train_dpo
 import train_group_dpo
 import train_reward
 from nanorl.checks.cases import generators, partition
-from nanorl.heldout import agreement, calibration_error, length_margins, word_margins
 from nanorl.ops import bradley_terry, log_softmax, ranked_right
+from nanorl.pairs import agreement, calibration_error, length_margins, word_margins
 from nanorl.tabular import leaf, randn
 
 pytestmark = pytest.mark.math

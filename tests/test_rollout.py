@@ -338,7 +338,7 @@ def test_micro_batches_fit_and_hold_every_row_once(lengths, rows, long, seed):
     rollout = Rollout(torch.zeros(count, 30), lengths, lengths, logp < 0, logp, lengths > 0, index)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanorl.batches.LONG", long)
-        batches = list(micro_batches(torch.tensor(chosen), rollout, rows))
+        batches = list(micro_batches(rollout, rows, torch.tensor(chosen)))
     tokens, order = rows * long, torch.cat([part for part, _ in batches])
     assert sorted(order.tolist()) == sorted(chosen)
     for part, longest in batches:
@@ -363,7 +363,7 @@ def test_processes_share_prompts(prompts, processes, seed):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("nanorl.run.ranks.rank", lambda rank=rank: rank)
             patch.setattr("nanorl.run.ranks.count", lambda: processes)
-            for part, _ in micro_batches(torch.arange(count), rollout, 3):
+            for part, _ in micro_batches(rollout, 3):
                 for row in part.tolist():
                     assert row not in owner
                     owner[row] = rank

@@ -58,7 +58,7 @@ def _locked(path: Path) -> Any:
 
 
 def script(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """For a script's main(cfg): what commonly ends a run early is said in one sentence, with what is safe.
+    """For a script's main(cfg): turns the usual early ends of a run into one sentence that also says what was saved.
 
     A UserError is the user's. A number that is nan or inf (FloatingPointError), a full disk (OSError) and Ctrl-C outside of the
     steps end the run: nothing that is not finite is ever saved, and the last good checkpoint stays. Anything else, such as a
@@ -263,7 +263,7 @@ class Run:
             if name.endswith("loss"):
                 check_finite(x, name)
             if not math.isfinite(x) and name not in self._warned and ranks.rank() == 0:
-                tqdm.write(f"{name} is {x} in step {self.step}: logged as null, from now on without a word.", file=sys.stderr)
+                tqdm.write(f"{name} is {x} in step {self.step}: logged as null; this is said once.", file=sys.stderr)
                 self._warned.add(name)
             self._line[name] = x if math.isfinite(x) else None
         if show:

@@ -43,7 +43,7 @@ class DeviceConfig:
     """The flags of whatever runs a model."""
 
     # device and seed
-    seed: Natural = 0           # of everything random
+    seed: Natural = 0           # of all random numbers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto takes cuda, then mps, then cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of matrix products; auto is bfloat16 on GPUs that have it
     compile: bool | None = None  # torch.compile; by default on cuda, where there is Triton
@@ -83,7 +83,7 @@ class PolicyConfig(RunConfig):
 
     # adapters
     lora_rank: Natural = 0      # train adapters of this rank instead of all weights (nanorl/lora.py); 0 trains all weights
-    lora_alpha: Positive | None = None    # adapters count alpha / rank (default: 32)
+    lora_alpha: Positive | None = None    # adapters are scaled by alpha / rank (default: 32)
 
     def __post_init__(self) -> None:
         self.require(self.lora_rank or self.lora_alpha is None, "lora_alpha", "requires --lora-rank")
@@ -114,7 +114,7 @@ class RolloutConfig(PolicyConfig):
     skip_long: bool = False     # leave out records that do not fit the model's context
     prompts: Count = 32         # P, prompts per step
     group: Count = 8            # G, answers sampled per prompt
-    max_new_tokens: Count | None = None    # an answer longer than this is truncated (default: 80; code 120; stories 140)
+    max_new_tokens: Count | None = None    # an answer longer than this is truncated (default: the task's own; addition 80)
     temperature: Positive = 1.0    # of the policy: sampled with it, scored with it
     micro_batch: Count = 64     # rows of up to 256 tokens in memory at a time, fewer of longer ones; 16 times as many to sample
     eval_problems: Count = 500  # held-out problems in an evaluation

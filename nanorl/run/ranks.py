@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 train_grpo.py
 
 Every process holds the whole model and draws the same random numbers. It samples answers to its share of the prompts and
-shows them to the others; it trains on its share of the rows, and `Optimizers.step` adds the gradients up. The weights of a
+sends them to the others; it trains on its share of the rows, and `Optimizers.step` adds the gradients up. The weights of a
 step are made for all of its rows at once, so that this sum is the gradient of the step, on any number of processes. Only
 rank 0 writes files. Without torchrun there is one process, and everything here does nothing.
 """
@@ -68,6 +68,6 @@ def gathered(x: Any) -> list[Any]:
 
 
 def wait() -> None:
-    """Until all processes have come here."""
+    """Wait until every process has reached this line."""
     if count() > 1:
         dist.barrier()

@@ -168,7 +168,7 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     """
     device, checkpoint = pick_device(cfg), Run.check(cfg)
     if isinstance(task, FileTask):
-        task.rows("train"), task.rows("heldout")        # or an error, before minutes are spent on another stage
+        task.rows("train"), task.rows("heldout")        # fails before minutes are spent on another stage
     if task:
         warn(task.warnings())
     initial = checkpoint
