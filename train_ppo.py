@@ -30,8 +30,8 @@ from nanorl import run
 from nanorl.batches import add_metrics, micro_batches, minibatches, per_token
 from nanorl.gpt import ScalarGPT
 from nanorl.heldout import before_and_after, evaluate_and_show
-from nanorl.ops import (clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1, masked_sum,
-                        token_weights, whiten)
+from nanorl.ops import (adapt_kl_coef, clipped_away, clipped_surrogate, clipped_value_loss, gae, importance_ratio, kl_k1,
+                        masked_sum, token_weights, whiten)
 from nanorl.rollout import collect, describe, learned_rewards, score_rollout, state_values
 from nanorl.sample import Sampling, token_log_probs
 from nanorl.view_data import watch_groups
@@ -75,14 +75,6 @@ def credit(rewards, ended, logp, ref_logp, values, last_value, mask, *, kl_coef,
     last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
     token_rewards = -kl_coef * kl_k1(logp, ref_logp) + rewards.masked_fill(last & ~ended[:, None], 0.0)
     return gae(token_rewards, values, mask, gamma, lam, last_value.masked_fill(ended, 0.0))
-
-
-def adapt_kl_coef(kl_coef, kl, target):
-    """A coefficient that keeps the KL near a target.       c <- c (1 + 0.1 clip(kl / target - 1, -0.2, 0.2))
-
-    (Ziegler et al. 2019, section 2.2)
-    """
-    return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
 @dataclass(frozen=True, kw_only=True)

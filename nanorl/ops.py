@@ -151,6 +151,14 @@ def kl_k3(logp: Tensor, other: Tensor) -> Tensor:
     return torch.expm1(r) - r
 
 
+def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
+    """A coefficient that keeps the KL near a target.                                  (Ziegler et al. 2019, section 2.2)
+
+        c <- c (1 + 0.1 clip(kl / target - 1, -0.2, 0.2))
+    """
+    return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Advantages: rewards [P, G] -> [P, G], each row compared with its own mean. `valid` [P, G] is False for a sample that
 # could not be scored; it enters no mean and gets advantage 0.

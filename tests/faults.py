@@ -514,8 +514,8 @@ MATH = [
     Mutant("PPO's padding is not blanked", PPO, "x.masked_fill(~mask, 0.0) for x in (adv", "x for x in (adv"),
     Mutant("PPO forgets its weights", PPO, "-(weights * surrogate).sum()", "-surrogate.masked_fill(~mask, 0.0).mean()"),
     Mutant("PPO's band is symmetric", PPO, "adv, clip_low, clip_high) - value", "adv, clip_low, clip_low) - value"),
-    Mutant("the leash loosens when the policy runs away", PPO, "kl / target - 1, -0.2), 0.2)", "1 - kl / target, -0.2), 0.2)"),
-    Mutant("the leash may jump", PPO, "0.1 * min(max(kl / target - 1, -0.2), 0.2)", "0.1 * (kl / target - 1)"),
+    Mutant("the leash loosens when the policy runs away", OPS, "kl / target - 1, -0.2), 0.2)", "1 - kl / target, -0.2), 0.2)"),
+    Mutant("the leash may jump", OPS, "0.1 * min(max(kl / target - 1, -0.2), 0.2)", "0.1 * (kl / target - 1)"),
 
     # ---- Best of n ----
     Mutant("the worst of n is taken", SEARCH, "scores.argsort(-1)", "scores.argsort(-1, descending=True)"),

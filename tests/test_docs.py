@@ -25,7 +25,8 @@ def anchors(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[\w+\]: (\S+)$", text, re.M):
         if not target.startswith("http"):
             file, _, anchor = target.partition("#")
             to = (page.parent / file).resolve() if file else page
@@ -65,7 +66,7 @@ def test_the_table_of_log_probs_is_what_the_functions_give():
     torch.testing.assert_close(log_softmax(z).exp(), p, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("number", range(1, 21))
+@pytest.mark.parametrize("number", range(1, 22))
 def test_the_code_of_each_step_runs(number):
     section = re.search(rf"^## {number}\. .*?(?=^## |\Z)", WALK, re.M | re.S)[0]
     for block in re.findall(r"```python\n(.*?)```", section, re.S):

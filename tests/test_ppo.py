@@ -12,7 +12,7 @@ from test_rollout import MODEL, SAMPLING, TOKENIZER, Parity, scorer
 import train_grpo
 import train_ppo
 from nanorl.checks.cases import Batch, batches, generators, masks, partition
-from nanorl.ops import clipped_value_loss, gae
+from nanorl.ops import adapt_kl_coef, clipped_value_loss, gae
 from nanorl.rollout import collect
 from nanorl.tabular import expectation, leaf, log_probs, randn, sequence_kl
 
@@ -210,7 +210,7 @@ def test_where_the_policy_has_not_moved_the_gradient_is_reinforces(batch, seed):
 
 @given(st.floats(1e-3, 1e3), st.floats(0, 1e3), st.floats(0.1, 100))
 def test_the_coefficient_rises_above_the_target_and_falls_below_it_by_at_most_two_percent(c, kl, target):
-    after = train_ppo.adapt_kl_coef(c, kl, target)
+    after = adapt_kl_coef(c, kl, target)
     assert 0.98 * c - 1e-12 <= after <= 1.02 * c + 1e-12
     assert math.copysign(1, after - c) == math.copysign(1, kl - target) or math.isclose(after, c)
-    assert math.isclose(train_ppo.adapt_kl_coef(c, target, target), c)
+    assert math.isclose(adapt_kl_coef(c, target, target), c)
