@@ -273,7 +273,7 @@ def main(cfg: Config) -> None:
             if cfg.online or cfg.refresh_reference:
                 references = reference_log_probs(reference, rollout, part)
             else:
-                references = reference_cache[picks[part[:, 0].cpu()]]
+                references = reference_cache[picks[part[:, 0].cpu()]]      # the chosen rows come first: row n is pair n
             micro_loss, metrics = pair_loss(rollout, part, references, len(pairs), z, watched)
             micro_loss.backward()
             add_metrics(totals, metrics)

@@ -178,7 +178,7 @@ def main(cfg: Config) -> None:
         out.log({"time/rollout_s": time.perf_counter() - started})
         if cfg.selfcheck and step == first_step:
             out.say(first_step_check(fresh, task, tokenizer.stop_ids, score, loss, list(policy.parameters()), cfg.aggregate,
-                                     cfg.max_new_tokens, tolerance(device, cfg.dtype) / min(1.0, cfg.temperature)))
+                                     cfg.max_new_tokens, tolerance(device, cfg.dtype, cfg.temperature)))
 
         # 4. Compare: how much better is each answer than the rest of its group?
         started = time.perf_counter()

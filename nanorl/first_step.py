@@ -28,13 +28,15 @@ def expect(holds: bool, sentence: str) -> None:
         raise FirstStepCheckFailed(f"first-step check: {sentence} (--no-selfcheck trains regardless)")
 
 
-def tolerance(device: torch.device, dtype: str) -> float:
+def tolerance(device: torch.device, dtype: str, temperature: float = 1.0) -> float:
     """How far a gradient may be off, relative to its norm. A token's log-prob may be off by four times as many nats, and those
     of all tokens by a quarter as many in the mean: rounding hits few tokens hard, a wrong temperature all of them.
 
-    bfloat16 keeps 8 bits of a product's factors, TF32, which CUDA takes for float32, keeps 11.
+    bfloat16 keeps 8 bits of a product's factors, TF32, which CUDA takes for float32, keeps 11. A temperature below 1 enlarges
+    the rounding of logits.
     """
-    return 0.25 if uses_bfloat16(device, dtype) else 0.03 if device.type == "cuda" else 1e-4
+    rounding = 0.25 if uses_bfloat16(device, dtype) else 0.03 if device.type == "cuda" else 1e-4
+    return rounding / min(1.0, temperature)
 
 
 def difference(a: Tensor, b: Tensor, mask: Tensor, tol: float) -> tuple[float, bool]:

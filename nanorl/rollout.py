@@ -85,9 +85,8 @@ def sample_and_grade(model: GPT, tokenizer: Tokenizer, task: Task, problems: lis
         rows = [p for p in mine for _ in range(samples)]
         episodes = Episodes(task, tokenizer, [problems[p] for p in rows], [openings[p] for p in rows])
         prompts = [tokenizer.render(problems[p].conversation) + openings[p] for p in mine]
-        rollout = generate(model, prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-                           stop_ids=tokenizer.stop_ids, samples_per_prompt=samples, seed=seed, first_row=samples * mine[0],
-                           slots=sampling.slots, compile=sampling.compile, max_episode_tokens=task.max_episode_tokens,
+        rollout = generate(model, prompts, **vars(sampling), stop_ids=tokenizer.stop_ids, samples_per_prompt=samples, seed=seed,
+                           first_row=samples * mine[0], max_episode_tokens=task.max_episode_tokens,
                            observe=episodes.observe if task.max_actions > 1 else None)
         texts = [tokenizer.decode(openings[p] + ids) for p, ids in zip(rows, rollout.responses(), strict=True)]
         each, parts, ends, answers = episodes.grade(rollout)

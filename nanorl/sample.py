@@ -20,6 +20,7 @@ from nanorl.decode import Slots, engine, uniforms
 from nanorl.gpt import GPT, scatter
 from nanorl.ops import linear_log_probs
 
+
 @dataclass(frozen=True)
 class Sampling:
     """How the answers of a run are sampled: the arguments of `generate` that stay the same from step to step."""
