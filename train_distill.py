@@ -154,7 +154,7 @@ def main(cfg: Config) -> None:
     with run.autocast(device, cfg.dtype):
         heldout = heldout_problems(task, cfg.eval_problems, cfg.seed)
         teacher_answers = sample_and_grade(teacher, tokenizer, task, heldout, sampling, seed=run.derive(cfg.seed, "teacher"))
-    teacher_value = float(right_or_reward(task, teacher_answers.rewards).mean())
+    teacher_value = float(right_or_reward(task, teacher_answers.rewards).nanmean())
     print(f"Distilling {teacher.num_parameters():,} parameters into {student.num_parameters():,}: {cfg.divergence} divergence "
           f"on answers of the {cfg.on} to {task}, on {device.type}. The {task.measured} of the teacher's samples is "
           f"{teacher_value:.3f}.")

@@ -49,12 +49,12 @@ def watch_groups(out: Run, task: Task, rollout: Rollout, rewards: Tensor, parts:
     numbers of each answer, [P, G] or [B] each."""
     contrast = has_contrast(rewards).tolist()
     right = right_or_reward(task, rewards).flatten().tolist() if task.right_reward is not None else None
-    columns = {name: numbers(x.flatten()) for name, x in {"reward": rewards, **parts}.items()}
+    total, named = numbers(rewards.flatten()), {name: numbers(x.flatten()) for name, x in parts.items()}
 
     def describe(row: int, text: str) -> dict[str, Any]:
         labels = [{1.0: "right", 0.0: "wrong"}.get(right[row], "not scored")] if right else []
         labels += [style] if task.verifiable and (style := task.style(text)) else []
-        return {"reward": columns["reward"][row], "parts": {name: columns[name][row] for name in parts}, "labels": labels}
+        return {"reward": total[row], "parts": {name: part[row] for name, part in named.items()}, "labels": labels}
 
     return WatchedGroups(out, rollout, sorted(range(len(contrast)), key=lambda p: not contrast[p])[: keep_now(out)], describe)
 

@@ -255,7 +255,7 @@ def test_a_run_with_a_reward_function_of_ones_own(script, mine, tmp_path, inside
 # ---- FILE.py:NAME as a task ----
 
 TASKS_OF_MINE = '''
-from nanorl.tasks import Addition, Records
+from nanorl.tasks import Addition, Problem, Records, Task
 
 class Mine(Addition):
     max_answer_tokens = 33
@@ -269,6 +269,37 @@ def late():
 
 def wrong():
     return 4
+
+def judge(prompt, response, record):
+    return 1.0
+
+class Nameless(Addition):
+    name = None
+
+class Unlimited(Addition):
+    max_answer_tokens = "80"
+
+class Started(Addition):
+    max_actions = None
+
+class Roomless(Addition):
+    max_actions, max_episode_tokens = 2, 0
+
+def unread():
+    return Records("rows.jsonl", verifier="regex")
+
+def unfit():
+    return Records("rows.jsonl", prompt="{prompt[x]}")
+
+class Two(Task):
+    name = "two"
+
+    def __init__(self):
+        self.drawn = 0          # without super().__init__()
+
+    def draw(self, rng):
+        self.drawn += 1
+        return Problem(f"Say {self.drawn % 2}.", "x")
 '''
 
 
@@ -277,7 +308,12 @@ def test_a_task_of_ones_own_is_named_by_its_file(rows, tmp_path):
     found = {name: make_task(f"my_tasks.py:{name}") for name in ("Mine", "made", "rows", "late")}
     assert [found[name].difficulty for name in ("Mine", "made", "late")] == [Addition.default_difficulty, 2, 4]
     assert isinstance(found["rows"], FileTask)
-    for name, says in (("number", "is 3; expected a Task"), ("wrong", "is 4; expected a Task"), ("no", "has no no")):
+    for name, says in (("number", "is 3; expected a Task"), ("wrong", "is 4; expected a Task"), ("no", "has no no"),
+                       ("judge", r"missing a required argument: 'prompt'; expected .* is --reward"),
+                       ("Nameless", "with a `name`"),
+                       ("Unlimited", "max_answer_tokens is '80'; expected"), ("Started", "max_actions is None"),
+                       ("Roomless", "max_episode_tokens is 0"), ("unread", "verifier 'regex'; expected one of exact, "),
+                       ("unfit", "does not fit the record")):
         with pytest.raises(UserError, match=says):
             make_task(f"my_tasks.py:{name}")
     cfg = train_grpo.Config(init="x", task="my_tasks.py:Mine")
@@ -287,6 +323,15 @@ def test_a_task_of_ones_own_is_named_by_its_file(rows, tmp_path):
     sys.modules.pop("my_tasks")
     with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
         make_task("my_tasks.py:rows")
+    sys.modules.pop("my_tasks", None)
+
+
+def test_prompts_that_all_fall_into_one_split_are_refused_not_drawn_for_ever(rows, tmp_path):
+    (tmp_path / "my_tasks.py").write_text(TASKS_OF_MINE)
+    task = make_task("my_tasks.py:Two")
+    assert str(task) == "two" and not task.problem(Random(0), "all").is_heldout
+    with pytest.raises(UserError, match=r"none of 10,000 problems is of the heldout split.*prompts that vary"):
+        task.problem(Random(0), "heldout")
     sys.modules.pop("my_tasks", None)
 
 

@@ -729,6 +729,12 @@ def test_a_student_learns_what_its_teacher_says(tmp_path, capsys):
     assert "the teacher, sampled" in capsys.readouterr().out
 
 
+def test_a_teachers_answers_that_cannot_be_scored_enter_no_mean(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "letter", type("Half", (Letter,), {"right": 1.0, "wrong": None, "right_reward": 1.0}))
+    start(train_distill, DISTILL + SELDOM + " --task letter --steps 1 --eval-problems 12", tmp_path / "run")
+    assert re.search(r"the teacher, sampled +1\.000", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("on", ["data", "teacher", "student"])
 def test_a_step_of_distillation_is_what_it_says(on, tmp_path):
     """From the two checkpoints alone: whose answers they are, the sum of KL(teacher || student) over an answer's tokens and its

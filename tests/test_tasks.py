@@ -589,9 +589,10 @@ def test_right_is_what_the_task_says_else_what_gold_answers_alone_get_else_nothi
     assert task.right_reward == right
     assert task.measured == ("accuracy" if right is not None else "hidden reward" if task is STORIES else "reward")
     if right is None:
-        with pytest.raises(UserError, match=f"^pass@k: no answer to {task} is right or wrong, for .* gold answers"):
+        with pytest.raises(UserError, match=f"^pass@k: no answer to {task} is right or wrong, for its .*"):
             task.require_right("pass@k:")
-        assert len(task.warnings()) == (task is not STORIES)
+        assert len(task.warnings()) == (task is not STORIES and not isinstance(task, Undecided))
+        assert ("its `right_reward` is None" in task.without_right()) == isinstance(task, Undecided)
     else:
         task.require_right("pass@k:")
         assert task.warnings() == []

@@ -260,13 +260,13 @@ def test_parts_of_rewards_and_answers_that_could_not_be_scored():
     out = SimpleNamespace(cfg=cfg, step=0, model=(model := run.model_from(run.load_checkpoint("sft"), torch.device("cpu"))))
     rollout = generate(model, [[1, 2]] * 2, max_new_tokens=2, stop_ids={0}, samples_per_prompt=2)
     rewards, part = torch.tensor([[1.0, torch.nan], [0.0, 1 / 3]]), torch.tensor([[0.5, torch.nan], [2.0, 3.0]])
-    watched = watch_groups(out, make_task("addition"), rollout, rewards, {"format": part})
+    watched = watch_groups(out, make_task("addition"), rollout, rewards, {"format": part, "reward": part + 1})
     assert watched.groups == [1, 0]
     assert [watched.describe(row, "Answer: 3") for row in range(4)] == [
-        {"reward": 1.0, "parts": {"format": 0.5}, "labels": ["right", "direct"]},
-        {"reward": None, "parts": {"format": None}, "labels": ["not scored", "direct"]},
-        {"reward": 0.0, "parts": {"format": 2.0}, "labels": ["wrong", "direct"]},
-        {"reward": 0.333333, "parts": {"format": 3.0}, "labels": ["wrong", "direct"]}]
+        {"reward": 1.0, "parts": {"format": 0.5, "reward": 1.5}, "labels": ["right", "direct"]},
+        {"reward": None, "parts": {"format": None, "reward": None}, "labels": ["not scored", "direct"]},
+        {"reward": 0.0, "parts": {"format": 2.0, "reward": 3.0}, "labels": ["wrong", "direct"]},
+        {"reward": 0.333333, "parts": {"format": 3.0, "reward": 4.0}, "labels": ["wrong", "direct"]}]
 
 
 def test_zero_keeps_nothing_and_changes_nothing(tmp_path):

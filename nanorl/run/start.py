@@ -5,6 +5,7 @@ import sys
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -167,9 +168,8 @@ def begin(cfg: RunConfig, stage: str, *, task: Task | None = None, reference: bo
     runs/reward, made first where it is missing, None for none. All must have room for the prompts of `task`.
     """
     device, checkpoint = pick_device(cfg), Run.check(cfg)
-    if isinstance(task, FileTask):
-        task.rows("train"), task.rows("heldout")        # fails before minutes are spent on another stage
     if task:
+        next(task.training_problems(Random(0), 0)), task.choose(Random(0), "heldout", 1)    # fails before minutes are spent
         warn(task.warnings())
     initial = checkpoint
     if reward_model:

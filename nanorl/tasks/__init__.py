@@ -27,6 +27,8 @@ work. Two rules keep that reward honest:
 Randomness is always a `random.Random` that the caller made.
 """
 
+import inspect
+
 from nanorl.errors import UserError
 from nanorl.load import load_named
 from nanorl.tasks.arithmetic import Addition, Countdown, Sums
@@ -42,20 +44,36 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sor
                                                               Code, Stories)}
 
 
+def own_task(name: str) -> Task:
+    """What FILE.py:NAME names: a Task of the user's, or a class or function that makes one."""
+    expected = "a Task, as nanorl.tasks has them, or Records(...)"
+    found = load_named(name, expected)
+    if callable(found):
+        try:
+            inspect.signature(found).bind()
+        except TypeError as e:
+            raise UserError(f"--task {name}: {e}; expected {expected}, or what makes one without arguments; a function that "
+                            "rewards is --reward") from None
+    task = found() if callable(found) else found
+    if not isinstance(task, Task) or not isinstance(getattr(task, "name", None), str):
+        raise UserError(f"--task {name}: is {task!r:.60}; expected {expected}, with a `name`")
+    for limit in ("max_answer_tokens", "max_actions", "max_episode_tokens"):
+        value = getattr(task, limit)
+        if not ((type(value) is int and value >= 1) or (limit == "max_episode_tokens" and value is None)):
+            raise UserError(f"--task {name}: {limit} is {value!r:.40}; expected a whole number of at least 1")
+    if task.max_actions == 1 and type(task).observe is not Task.observe:
+        raise UserError(f"--task {name}: it has `observe`, but max_actions is 1, so nothing is observed; expected more")
+    if task.max_actions > 1 and task.max_episode_tokens is None:
+        raise UserError(f"--task {name}: max_actions is {task.max_actions}, but the tokens of an episode have no limit; "
+                        "expected max_episode_tokens, of all actions and observations")
+    return task
+
+
 def make_task(name: str, needs_verifier: bool = True) -> Task:
-    """The task "addition", or "addition-4" at difficulty 4, or what FILE.py:NAME names: a Task, or a class or function that
-    makes one. By default it must be one that a program can check."""
+    """The task "addition", or "addition-4" at difficulty 4, or what FILE.py:NAME names. By default it must be
+    one that a program can check."""
     if ".py:" in name:
-        found = load_named(name, "a Task, as nanorl.tasks has them, or Records(...)")
-        task = found() if callable(found) else found
-        if not isinstance(task, Task):
-            raise UserError(f"--task {name}: is {task!r:.60}; expected a Task, as nanorl.tasks has them, or Records(...)")
-        if task.max_actions == 1 and type(task).observe is not Task.observe:
-            raise UserError(f"--task {name}: it has `observe`, but max_actions is 1, so nothing is observed; expected more")
-        if task.max_actions > 1 and task.max_episode_tokens is None:
-            raise UserError(f"--task {name}: max_actions is {task.max_actions}, but the tokens of an episode have no limit; "
-                            "expected max_episode_tokens, of all actions and observations")
-        return task
+        return own_task(name)
     family, dash, difficulty = name.partition("-")
     choices = {each: task for each, task in TASKS.items() if task.verifiable or not needs_verifier}
     if family not in choices:

@@ -13,8 +13,7 @@ from nanorl.errors import UserError
 
 MARKER = "Answer: "  # a response's final answer follows it
 MAX_ANSWER_CHARACTERS = 256  # anything longer is not an answer
-NO_RIGHT = ("no answer to {} is right or wrong, for its class names no `right_reward`, and its gold answers do not all get one "
-            "reward that no other answer gets")
+MANY_DRAWS = 10_000  # of which at least one belongs to either split, if prompts vary at all
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class Task:
     verifiable = True
     max_answer_tokens = 80  # the default of --max-new-tokens
     difficulties = range(0)  # that can be chosen: none
+    difficulty: int | None = None
     default_difficulty: int | None = None
     difficulty_unit = ""  # what the difficulty counts
     worked_share = 0.3  # of the demonstrations: most are direct
@@ -107,14 +107,22 @@ class Task:
         golds, others = {gold for gold, *_ in graded}, [reward for _, *rest in graded for reward in rest]
         return min(golds) if len(golds) == 1 and all(reward < min(golds) for reward in others) else None
 
+    def without_right(self) -> str:
+        """Why no answer is right or wrong, as a sentence."""
+        why = "its class names no `right_reward`, and its gold answers do not all get one reward that no other answer gets"
+        if self.reward or type(self).right_reward is None:
+            why = f"{self.reward.name} judges them" if self.reward else "its `right_reward` is None"
+        return f"no answer to {self} is right or wrong, for {why}"
+
     def require_right(self, what: str) -> None:
         """UserError where no answer is right or wrong."""
         if self.right_reward is None:
-            raise UserError(f"{what} {NO_RIGHT.format(self)}")
+            raise UserError(f"{what} {self.without_right()}")
 
     def warnings(self) -> list[str]:
         """What the user should know at the start."""
-        return [f"the mean reward is measured, no accuracy: {NO_RIGHT.format(self)}"] if self.measured == "reward" else []
+        meant = self.reward or type(self).right_reward is None or self.measured != "reward"
+        return [] if meant else [f"the mean reward is measured, no accuracy: {self.without_right()}"]
 
     @property
     def measured(self) -> str:
@@ -151,9 +159,12 @@ class Task:
 
     def problem(self, rng: Random, split: str) -> Problem:
         """A problem of this split, "train", "heldout" or "all": draw until a prompt's hash falls into it."""
-        while split not in ("all", "heldout" if (problem := self.draw(rng)).is_heldout else "train"):
-            pass
-        return problem
+        for _ in range(MANY_DRAWS):
+            problem = self.draw(rng)
+            if split in ("all", "heldout" if problem.is_heldout else "train"):
+                return problem
+        raise UserError(f"task {self}: none of {MANY_DRAWS:,} problems is of the {split} split. One prompt in ten is held out, "
+                        "by its hash; expected prompts that vary")
 
     def choose(self, rng: Random, split: str, count: int) -> list[Problem]:
         """The problems of an evaluation."""

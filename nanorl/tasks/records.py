@@ -15,6 +15,7 @@ from nanorl.tasks.verifiers import VERIFIERS as READERS
 
 VERIFIERS = {**READERS, "code": UnitTests(), "none": Verifier("anything", str)}  # none: a reward function judges
 
+
 class FileTask(Task):
     """Your own questions. A verifier says how a response is compared with the answer.
 
@@ -28,6 +29,8 @@ class FileTask(Task):
         """problems: a tuple is a prompt and its answer. The last `heldout` of them are held out, or else one in ten by its
         hash. places: where they stand in the file."""
         super().__init__()
+        if verifier not in VERIFIERS:
+            raise UserError(f"{name}: verifier {verifier!r:.40}; expected one of {', '.join(VERIFIERS)}")
         self.name, self.seed, self.verifier = name, seed, VERIFIERS[verifier]
         self.problems = [each if isinstance(each, Problem) else Problem(*each) for each in problems]
         self.places = places or [f"record {number}" for number in range(1, len(self.problems) + 1)]
@@ -177,7 +180,7 @@ def problem_of(record: Record, before: tuple[tuple[str, str], ...], prompt: str 
     elif prompt:
         try:
             asked = prompt.format_map({"prompt": asked} | record.source)
-        except (LookupError, ValueError, AttributeError) as e:
+        except (LookupError, ValueError, AttributeError, TypeError) as e:
             raise UserError(f"{place}: the prompt {prompt!r:.60} does not fit the record ({type(e).__name__}: {e}); it has "
                             f"{', '.join(map(repr, record.source)):.60}") from None
     if not isinstance(asked, str) or not asked:
