@@ -22,7 +22,8 @@ With one update per rollout, the default, every ratio is 1 and a bound has nothi
 or bound are then the same. The value of GRPO's loss is then 0, because the advantages of a group sum to 0 and all its answers
 weigh the same. A loss says nothing about progress here and is not logged. Watch the reward.
 
-To change the loss: a branch in `objective`, its keyword where main makes `loss`, a flag in Config. The surrogates and the token
+To change the loss: a branch in `objective`, its keyword where main makes `loss`, a flag in Config; a further --bound or
+--advantage is an entry, `family.BANDS["tanh"] = (None, 0.2)` or `family.ADVANTAGES["mine"] = f`. The surrogates and the token
 weights are in nanorl/ops.py, the advantages in `advantages` below, the named algorithms and bands in nanorl/family.py. Then
 check that it is sound, with your choice as the default of its keyword:
 

@@ -36,6 +36,8 @@ COPIED = 2.0            # nats per answer: all of 8 samples from 7 answers are t
 DISTINCT = 1.2          # answers per group: four groups in five have one
 CUT = 0.1               # share of answers: most groups of 8 have one that is cut, 1 - .9^8 = .57
 DRIFT = 1.5             # ratio of lengths
+MARGIN = 0.25           # implicit reward: as much between two scores of one policy is no rounding, even in bfloat16
+WITH_REFERENCE = ("dpo", "cdpo", "ipo", "kto")
 RISE = 0.1              # of a reward or an accuracy: less is rarely what a run is for
 FAR = 25.0              # nats per answer: best-of-n gets there with e^25 answers. The runs of docs/ are mostly within 1 to 20
 HELD = 0.1              # nats per answer: best-of-2 is already log 2 - 1/2 = .19 away
@@ -68,6 +70,12 @@ def no_gradient(log: Log) -> str | None:
     nothing_to_learn = log.no_contrast() == (1, 1) or not any(log.values("train/active") or [1])
     if len(norms) >= TREND and not any(norms) and not nothing_to_learn:
         return f"The gradient is exactly 0 in all of {len(norms)} steps, although there was something to learn."
+
+
+def not_at_the_reference(log: Log) -> str | None:
+    margins = log.values("train/margin")
+    if margins and log.lines[0]["step"] == 0 and log.flags.get("loss") in WITH_REFERENCE and abs(margins[0]) > MARGIN:
+        return f"In step 0 the margin is {margins[0]:.3g}; the policy is still the reference, so that it is 0."
 
 
 def copied_answers(log: Log) -> str | None:
@@ -255,7 +263,8 @@ def loss_is_zero(log: Log) -> str | None:
              and cut != "mask" and not any(map(log.flag, ("kl_coef", "entropy_coef", "likelihood_coef"))))
     zero = max(map(abs, losses)) < 1e-6 if losses else known
     if zero and any(gradients) and log.values("rollout/reward"):
-        return "The loss is 0 in every step, because the advantages of a group sum to 0; its gradient is not 0."
+        return ("The loss is 0 in every step" + ("" if losses else ", if it is still the one of train_grpo.py")
+                + ", because the advantages of a group sum to 0; its gradient is not 0.")
 
 
 def solved(log: Log) -> str | None:
@@ -282,7 +291,7 @@ def evaluation_too_small(log: Log) -> str | None:
 
 
 FINDINGS = {        # by level, the worst first
-    "broken": (sampler_and_scorer_disagree, ratios_are_not_one, no_gradient, copied_answers),
+    "broken": (sampler_and_scorer_disagree, ratios_are_not_one, not_at_the_reference, no_gradient, copied_answers),
     "warning": (learning_rate_too_large, learned_reward_is_hacked, held_out_does_not_follow, only_the_format_is_learned,
                 one_answer_per_group, too_hard, too_easy, entropy_collapse, kl_runs_away, the_leash_holds, the_bound_binds,
                 stale_data, critic_explains_nothing, answers_are_cut, length_drift, overfitting, learning_rate_too_small,

@@ -7,6 +7,8 @@
     groups      what is done with groups without contrast, whose rewards are all equal: keep, leave out, or draw others
 """
 
+from __future__ import annotations      # so that a script may add to BANDS and ADVANTAGES what its flags then accept
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple

@@ -51,8 +51,8 @@ def check_verifier(task: Task) -> str:
     """Gold answers are right and adversarial ones wrong, unless the task says that no answer is; a sentence that says which."""
     if task.reward:
         return f"answers are judged by {task.reward.name}, and none is right or wrong"
-    if type(task).right_reward is None:
-        return f"no answer to {task} is right or wrong, as its class declares"
+    if type(task).right_reward is None or (task.max_actions > 1 and task.right_reward is None):
+        return f"no answer to {task} is right or wrong by itself"
     graded = list(task.graded_examples())
     if not graded:
         return f"{task} has no gold responses to try its verifier on"
@@ -74,8 +74,9 @@ def first_step_check(experience: Experience, task: Task, stop_ids: set[int], sco
     1. By the verifier, gold answers are right and adversarial ones are not.
     2. The stop token is inside the mask, and nothing after it.
     3. The sampler's log-probs are the scorer's.
-    4. At equal weights every ratio is 1, whatever rows share the batch.
-    5. The gradient of a batch is the sum of its parts' gradients.
+    4. A step down the loss makes tokens with A > 0 likelier and those with A < 0 less likely.
+    5. At equal weights every ratio is 1, whatever rows share the batch.
+    6. The gradient of a batch is the sum of its parts' gradients.
     """
     verified = check_verifier(task)
     parameters = [p for p in parameters if p.requires_grad]
@@ -103,6 +104,15 @@ def first_step_check(experience: Experience, task: Task, stop_ids: set[int], sco
 
     adv = torch.linspace(1.0, 2.0, len(rows), device=rows.device)[:, None]      # of one sign: like answers must not cancel
     weights = token_weights(mask, rollout.prompt_index[rows], aggregate, max_new_tokens)
+
+    def slope(adv: Tensor) -> Tensor:
+        loss, _ = objective(logp, logp.detach(), adv, mask, weights, ref_logp=logp.detach(), entropy=entropy)
+        return torch.autograd.grad(loss, logp, retain_graph=True, materialize_grads=True)[0]
+
+    signed = torch.where(rows[:, None] % 2 == 0, adv, -adv)
+    uphill = mask & ((slope(signed) - slope(0 * signed)) * signed > 0)      # the difference is free of KL and entropy terms
+    expect(not uphill.any(), "a step down the loss makes tokens with A > 0 less likely, or those with A < 0 likelier: is the "
+                             "loss minus what is to be maximised, and does it keep the sign of A?")
 
     def gradients(logp: Tensor, entropy: Tensor, part: Tensor, width: int) -> list[Tensor]:
         old = logp.detach()

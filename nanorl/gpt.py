@@ -109,7 +109,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V, written out.                                   (Vaswani et al. 2017, eq. 1)
+    """softmax(Q K^T / sqrt(D)) V, written out. The model uses the three below.    (Vaswani et al. 2017, eq. 1)
 
     q [B, H, T, D]; k, v [B, Hkv, S, D]: each key head serves H / Hkv query heads. mask, broadcastable to [B, H, T, S],
     is True where a query may attend; None is causal: query t attends to keys 0..t. Returns [B, H, T, D].
@@ -123,7 +123,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same function as `attention`, by PyTorch's kernels, most of which never hold the [T, S] scores. The model uses it.
+    """The same function as `attention`, by PyTorch's kernels, most of which never hold the [T, S] scores.
 
     mask may also be what is added to the scores, 0 or -inf: the kernels make that of a bool mask at every call.
     """
@@ -277,7 +277,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """tokens -> embeddings -> blocks -> norm -> logits. Logits at position t score token t + 1."""
+    """tokens -> embeddings -> blocks -> norm -> logits. Logits at position t score token t + 1.
+
+    A parameter that you add with one dimension keeps its initial values, and is neither decayed nor updated by Muon. One with
+    two is a matrix: `_initialise` draws it, and Muon, where it is chosen, makes its updates orthogonal.
+    """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()

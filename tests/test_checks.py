@@ -51,6 +51,14 @@ def test_every_row_of_the_table_is_sound(name):
     assert "lengths of answers change its direction" in str(report) if cfg.aggregate == "sequence_mean" else True
 
 
+def test_advantages_may_be_of_tokens():
+    """One that gives all tokens of an answer the advantage of its first is then found out."""
+    quick(sound, adv_shape="BT", clip=(0.2, 0.2))
+    with pytest.raises(BrokenObjective) as error:
+        quick(changed(adv=lambda adv: adv[:, :1]), adv_shape="BT", clip=(0.2, 0.2))
+    assert "reinforce" in error.value.report.broken
+
+
 # ---- Faults ----
 
 

@@ -53,6 +53,8 @@ FLAT, TWO = {"rollout__reward": (0.3, 0.3001)}, {"minibatches": 2}
 PLANTED = {     # what a run has, if it has this: two of each, a clear one and one near the threshold's other side's
     "sampler-and-scorer-disagree": (dict(train__mismatch_kl=(4e-4, 1e-5)), dict(train__mismatch_kl=(0.04, 0.02))),
     "ratios-are-not-one": (dict(train__ratio_max=(1.4, 1.5)), dict(train__ratio_min=(0.5, 0.6))),
+    "not-at-the-reference": (dict(flags={"loss": "dpo"}, train__margin=(-4.1, 1)),
+                             dict(flags={"loss": "ipo"}, train__margin=(0.3, 1))),
     "no-gradient": (dict(train__grad_norm_max=(0, 0)), dict(train__grad_norm_max=(0, 0), **FLAT)),
     "copied-answers": (dict(rollout__distinct=(1, 1)), dict(rollout__distinct=(1, 1), train__entropy=(0.15, 0.15))),
     "learning-rate-too-large": (dict(evals={"accuracy_sampled": (0.3, 0.0), "story_loss": (0.9, 2.2)},
@@ -119,6 +121,7 @@ def test_a_healthy_run_has_notes_only():
 @pytest.mark.parametrize("name, last_kept", [(name, case) for name, case in {
     "sampler-and-scorer-disagree": dict(train__mismatch_kl=(9e-5, 9e-5)),
     "ratios-are-not-one": dict(train__ratio_max=(1.2, 1.2)),
+    "not-at-the-reference": dict(flags={"loss": "dpo"}, train__margin=(0.2, 1)),
     "copied-answers": dict(rollout__distinct=(1, 1), train__entropy=(0.08, 0.07)),
     "too-hard": dict(rollout__reward=(0.1, 0.1), rollout__no_contrast=(0.79, 0.79)),
     "no-progress": dict(rollout__reward=(0.6, 0.601), rollout__no_contrast=(0.9, 0.9), train__grad_norm_max=(0, 0)),

@@ -14,7 +14,7 @@ from world import GRPO, ROOT, metrics, start
 import train_grpo
 import train_pretrain
 import train_sft
-from nanorl import run
+from nanorl import family, run
 
 FLAGS = "--steps 2 --prompts 2 --group 2 --eval-problems 2 --max-new-tokens 16 --quiet --device cpu"
 LOSS = "return -(weights * surrogate).sum(), metrics"
@@ -72,6 +72,16 @@ def test_a_changed_copy_starts_from_a_run_that_is_named(world, elsewhere, monkey
     assert {p.name for p in elsewhere.iterdir()} - {"__pycache__"} == {"mine.py", "out"}
     mine, before = (metrics(out)[0]["train/grad_norm_max"] for out in (elsewhere / "out", world / "grpo"))
     assert mine == pytest.approx(2 * before, rel=1e-4) and before > 0
+
+
+def test_a_bound_and_an_advantage_of_ones_own_are_entries_that_flags_then_accept(monkeypatch, capsys):
+    monkeypatch.setitem(family.BANDS, "tanh", (None, 0.3))
+    monkeypatch.setitem(family.ADVANTAGES, "mine", lambda rewards, valid=None: rewards)
+    cfg = run.parse(train_grpo.Config, ["--bound", "tanh", "--advantage", "mine", "--init", "x"])
+    assert (cfg.bound, cfg.clip_low, cfg.clip_high, cfg.advantage) == ("tanh", None, 0.3, "mine")
+    with pytest.raises(SystemExit):
+        run.parse(train_grpo.Config, ["--bound", "sinh"])
+    assert "tanh" in capsys.readouterr().err
 
 
 def test_a_value_error_in_an_objective_is_raised_as_it_is(inside, tmp_path, monkeypatch):

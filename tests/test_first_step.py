@@ -64,6 +64,14 @@ def averaged(logp, old_logp, adv, mask, weights, **_):
     return -(adv * logp.masked_fill(~mask, 0.0)).mean(), {}
 
 
+def upside_down(logp, old_logp, adv, mask, weights, **_):
+    return (weights * adv * logp.masked_fill(~mask, 0.0)).sum(), {}
+
+
+def unsigned(logp, old_logp, adv, mask, weights, **_):
+    return -(weights * adv.abs() * logp.masked_fill(~mask, 0.0)).sum(), {}
+
+
 def unstopped(rollout):
     rollout.tokens[rollout.finished, rollout.lengths[rollout.finished] - 1] = 0
     return rollout
@@ -81,7 +89,8 @@ def long(rollout):
 
 @pytest.mark.parametrize("fault, says", [
     (dict(score=colder), "sampler and scorer differ"), (dict(score=padded), "the same weights give ratios"),
-    (dict(objective=averaged), "the sum of its parts'"), (dict(rollout=unstopped), "without a stop token"),
+    (dict(objective=averaged), "the sum of its parts'"), (dict(objective=upside_down), "keep the sign of A"),
+    (dict(objective=unsigned), "keep the sign of A"), (dict(rollout=unstopped), "without a stop token"),
     (dict(rollout=short), "its stop token if it has one, is outside the mask"),
     (dict(rollout=long), "more or fewer tokens than were sampled")])
 def test_what_is_broken_is_named_in_one_sentence(fault, says):
@@ -127,12 +136,22 @@ class Points(Generous):
     right_reward = None
 
 
+class Walk(Generous):
+    """Two actions, of which none is right: an episode pays for its end."""
+
+    max_actions, max_episode_tokens = 2, 40
+
+    def verify(self, problem, response):
+        return 0.0
+
+
 class Lenient(Moody):
     right_reward = 2
 
 
 @pytest.mark.parametrize("task, says", [(Signed(), "the verifier pays for gold answers only"), (Lenient(), "pays for gold"),
-                                        (Points(), "no answer to generous is right or wrong, as its class declares")])
+                                        (Points(), "no answer to generous is right or wrong by itself"),
+                                        (Walk(), "no answer to generous is right or wrong by itself")])
 def test_right_is_what_the_task_calls_so(task, says):
     assert says in check_verifier(task)
 

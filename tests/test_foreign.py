@@ -256,7 +256,7 @@ def test_the_command_takes_losses_of_every_kind(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("options, says", [
-    ({"adv_shape": "B"}, "adv_shape: requires aggregates='own'"), ({"maximise": True}, "maximise: requires aggregates='own'"),
+    ({"adv_shape": "B"}, "adv_shape B: requires aggregates='own'"), ({"maximise": True}, "maximise: requires aggregates='own'"),
     ({"aggregates": "its own"}, "expected 'given' or 'own'"), ({"aggregates": "own", "adv_shape": "[B]"}, "'B1', 'B' or 'BT'")])
 def test_options_of_own_weights_are_not_ignored(options, says):
     with pytest.raises(ValueError, match=re.escape(says)):

@@ -27,6 +27,7 @@ from nanorl.interop import load_pretrained, write_pretrained
 from nanorl.interop.config import ONLY, read_config, write_config
 from nanorl.interop.safetensors import read_safetensors, write_safetensors
 from nanorl.interop.tokenizers import write_tokenizer
+from nanorl.interop.weights import name_in_file
 from nanorl.sample import generate
 from nanorl.tokenizer import Tokenizer
 
@@ -349,6 +350,12 @@ def test_what_is_no_model_is_refused(tmp_path, capsys):
         with pytest.raises(SystemExit) as exit:
             export.main(export.Config(checkpoint=str(path), directory=str(tmp_path / "out")))
         assert exit.value.code == 2 and "neither a run (ckpt.pt) nor a pretrained model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attention.temperature", "blocks.0.mlp.mix.weight", "gate.weight"])
+def test_what_a_changed_model_has_more_has_no_name_in_a_file(name):
+    with pytest.raises(UserError, match=rf"^{name}: no Llama or Qwen has such a parameter"):
+        name_in_file(name)
 
 
 def test_an_export_writes_over_nothing(tmp_path, capsys):

@@ -7,8 +7,9 @@ An objective is a function with the arguments that train_grpo.py gives to its ow
 
     objective(logp, old_logp, adv, mask, weights, *, ref_logp=None, entropy=None) -> (loss, metrics)
 
-logp, old_logp, ref_logp, entropy, mask, weights [B, T]; adv [B, 1]; loss a scalar to minimise; metrics detached scalars that
-add up over micro-batches, except that names ending in _max or _min take the maximum or the minimum.
+logp, old_logp, ref_logp, entropy, mask, weights [B, T]; adv [B, 1], or [B, T] with --adv-shape BT; loss a scalar to minimise;
+metrics detached scalars that add up over micro-batches, except that names ending in _max or _min take the maximum or the
+minimum.
 
 Other people's objectives make the weights of their tokens themselves, those of preferences are of pairs, and an estimator such
 as GAE makes advantages; docs/checks.md has all four contracts:

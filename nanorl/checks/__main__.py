@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--detached-weight", action="store_true", help="the ratio is a weight without a gradient of its own")
     parser.add_argument("--aggregate", choices=AGGREGATES, help="how its weights are made: notes their bias; own: checks it")
     parser.add_argument("--aggregates", choices=("given", "own"), help="own: the loss makes its token weights itself")
-    parser.add_argument("--adv-shape", choices=ADV_SHAPES, help="own: adv is [B, 1] (default), [B] or [B, T]")
+    parser.add_argument("--adv-shape", choices=ADV_SHAPES, help="adv is [B, 1] (default) or [B, T]; own: also [B]")
     parser.add_argument("--maximise", action="store_true", help="own: it returns what is to be maximised")
     parser.add_argument("--absolute", action="store_true", help="preference: it judges each response by itself: no margin")
     parser.add_argument("--loss", choices=NUMBERS, help="preference: it is meant to be that of the paper, with ...")

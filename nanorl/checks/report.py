@@ -163,7 +163,7 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     aggregate         how its token weights are made (ops.token_weights); the report notes how they change the expected gradient
     aggregates        "own" if f(logp, old_logp, adv, mask) makes its token weights itself; that they are those of `aggregate`
                       is then checked. It also gets ref_logp, entropy and prompt_index [B], if its signature names them
-    adv_shape         own: "B1" if adv is [B, 1] (the default), "B" or "BT" if it is [B] or [B, T]
+    adv_shape         "B1" if adv is [B, 1] (the default), "BT" if it is [B, T], a number for each token; own: also "B", [B]
     maximise          own: True if f returns what is to be maximised
     examples          random cases for each invariant
 
@@ -173,8 +173,8 @@ def check_objective(f: Callable, advantage: Callable | None = None, clip: tuple[
     own = aggregates == "own"
     if aggregates not in ("given", "own") or adv_shape not in (None, *foreign.ADV_SHAPES):
         raise UserError(f"aggregates={aggregates!r}, adv_shape={adv_shape!r}: expected 'given' or 'own', and 'B1', 'B' or 'BT'")
-    if not own and (adv_shape or maximise):
-        raise UserError(f"{'adv_shape' if adv_shape else 'maximise'}: requires aggregates='own' (--aggregates own)")
+    if not own and (adv_shape == "B" or maximise):
+        raise UserError(f"{'maximise' if maximise else 'adv_shape B'}: requires aggregates='own' (--aggregates own)")
     f, empty = (foreign.adapted(f, adv_shape or "B1", maximise) if own else f), True
     report = Report()
     batch_cases = random_cases(batches(own=own, adv_of_tokens=adv_shape == "BT" and ratio == "token"), examples)

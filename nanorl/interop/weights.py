@@ -26,10 +26,10 @@ BLOCK = {"attention_norm": ("input_layernorm", "attn_norm"), "mlp_norm": ("post_
 def name_in_file(name: str, gguf: bool = False) -> str:
     """blocks.3.attention.q.weight  ->  model.layers.3.self_attn.q_proj.weight, or blk.3.attn_q.weight"""
     module, kind = name.rsplit(".", 1)
-    if not module.startswith("blocks."):
-        return f"{MODULES[module][gguf]}.{kind}"
-    _, layer, part = module.split(".", 2)
-    return f"{('model.layers', 'blk')[gguf]}.{layer}.{BLOCK[part][gguf]}.{kind}"
+    _, layer, part = module.split(".", 2) if module.startswith("blocks.") else ("", "", "")
+    if module not in MODULES and part not in BLOCK:
+        raise UserError(f"{name}: no Llama or Qwen has such a parameter; a changed nanorl/gpt.py has no name in their files")
+    return f"{('model.layers', 'blk')[gguf]}.{layer}.{BLOCK[part][gguf]}.{kind}" if part else f"{MODULES[module][gguf]}.{kind}"
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

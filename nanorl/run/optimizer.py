@@ -18,8 +18,9 @@ def _sum_gradients(parameters: list[nn.Parameter]) -> None:
 class Optimizers:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest, stepped as one.
 
-    Weight decay is decoupled and not applied to the gains of RMSNorm. Muon's orthogonal update is scaled to AdamW's
-    typical size, so one learning rate serves both.
+    Weight decay is decoupled and not applied to the gains of RMSNorm. Muon's orthogonal update is scaled to the size that
+    AdamW's has in a long run, 0.2 lr, so one learning rate serves both there. AdamW's first updates are of size lr, so in a
+    short run Muon wants several times the rate.
     """
 
     def __init__(self, model: nn.Module, kind: str, lr: float, weight_decay: float = 0.0):
