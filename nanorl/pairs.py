@@ -72,13 +72,16 @@ def reference_point(log_ratio: Callable[[Rollout], Tensor], rollout: Rollout, pa
 
         z = max(0, 1/2N sum log(pi/ref))        log_ratio(rollout) is log(pi/ref) of each row's response [n], in nats
 
-    pairs [N, 2]: rows of the chosen and rejected responses. What is exchanged is cut at `limit` tokens.
+    pairs [N, 2]: rows of the chosen and rejected responses. What is exchanged is cut at `limit` tokens. A single pair has no
+    other prompt: 0.
     """
+    if len(pairs) < 2:
+        return 0.0
     total = torch.zeros((), device=rollout.tokens.device)
     rows = torch.stack((pairs.roll(-1, 0), pairs), dim=-1).flatten(0, 1)        # [2N, 2] the prompt's, the response's
     for part in ranks.parts(rows, micro_batch):
         total += log_ratio(exchange(rollout, *part.T, limit)).sum()
-    return max(0.0, float(sum_over_ranks({"z": total})["z"]) / max(pairs.numel(), 1))
+    return max(0.0, float(sum_over_ranks({"z": total})["z"]) / pairs.numel())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

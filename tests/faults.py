@@ -832,7 +832,7 @@ LOOPS = [
     # ---- DPO ----
     Mutant("kto puts responses after their own prompts", PAIRS,
            "torch.stack((pairs.roll(-1, 0), pairs)", "torch.stack((pairs, pairs)"),
-    Mutant("kto's reference point is twice the mean", PAIRS, "max(pairs.numel(), 1)", "max(len(pairs), 1)"),
+    Mutant("kto's reference point is twice the mean", PAIRS, "/ pairs.numel())", "/ len(pairs))"),
     Mutant("kto's reference point is that of the initial policy", DPO,
            "kto_z(rollout, pairs, reference)", "kto_z(rollout, pairs, initial_policy)"),
     Mutant("a response after another prompt keeps its own prompt's length", PAIRS,

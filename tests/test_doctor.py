@@ -113,6 +113,14 @@ def test_a_planted_disease_is_found_by_its_name(name, case):
         assert not [each for each in found if each[0] == "broken"]
 
 
+@pytest.mark.parametrize("flags, found", [({"dtype": "bfloat16"}, False), ({"dtype": "auto", "device": "cuda"}, False),
+                                          ({"dtype": "float32"}, True), ({"dtype": "auto", "device": "cpu"}, True)])
+def test_what_bfloat16_rounds_off_of_a_policy_that_is_not_sure_is_no_fault(flags, found):
+    """SmolLM2, at 2.8 nats, has ten times what float32 is allowed; a wrong temperature has more."""
+    rounded, colder = (healthy(flags, train__entropy=(2.8, 2.6), train__mismatch_kl=(kl, kl)) for kl in (1.1e-3, 0.1))
+    assert ("sampler-and-scorer-disagree" in names(rounded)) == found and "sampler-and-scorer-disagree" in names(colder)
+
+
 def test_a_healthy_run_has_notes_only():
     assert names(healthy()) == ["one-update", "loss-is-zero"]
     assert names(healthy({"minibatches": 4}, train__ratio_max=(1.1, 1.3), train__clipped_low=(0.01, 0.02))) == []

@@ -19,7 +19,7 @@ import train_group_dpo
 import train_reward
 from nanorl.checks.cases import generators, partition
 from nanorl.ops import bradley_terry, log_softmax, ranked_right
-from nanorl.pairs import agreement, calibration_error, length_margins, word_margins
+from nanorl.pairs import agreement, calibration_error, length_margins, pair_rollout, reference_point, word_margins
 from nanorl.tabular import leaf, randn
 
 pytestmark = pytest.mark.math
@@ -251,6 +251,13 @@ def test_slic_stops_at_its_margin(N, g):
         assert_close(dpo((rejected + margin, rejected, *rest), loss="slic", delta=1.0)[2][0], slope)
     zero = torch.zeros(1, dtype=torch.float64)
     assert_close(dpo((zero + 1.0, zero, zero, zero, zero + 1, zero + 1), loss="slic", delta=1.0)[2][0], 0.0)
+
+
+def test_a_single_pair_has_no_other_prompt_to_compare_with():
+    """Its responses after their own prompt are no reference point: with log(pi/ref) = 5 everywhere, two pairs have 5."""
+    rollout, rows = pair_rollout([[1], [2]], [[3], [4]], [[5], [6]], [0, 1], 0)
+    values = [reference_point(lambda r: torch.full((len(r.lengths),), 5.0), rollout, rows[:n], 8, 4) for n in (0, 1, 2)]
+    assert values == [0, 0, 5]
 
 
 @given(counts, generators, betas, st.floats(0, 3))

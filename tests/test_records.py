@@ -197,8 +197,11 @@ def test_an_exception_is_shown_once_with_its_record_and_is_no_reward(mine, rows,
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "ZeroDivisionError" in error and "(line 11)" in error and "'What is 5+5?'" in error
     assert task.problems[5].record == ROWS[5]
-    with pytest.raises(UserError, match=r"--reward my_rewards\.py:always: raised an exception on all 2 responses"):
-        grade(rewarded(rows, f"{mine}:always"), task.problems[:2], ["x", "y"], [True, True])
+    always = rewarded(rows, f"{mine}:always")
+    assert all(map(math.isnan, grade(always, task.problems[:9], ["x"] * 9, [True] * 9).rewards))
+    with pytest.raises(UserError, match=r"--reward my_rewards\.py:always: raised an exception on all 36 responses"):
+        grade(always, task.problems[:9] * 3, ["x"] * 27, [True] * 27)
+    assert all(map(math.isnan, grade(task, [task.problems[5]] * 40, ["x"] * 40, [True] * 40).rewards))     # others were scored
 
 
 @pytest.mark.parametrize("name, says", [("my_rewards.py:nothing", "has no nothing"), ("no.py:f", "no.py does not exist"),

@@ -9,6 +9,7 @@ from nanorl.errors import UserError, printable
 from nanorl.load import load_function
 from nanorl.tasks.base import Problem, Task
 
+ENOUGH = 32     # responses, of several prompts
 SIGNATURE = 'a function (prompt, response, record) -> a number, {"part": number}, or None where the response cannot be scored'
 
 
@@ -16,17 +17,18 @@ class RewardFunction:
     """(prompt, response, record) -> a number, {"part": number, ...}, or None, as the `reward` of a task.
 
     record is the object of the file, or of a task that has none {"prompt", "answer"}. Where the function raises, the response
-    cannot be scored, which is never a reward of 0: the first such record is shown, and all are counted.
+    cannot be scored, which is never a reward of 0: the first such record is shown, and all are counted. A function that has
+    done nothing else on ENOUGH responses ends the run.
     """
 
     def __init__(self, function: Callable[[str, str, dict], Any], name: str):
-        self.function, self.name, self.raised, self.scored = function, name, 0, False
+        self.function, self.name, self.asked, self.raised, self.scored = function, name, 0, 0, False
 
     def __call__(self, problems: list[Problem], responses: list[str], finished: list[bool]) -> list[Any]:
-        before = self.raised
         rewards = list(map(self.score, problems, responses))
-        if responses and self.raised - before == len(responses):
-            raise UserError(f"--reward {self.name}: raised an exception on all {len(responses)} responses, first the one above")
+        self.asked += len(responses)
+        if self.raised == self.asked >= ENOUGH:
+            raise UserError(f"--reward {self.name}: raised an exception on all {self.asked} responses, first the one above")
         if responses and not self.scored and all(reward is None for reward in rewards):
             print(f"warning: --reward {self.name}: None for all of {len(responses)} responses: nothing to learn from them",
                   file=sys.stderr)
