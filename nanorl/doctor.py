@@ -187,7 +187,8 @@ def one_answer_per_group(log: Log) -> str | None:
 def answers_are_cut(log: Log) -> str | None:
     share = log.end("rollout/truncated") if log.values("rollout/truncated") else (log.values("eval/truncated") or [0.0])[-1]
     if share >= CUT:
-        return f"At the end, {share:.0%} of the answers are cut at --max-new-tokens {log.flag('max_new_tokens'):.0f}."
+        where = " or at the limit of an episode" if log.values("rollout/turns") else ""
+        return f"At the end, {share:.0%} of the answers are cut at --max-new-tokens {log.flag('max_new_tokens'):.0f}{where}."
 
 
 def length_drift(log: Log) -> str | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -76,10 +77,10 @@ def majority_vote(ballots: Sequence[str | None], weights: Sequence[float] | None
 
 
 def vote_value(ballots: Sequence[str | None], values: Sequence[float], weights: Sequence[float] | None = None) -> float:
-    """The expected value of the winner of a vote; equal ballots have equal values. Tied answers are equally likely to win; 0
-    without a winner."""
+    """The expected value of the winner of a vote: the mean over its ballots, which differ only where an episode earns more than
+    its last action. Tied answers are equally likely to win; 0 without a winner."""
     winners = majority_vote(ballots, weights)
-    return sum(values[ballots.index(winner)] for winner in winners) / max(len(winners), 1)
+    return fmean([fmean([v for b, v in zip(ballots, values, strict=True) if b == winner]) for winner in winners] or [0.0])
 
 
 def doublings(most: int) -> list[int]:

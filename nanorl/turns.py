@@ -58,6 +58,8 @@ class Episodes:
             for name, part in parts.items():
                 if not math.isnan(part[i]):
                     sums[name][row] = part[i] + (0.0 if math.isnan(sums[name][row]) else sums[name][row])
+        for row, name in [(row, name) for row, each in enumerate(rewards) if math.isnan(sum(each)) for name in sums]:
+            sums[name][row] = math.nan          # an episode that could not be scored enters no mean, of parts either
         last = {row: text for (row, _), text in zip(places, texts, strict=True)}
         ends = [end if done else "truncated" for end, done in zip(self.ends, finished, strict=True)]
         return rewards, sums, ends, list(last.values())

@@ -208,6 +208,11 @@ def test_no_winner_is_worth_nothing():
     assert vote_value([None], [1.0]) == 0.0 and vote_value(["7", None], [0.5, 1.0]) == 0.5
 
 
+def test_the_order_of_ballots_does_not_matter_where_their_values_differ():
+    """Two episodes that end with the same answer, of which one asked more on its way."""
+    assert {vote_value(["a", "a", "b"], values) for values in ([0.0, 1.0, 9.0], [1.0, 0.0, 9.0])} == {0.5}
+
+
 # ---- Elicited styles ----
 
 

@@ -606,6 +606,13 @@ def test_to_be_cut_never_pays():
         assert grade(task, [ASKED] * 5, responses, [True, True, False, False, False]).rewards == rewards
 
 
+def test_parts_add_up_to_rewards_also_where_those_were_cut():
+    task = Say()
+    task.rewards = lambda problems, responses, finished: [{"form": 0.5, "right": 0.25}] * 2 + [{"form": -1}]
+    rewards, parts = grade(task, [ASKED] * 3, [GOLD] * 3, [True, False, False])
+    assert rewards == [0.75, 0, -1] and parts["form"] == [0.5, 0, -1] and parts["right"][:2] == [0.25, 0]
+
+
 def test_no_caller_reads_a_reward_that_has_not_passed_the_gate():
     """Outside of the classes of nanorl/tasks, where verifiers are made of each other, `grade` alone calls `rewards`, and
     nothing touches `verify`."""

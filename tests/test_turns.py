@@ -249,6 +249,21 @@ def test_an_episode_that_could_not_be_scored_enters_no_mean():
     assert adv.isfinite().all() and not mask[unscored].any() and torch.equal(mask[~unscored], found.rollout.mask[~unscored])
 
 
+class Parted(World):
+    unscored = True
+
+    def verify(self, state, action):
+        number = super().verify(state, action)
+        return number if number is None else {"half": number / 2, "rest": number / 2}
+
+
+def test_parts_of_episodes_add_up_to_their_rewards():
+    """Also where an action could not be scored: then neither the episode nor its parts enter a mean."""
+    found = play(Parted(), prompts=8, samples=4, seed=2)
+    assert 0 < found.rewards.isnan().sum() < 32
+    torch.testing.assert_close(found.parts["half"] + found.parts["rest"], found.rewards, equal_nan=True)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_what_stands_at_observations_reaches_nothing(poison):
     """No loss, metric or gradient of GRPO's and PPO's objectives."""

@@ -260,8 +260,10 @@ def grade(task: Task, problems: list[Problem], responses: list[str], finished: l
                 parts.setdefault(name, [math.nan] * len(responses))[i] = part
             reward = sum(named.values())
         number = math.nan if reward is None else _finite(reward, task, problem, response)
-        cut = not (finished[i] or task.scores_truncated)
-        rewards.append(0.0 if cut and number > 0 else number)
+        cut = number > 0 and not (finished[i] or task.scores_truncated)
+        rewards.append(0.0 if cut else number)
+        for part in parts.values() if cut else ():
+            part[i] *= 0.0          # so that parts add up to rewards
     return Grades(rewards, parts)
 
 
