@@ -118,7 +118,7 @@ def draw_search(rows: list[dict], measured: str, out: Path) -> None:
 def reward_by_tokens(lines: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """The reward of each step of RL, and the number of answer tokens sampled before it.       -> [n], [n]"""
     steps = [line for line in lines if "rollout/reward" in line]
-    tokens = torch.tensor([0.0, *(line["rollout/tokens"] for line in steps)], dtype=torch.float64).cumsum(0)[:-1]
+    tokens = torch.tensor([0.0, *(line.get("rollout/tokens") or 0.0 for line in steps)], dtype=torch.float64).cumsum(0)[:-1]
     known = [i for i, line in enumerate(steps) if line["rollout/reward"] is not None]
     return tokens[known], torch.tensor([steps[i]["rollout/reward"] for i in known], dtype=torch.float64)
 

@@ -16,11 +16,12 @@ TREND = 15      # values that a trend needs: with five in each third, noise alon
 SOLVED = 0.9    # pass rate. At .92, half of the groups of 8 are all right
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
+def read_metrics(run: Path) -> list[dict[str, float | None]]:
+    """The lines of metrics.jsonl, whatever has written them: what is not a finite number is None."""
     path = run / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{path}: no such file; expected the directory of a run")
-    return read_lines(path)
+    return [{name: x if is_number(x) else None for name, x in line.items()} for line in read_lines(path)]
 
 
 def read_log(run: Path) -> "Log":
@@ -87,7 +88,7 @@ class Accuracy(NamedTuple):
 
 @dataclass(frozen=True)
 class Log:
-    """The metrics and flags of a run, whatever has written them: what is not a finite number is not there."""
+    """The metrics and flags of a run."""
 
     lines: list[dict[str, Any]]
     flags: dict[str, Any]

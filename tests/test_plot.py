@@ -37,9 +37,11 @@ def test_the_curves_are_the_logged_points_and_a_torn_line_is_not_one(tmp_path, m
 
 
 def test_a_metric_that_was_not_finite_has_no_point(tmp_path, monkeypatch):
-    """It is null in the log. A panel of nothing else is left out, and a fit does without the step but counts its tokens."""
+    """It is null in the log. A panel of nothing else is left out, and a fit does without the step but counts its tokens. Nor
+    has what is no number at all."""
     lines = [{"step": 0, "rollout/reward": 0.25, "train/entropy": None}, {"step": 1, "rollout/reward": None},
-             {"step": 2, "rollout/reward": 0.75}]
+             {"step": 2, "rollout/reward": 0.75, "train/entropy": [1], "eval/accuracy_greedy": "1"},
+             {"step": 3, "train/kl": 10**400}]
     panels = drawn(monkeypatch, [write_run(tmp_path / "grpo", lines)], tmp_path / "curves.png")
     assert panels == {"accuracy": {"training, sampled": [[0, 0.25], [2, 0.75]]}}
     tokens, reward = plot.reward_by_tokens([line | {"rollout/tokens": 10} for line in lines])
