@@ -31,7 +31,7 @@ from nanorl.decode import sampling_logits
 from nanorl.gpt import GPT
 from nanorl.ops import entropy_from_logits, log_softmax
 from nanorl.sample import generate
-from nanorl.tasks import TASKS, make_task
+from nanorl.tasks import is_ours, make_task
 from nanorl.tokenizer import Tokenizer
 from nanorl.turns import Episodes
 
@@ -115,9 +115,8 @@ def main(cfg: Config) -> None:
     checkpoint = run.load_checkpoint(cfg.checkpoint, "policy")
     tokenizer, model = run.tokenizer_from(checkpoint), run.model_from(checkpoint, device)
     pretrained = "text" in checkpoint["config"]         # only train_pretrain.py has that flag
-    trained = checkpoint["config"].get("task", "")
-    ours = trained.partition("-")[0] in TASKS           # else a file's, which runs only where --task names it
-    task = make_task(cfg.task or (trained if ours else "addition"), needs_verifier=False)
+    trained = checkpoint["config"].get("task") or ""
+    task = make_task(cfg.task or (trained if is_ours(trained) else "addition"), needs_verifier=False)
     piped = not at_the_keyboard()
     if not piped:
         print(f"{cfg.checkpoint} {'continues' if pretrained else 'answers'} what you write. /quit to leave; "

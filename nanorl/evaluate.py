@@ -38,7 +38,7 @@ from nanorl.sample import Sampling
 from nanorl.scaling import quantile_of_t
 from nanorl.search import (ROWS, Answers, Style, autocorrelation, best_of_n, doublings, opening, power_sample,
                            sample_answers, vote_value)
-from nanorl.tasks import FileTask, Problem, Task, default_max_new_tokens, grade
+from nanorl.tasks import FileTask, Problem, Task, default_max_new_tokens, grade, is_ours
 from nanorl.tokenizer import Tokenizer
 
 Method = Literal["greedy", "sample", "low_temperature", "direct", "worked", "majority", "weighted", "best_of_n", "power"]
@@ -261,10 +261,11 @@ def load_runs(cfg: Config) -> list[Evaluation]:
         check_can_draw(Path(cfg.plot))
     checkpoints = {path: run.load_checkpoint(path, "policy") for path in cfg.runs}
     trained = checkpoints[cfg.runs[0]]["config"]
-    name = cfg.task or trained.get("task") or "addition"
-    own = trained.get("data") or (name if ".py:" in name else "")       # a program that a checkpoint names is not run unasked
+    before = trained.get("task") or "addition"
+    own = trained.get("data") or ("" if is_ours(before) else before)
     if own and not cfg.task and not cfg.data:
         raise UserError(f"{cfg.runs[0]}: was trained on {own}; say what to ask, with --task or --data")
+    name = cfg.task or (before if is_ours(before) else "addition")
     verifier = cfg.verifier or (trained.get("verifier") if cfg.data and not cfg.reward else None)
     task = run.choose_task(name, cfg.data, needs_verifier=False, verifier=verifier, reward=cfg.reward)
     if comparing := {"majority", "weighted", "direct", "worked"}.intersection(cfg.method):

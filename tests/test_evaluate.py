@@ -1,5 +1,6 @@
 """The evaluation says what it means: its intervals cover, its votes are averages, and its rows fit together."""
 
+import io
 import json
 import math
 import random
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from world import seal_rewards, write_records
 
-from nanorl import evaluate, run
+from nanorl import chat, evaluate, run
+from nanorl.errors import UserError
 from nanorl.evaluate import interval, vote
 from nanorl.heldout import heldout_problems
 from nanorl.rollout import sample_and_grade
@@ -303,14 +305,29 @@ def test_the_figure_has_a_line_for_each_method(inside, tmp_path, monkeypatch):
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_program_that_a_checkpoint_names_is_not_run_unasked(inside, tmp_path, capsys):
-    (tmp_path / "theirs.py").write_text("raise SystemExit('ran')")
+@pytest.mark.parametrize("named", ["{}/theirs.py:Task", "guess-/../../../../../../../../../..{}/theirs.py:Task"])
+def test_a_program_that_a_checkpoint_names_is_not_run_unasked(named, inside, tmp_path, monkeypatch, capsys):
+    """By no command, and whatever it is called."""
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     checkpoint = run.load_checkpoint("sft")
-    checkpoint["config"] |= {"task": f"{tmp_path}/theirs.py:Task", "data": ""}
+    checkpoint["config"] |= {"task": named.format(tmp_path), "data": ""}
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     with pytest.raises(SystemExit) as exit:
         evaluate.main(run.parse(evaluate.Config, [str(tmp_path)]))
     assert exit.value.code == 2 and "theirs.py:Task; say what to ask, with --task or --data" in capsys.readouterr().err
+    evaluate.main(run.parse(evaluate.Config, [str(tmp_path), *["--data", "wanted.jsonl", "--method", "greedy"]]))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say 1."))
+    chat.main(run.parse(chat.Config, [str(tmp_path)]))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("flag, value", [("task", 5), ("data", ["x"]), ("verifier", {"x": 1})])
+def test_flags_in_a_checkpoint_that_are_no_texts_are_refused(flag, value, inside, tmp_path):
+    checkpoint = run.load_checkpoint("sft")
+    checkpoint["config"][flag] = value
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=f"not a sound checkpoint .its --{flag} is .*, expected a text"):
+        run.load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(("flags", "named"), [

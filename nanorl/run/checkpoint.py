@@ -114,6 +114,9 @@ def _check_sound(checkpoint: Any) -> Kind:
         for name, kind in fields.items():
             if not isinstance(part.get(name), kind):
                 raise UserError(f"its {name!r} is {part.get(name)!r:.40}, expected a {kind.__name__}")
+    for flag in ("task", "data", "verifier"):       # what other commands read of its flags
+        if not isinstance(checkpoint["config"].get(flag), str | None):
+            raise UserError(f"its --{flag} is {checkpoint['config'][flag]!r:.40}, expected a text")
     check_finite(checkpoint["model"] | adapters)
     shape = checkpoint["gpt"]           # what weights do not bound: a model of a billion layers, a table of angles
     if not (shape.get("layers", 1) <= len(checkpoint["model"]) and 1 <= shape.get("context", 1) <= 2**20):

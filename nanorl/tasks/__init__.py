@@ -87,6 +87,11 @@ def make_task(name: str, needs_verifier: bool = True) -> Task:
     return task(int(difficulty) if dash else None)
 
 
+def is_ours(name: str) -> bool:
+    """Whether this is a task of nanorl's. What FILE.py:NAME names is a program, which a checkpoint must not start."""
+    return ".py:" not in name and name.partition("-")[0] in TASKS
+
+
 def default_max_new_tokens(task_name: str) -> int:
     """The token limit of a response to this task, unless a flag sets another. `make_task` refuses unknown names."""
     if ".py:" in task_name:
