@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from nanorl import run
 from nanorl.batches import add_metrics, sum_over_ranks
@@ -207,7 +208,8 @@ def main(cfg: Config) -> None:
 
     # The initial policy's log-probs of the pairs that are compared with it: with --refresh-reference, the held-out ones.
     reference_cache = torch.zeros(len(records), 2, device=device)
-    for picks in run.ranks.parts(heldout if cfg.refresh_reference else training + heldout, cfg.micro_batch):
+    parts = run.ranks.parts(heldout if cfg.refresh_reference else training + heldout, cfg.micro_batch)
+    for picks in tqdm(parts, "scoring pairs", delay=1, leave=False, disable=cfg.quiet or run.ranks.rank() > 0):
         reference_cache[picks] = reference_log_probs(initial_policy, *from_file(picks))
     reference_cache = run.ranks.summed(reference_cache)
 
@@ -284,8 +286,8 @@ def main(cfg: Config) -> None:
         watched.write()
 
         # 5. Log.
-        out.log({"train/reference_point": z} if cfg.loss == "kto" else {})
-        out.log(totals | {"train/lr": lr, "time/update_s": time.perf_counter() - started},
+        out.log(totals | ({"train/reference_point": z} if cfg.loss == "kto" else {})
+                | {"train/lr": lr, "time/update_s": time.perf_counter() - started},
                 show=("train/loss", "train/accuracy", "train/chosen_logp"))
 
     # 6. Held-out prompts and pairs, before and after.

@@ -10,9 +10,10 @@ from typing import Any
 from nanorl.errors import UserError
 
 
-def load_named(where: str, expected: str) -> Any:
-    """The NAME of "FILE.py:NAME", imported. UserError says what is wrong, and what was `expected` of it."""
+def load_named(where: str, expected: str, flag: str = "") -> Any:
+    """The NAME of "FILE.py:NAME", imported. UserError says what is wrong with this flag, and what was `expected` of it."""
     file, _, name = where.rpartition(":")
+    where = f"{flag} {where}".strip()
     path = Path(file).resolve()
     if not (path.suffix == ".py" and path.is_file() and name):
         why = f"{file} does not exist" if name and path.suffix == ".py" else "as in mine.py:objective"
@@ -39,9 +40,9 @@ def load_named(where: str, expected: str) -> Any:
     return getattr(module, name)
 
 
-def load_function(where: str, signature: str) -> Any:
+def load_function(where: str, signature: str, flag: str = "") -> Any:
     """`load_named` of something that can be called."""
-    function = load_named(where, signature)
+    function = load_named(where, signature, flag)
     if not callable(function):
-        raise UserError(f"{where}: is {function!r:.60}; expected {signature}")
+        raise UserError(f"{flag} {where}: is {function!r:.60}; expected {signature}".strip())
     return function

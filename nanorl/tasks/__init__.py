@@ -47,7 +47,7 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Sums, Sor
 def own_task(name: str) -> Task:
     """What FILE.py:NAME names: a Task of the user's, or a class or function that makes one."""
     expected = "a Task, as nanorl.tasks has them, or Records(...)"
-    found = load_named(name, expected)
+    found = load_named(name, expected, "--task")
     if callable(found):
         try:
             inspect.signature(found).bind()

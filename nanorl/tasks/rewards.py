@@ -51,4 +51,4 @@ class RewardFunction:
 
 def use_reward(task: Task, name: str) -> None:
     """From now on, a function of the user's says what responses to this task are worth. None of them is right or wrong."""
-    task.reward, task.right_reward = RewardFunction(load_function(name, SIGNATURE), name), None
+    task.reward, task.right_reward = RewardFunction(load_function(name, SIGNATURE, "--reward"), name), None
