@@ -2,6 +2,8 @@
 
     python -m experiments.turns                         all runs, three seeds each; what is finished is kept
     python -m experiments.turns grpo-guess              those whose name begins like this
+    python -m nanorl.evaluate runs/turns/{sft-guess,grpo-guess-?,ppo-guess-?} --method greedy sample --n 1 \\
+        --problems 1000 --seed 7 --out runs/turns/evaluate.json
     python -m experiments.turns --draw                  results and figure, from the runs that are there
 
 The faults are made on purpose: training on what the environment said, encoding the decoded actions again, and counting
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import train_grpo
-from experiments.findings import load, panels, save
+from experiments.findings import load, panels, plain, save
 from experiments.runs import ROOT, parser_of_runs, train_all
 from nanorl import run
 from nanorl.data import pad
@@ -54,10 +56,8 @@ FAULTY = {"calculator-observations-trained-on": CALCULATOR, "calculator-actions-
           "hot-calculator-sound": CALCULATOR + " --temperature 1.5",
           "hot-calculator-actions-encoded-again": CALCULATOR + " --temperature 1.5"}
 RESULTS, FIGURE = ROOT / "experiments/results/turns.json", ROOT / "docs/figures/turns.png"
-METRICS = ("rollout/reward", "rollout/worked", "rollout/turns", "train/entropy", "eval/accuracy_sampled",
-           "eval/accuracy_greedy", "eval/reward", "eval/turns", "eval/worked")
+METRICS = ("rollout/reward", "train/entropy", "eval/accuracy_sampled", "eval/accuracy_greedy", "eval/reward", "eval/worked")
 OPTIMUM = 135 / 32      # guesses by bisection
-KEYS = {"calculator": (("eval/accuracy_sampled", "-"), ("eval/worked", "--")), "guess": (("rollout/reward", "-"),)}    # drawn
 
 
 def make(out: Path, names: list[str]) -> None:
@@ -77,7 +77,7 @@ def collect(out: Path) -> dict[str, list[dict]]:
     results = {}
     for name, seed in product([*RUNS, *FAULTY], SEEDS):
         folder = out / f"{name}-{seed}"
-        if not (folder / "metrics.jsonl").exists():
+        if not (folder / ("check.txt" if name in FAULTY else "metrics.jsonl")).exists():
             continue
         lines, found = read_metrics(folder), {"seed": seed}
         for key in METRICS:
@@ -126,30 +126,32 @@ FAULTS = {"sound": (lambda rollout, _: rollout, token_weights),
           "observations-in-lengths": (lambda rollout, _: rollout, weights_by_whole_length)}
 
 
-def gradient(policy: GPT, rollout: Rollout, adv: Tensor, weigh: Callable) -> Tensor:
+def gradient(policy: GPT, rollout: Rollout, adv: Tensor, weigh: Callable, temperature: float) -> Tensor:
     """One step of GRPO's gradient, flat."""
     weights = weigh(rollout.mask, rollout.prompt_index, "sequence_mean")
-    logp, _ = token_log_probs(policy, rollout.tokens, rollout.mask)
+    logp, _ = token_log_probs(policy, rollout.tokens, rollout.mask, temperature=temperature)
     loss, _ = train_grpo.objective(logp, logp.detach(), adv, rollout.mask, weights)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()), materialize_grads=True)])
 
 
-def faults_of_a_step(out: Path, task_name: str) -> dict[str, float]:
+def faults_of_a_step(out: Path, task_name: str, temperature: float = 1.0) -> dict[str, float]:
     """Of 32 x 8 episodes of the fine-tuned model: the share whose ids change when they are encoded again, and how far each
     fault moves the gradient of the step, relative to its norm."""
     policy, tokenizer = load(str(out / f"sft-{task_name}"))
     task, cfg = make_task(task_name), train_grpo.Config(init="x", task=task_name)
     problems = [task.problem(Random(i), "train") for i in range(32)]
-    found = sample_and_grade(policy, tokenizer, task, problems, Sampling(task.max_answer_tokens), samples=8)
+    found = sample_and_grade(policy, tokenizer, task, problems, Sampling(task.max_answer_tokens, temperature), samples=8)
     rollout, mask = found.rollout, found.rollout.mask
     adv, _ = train_grpo.advantages(cfg, rollout, found.rewards, rollout.logp, None, {})
-    gradients = {fault: gradient(policy, change(rollout, tokenizer), adv, weigh) for fault, (change, weigh) in FAULTS.items()}
+    gradients = {fault: gradient(policy, change(rollout, tokenizer), adv, weigh, temperature)
+                 for fault, (change, weigh) in FAULTS.items()}
     right, observed = gradients.pop("sound"), whole(mask) & ~mask
-    again = encoded_again(rollout, tokenizer).actions()
-    surprise = -token_log_probs(policy, rollout.tokens, observed)[0].sum() / observed.sum()
+    changed = torch.tensor([*map(ne, rollout.actions(), encoded_again(rollout, tokenizer).actions())])
+    surprise = -token_log_probs(policy, rollout.tokens, observed, temperature=temperature)[0].sum() / observed.sum()
     return {"tokens of observations, of all after the prompt": float(observed.sum() / whole(mask).sum()),
-            "nats per token of an observation": float(surprise),
-            "episodes whose ids change when encoded again": fmean(map(ne, rollout.actions(), again)),
+            "nats per token of an observation": surprise.item(),
+            "episodes whose ids change when encoded again": float(changed.float().mean()),
+            "highest reward of such an episode": float((found.rewards.flatten() * changed).max()),
             **{f"moved by {fault}": float((other - right).norm() / right.norm()) for fault, other in gradients.items()}}
 
 
@@ -177,18 +179,22 @@ def run_with_fault(name: str, folder: Path, flags: str) -> None:
 
 def draw(results: dict) -> None:
     """Held-out accuracy and tool use, and guesses, over the steps; a line for each run."""
-    figure, axes = panels(2, width=5)
-    for (title, axis), task in zip((("calculator: right, and tool used (dashed)", axes[0]), ("guess: guesses a game", axes[1])),
-                                   ("calculator", "guess"), strict=True):
-        for algorithm, colour in zip(("grpo", "ppo"), PALETTE, strict=False):
-            for found in results.get(f"{algorithm}-{task}", []):
-                for key, style in KEYS[task]:
-                    points = [(step, y if task == "calculator" else 11 - 10 * y) for step, y in found[key]]
-                    label = algorithm.upper() if style == "-" and found is results[f"{algorithm}-{task}"][0] else None
-                    axis.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.4, label=label)
-        if task == "guess":
-            axis.axhline(OPTIMUM, color="grey", linestyle=":", linewidth=1, label="bisection, 4.22")
-        axis.set(title=title, xlabel="step")
+    figure, (tools, guesses) = panels(2, width=5)
+    for name, colour in zip(RUNS, 2 * PALETTE[:2], strict=True):
+        label = {"grpo-guess": "Dr. GRPO"}.get(name, name[: name.index("-")].upper())
+        for found in results.get(name, []):
+            if name.endswith("calculator"):
+                tools.plot(*zip(*found["eval/accuracy_sampled"], strict=True), color=colour, linewidth=1.4, label=label)
+                tools.plot(*zip(*found["eval/worked"], strict=True), "--", color=colour, linewidth=1.4)
+            else:
+                mean = [11 - 10 * fmean(reward for _, reward in found["rollout/reward"][max(0, i - 4) : i + 1])
+                        for i in range(len(found["rollout/reward"]))]
+                guesses.plot(mean, color=colour, linewidth=1.4, label=label)
+            label = None
+    guesses.axhline(OPTIMUM, color="grey", linestyle=":", linewidth=1, label="bisection, 4.22")
+    tools.set(title="calculator: right, and tool used (dashed)", xlabel="step")
+    guesses.set(title="guess: guesses a game, mean of five steps", xlabel="step")
+    for axis in (tools, guesses):
         axis.legend(frameon=False, fontsize=8)
     save(figure, FIGURE)
 
@@ -198,8 +204,12 @@ def main() -> None:
     out = args.out.resolve()
     if not args.draw:
         return make(out, args.names)
-    results = {"runs": collect(out), "faults": {task: faults_of_a_step(out, task) for task in ("calculator", "guess")}}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    steps = {task: faults_of_a_step(out, task) for task in ("calculator", "guess")}
+    steps["hot-calculator"] = faults_of_a_step(out, "calculator", temperature=1.5)
+    games = [{key: row[key] for key in ("run", "method", "value", "low", "high")}
+             for row in json.loads((out / "evaluate.json").read_text())["rows"]]
+    results = {"runs": collect(out), "held-out games": games, "faults of a step": steps}
+    RESULTS.write_text(json.dumps(plain(results)) + "\n")
     draw(results["runs"])
 
 
