@@ -26,7 +26,7 @@ import train_group_dpo
 import train_grpo
 import train_ppo
 import train_sft
-from experiments.turns import encoded_again
+from experiments.turns import encoded_again, weights_by_whole_length, whole
 from nanorl import chat, evaluate, run
 from nanorl.data import response_mask
 from nanorl.first_step import FirstStepCheckFailed, first_step_check
@@ -575,13 +575,22 @@ def test_the_environment_of_the_page_works():
         assert task.verify(state, task.work(state, Random(0))) == 1.0 and task.observe(state, "Answer: 1") is None
 
 
-def test_actions_that_are_encoded_again_may_be_other_ids():
-    """What experiments.turns does on purpose: an action becomes what the encoder makes of it, and nothing else changes."""
+def test_the_faults_of_the_experiment_are_those_that_it_names():
+    """An action becomes what the encoder makes of it, with as many of its log-probs; all of an episode is trained on; a token
+    counts 1 / (R |y|), y with the observations."""
     out = play(seed=1).rollout
     again = encoded_again(out, TOKENIZER)
     assert not torch.equal(out.tokens, again.tokens[:, : out.tokens.shape[1]])
     for a, b in zip(out.actions(), again.actions(), strict=True):
         assert [TOKENIZER.encode(TOKENIZER.decode(ids)) for ids in a] == b
+    unchanged = [row for row, (a, b) in enumerate(zip(out.actions(), again.actions(), strict=True)) if a == b]
+    assert unchanged
+    for row in unchanged:
+        assert torch.equal(out.logp[row, out.mask[row]], again.logp[row, again.mask[row]])
+    assert again.logp.shape == again.mask.shape and not again.logp[~again.mask].any()
+    assert torch.equal(whole(out.mask), within(out)) and (out.mask != whole(out.mask)).any()
+    counted = weights_by_whole_length(out.mask, out.prompt_index, "sequence_mean")
+    assert_close(counted, out.mask / (len(out.mask) * within(out).sum(-1, keepdim=True)))
 
 
 def test_chat_and_evaluate_play_episodes(inside, tmp_path, monkeypatch, capsys):
