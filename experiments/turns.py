@@ -204,6 +204,8 @@ def main() -> None:
     out = args.out.resolve()
     if not args.draw:
         return make(out, args.names)
+    if not (out / "evaluate.json").exists():
+        raise SystemExit(f"{out}/evaluate.json: no such file; make it first: python -m experiments.turns -h says how")
     steps = {task: faults_of_a_step(out, task) for task in ("calculator", "guess")}
     steps["hot-calculator"] = faults_of_a_step(out, "calculator", temperature=1.5)
     games = [{key: row[key] for key in ("run", "method", "value", "low", "high")}
