@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nanorl.batches import sum_over_ranks
 from nanorl.data import DATA, pad, response_mask, split_records
 from nanorl.errors import UserError
 from nanorl.files import Record, read_records
@@ -81,7 +80,7 @@ def reference_point(log_ratio: Callable[[Rollout], Tensor], rollout: Rollout, pa
     rows = torch.stack((pairs.roll(-1, 0), pairs), dim=-1).flatten(0, 1)        # [2N, 2] the prompt's, the response's
     for part in ranks.parts(rows, micro_batch):
         total += log_ratio(exchange(rollout, *part.T, limit)).sum()
-    return max(0.0, float(sum_over_ranks({"z": total})["z"]) / pairs.numel())
+    return max(0.0, float(ranks.summed(total)) / pairs.numel())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

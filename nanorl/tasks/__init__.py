@@ -70,8 +70,8 @@ def own_task(name: str) -> Task:
 
 
 def make_task(name: str, needs_verifier: bool = True) -> Task:
-    """The task "addition", or "addition-4" at difficulty 4, or what FILE.py:NAME names. By default it must be
-    one that a program can check."""
+    """The task "addition", or "addition-4" at difficulty 4, or what FILE.py:NAME names. By default it must be one
+    that a program can check."""
     if ".py:" in name:
         return own_task(name)
     family, dash, difficulty = name.partition("-")

@@ -109,9 +109,12 @@ class Task:
 
     def without_right(self) -> str:
         """Why no answer is right or wrong, as a sentence."""
-        why = "its class names no `right_reward`, and its gold answers do not all get one reward that no other answer gets"
-        if self.reward or type(self).right_reward is None:
-            why = f"{self.reward.name} judges them" if self.reward else "its `right_reward` is None"
+        if self.reward:
+            why = f"{self.reward.name} judges them"
+        elif type(self).right_reward is None:
+            why = "its `right_reward` is None"
+        else:
+            why = "its class names no `right_reward`, and its gold answers do not all get one reward that no other answer gets"
         return f"no answer to {self} is right or wrong, for {why}"
 
     def require_right(self, what: str) -> None:
